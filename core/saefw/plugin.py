@@ -1,0 +1,286 @@
+"""All that a plugin author imports."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+
+import pluggy
+from torch import Tensor, nn
+
+from saefw.entry import Entry, Knob, Late, Names, Place
+from saefw.errors import NotYet, UserError
+from saefw.run import Pick, Run
+from saefw.sae import Codes, Sae
+from saefw.unit import Unit
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+__all__ = [
+    "Backbone",
+    "BackboneConfig",
+    "BackboneInfo",
+    "Codes",
+    "Dataset",
+    "DatasetConfig",
+    "Entry",
+    "Example",
+    "FigureConfig",
+    "Knob",
+    "Late",
+    "Metric",
+    "Names",
+    "NotYet",
+    "Pick",
+    "Place",
+    "Probe",
+    "ProbeConfig",
+    "Run",
+    "SaeConfig",
+    "Split",
+    "StageConfig",
+    "Task",
+    "Unit",
+    "UserError",
+    "hookimpl",
+]
+
+hookimpl = pluggy.HookimplMarker("saefw")
+"""Marks a function of a plugin module as its answer to the hook of the same name."""
+
+Split = Literal["train", "valid", "test"]
+
+
+# Backbones
+
+
+class BackboneInfo(NamedTuple):
+    """What can be said of a backbone without its weights."""
+
+    d_model: int
+    """Width of a token."""
+
+    n_blocks: int
+    """How many blocks it has; layer -1 is block n_blocks - 1."""
+
+    grid: tuple[int, int]
+    """Patches: rows, columns."""
+
+    n_prefix: int
+    """Tokens before the patches; the first is [CLS]; 0 if there is none."""
+
+
+class Backbone(nn.Module):
+    """A vision transformer whose blocks can be watched and edited, in eval mode, its weights frozen."""
+
+    info: BackboneInfo
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The blocks in order; each maps [batch, token, d_model] to the same shape."""
+        raise NotImplementedError(f"{type(self).__name__} has no blocks")
+
+    def prepare(self, image: "Image") -> Tensor:
+        """Return the image as the weights expect it: float32 [3, height, width]."""
+        raise NotImplementedError(f"{type(self).__name__} cannot prepare an image")
+
+    def view(self, image: "Image") -> "Image":
+        """Return the very crop that the model sees, RGB, for people; patches lie on it in row-major order."""
+        raise NotImplementedError(f"{type(self).__name__} cannot show what it sees")
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return what enters block 0, [batch, token, d_model], of prepared images [batch, 3, height, width]."""
+        raise NotImplementedError(f"{type(self).__name__} cannot embed images")
+
+    def tail(self, tokens: Tensor, first: int) -> Tensor:
+        """Run the blocks from number `first` on; override where a block takes more than the tokens."""
+        for block in self.blocks[first:]:
+            tokens = block(tokens)
+        return tokens
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the output of the last block, [batch, token, d_model]; no final norm."""
+        return self.tail(self.embed(images), 0)
+
+
+class BackboneConfig(Entry):
+    """A vision transformer that a plugin can load."""
+
+    def describe(self) -> BackboneInfo:
+        """Say its shapes without loading or downloading weights, so that planning is cheap."""
+        raise NotImplementedError(f"{type(self).__name__} does not describe itself")
+
+    def build(self, device: str) -> Backbone:
+        """Load it on a device."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be built")
+
+
+# Datasets
+
+
+class Example(NamedTuple):
+    """One image of a dataset."""
+
+    key: str
+    """Stable name of the image, unique in its dataset."""
+
+    label: int
+    """Index into the dataset's classes; -1: none."""
+
+    split: Split
+    """The plugin decides it, with a fixed rule or seed."""
+
+    load: Callable[[], "Image"]
+    """Opens the image, late, perhaps in a worker."""
+
+
+class Dataset(Protocol):
+    """An ordered set of images; the order never changes."""
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Names of the classes, by label."""
+        ...
+
+    def __len__(self) -> int:
+        """How many images."""
+        ...
+
+    def __getitem__(self, index: int) -> Example:
+        """The image at an index, not yet loaded."""
+        ...
+
+
+class DatasetConfig(Entry):
+    """An image set that a plugin can open."""
+
+    def build(self, base: Path) -> Dataset:
+        """Open it; `base` is the folder of registry.yaml, from which relative paths count."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be built")
+
+
+# SAE variants
+
+
+class SaeConfig(Entry):
+    """An SAE variant that a plugin can train."""
+
+    expansion: int = 16
+    """d_sae as a multiple of d_model."""
+
+    lr: float = 1e-3
+    """Learning rate of Adam after the warm-up."""
+
+    warmup: int = 100
+    """Steps over which the learning rate rises from 0."""
+
+    unit_norm: bool = True
+    """Keep each decoder row at L2 norm 1, and its gradient orthogonal to it."""
+
+    seed: int = 0
+    """Of the initial weights."""
+
+    def build(self, d_model: int) -> Sae:
+        """Return a fresh one with these settings; torch's generator is seeded by the caller."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be built")
+
+
+class Metric(Protocol):
+    """A number computed for an SAE over held-out tokens, in float64."""
+
+    def add(self, x_nd: Tensor, x_hat_nd: Tensor, codes: Codes) -> None:
+        """Take in a batch: recorded tokens, their reconstruction, their codes."""
+        ...
+
+    def result(self) -> float:
+        """The number over all batches."""
+        ...
+
+
+# Probes
+
+
+class Task(NamedTuple):
+    """What a probe is to learn."""
+
+    d_model: int
+    """Width of an input."""
+
+    classes: tuple[str, ...]
+    """Names of the classes, by label."""
+
+
+class Probe(nn.Module):
+    """Reads classes off a token; all its state is in parameters and buffers."""
+
+    def forward(self, x_nd: Tensor) -> Tensor:
+        """Return the logits, float32 [n, class]."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+
+class ProbeConfig(Entry):
+    """A probe that a plugin can fit."""
+
+    def build(self, task: Task) -> Probe:
+        """Return an unfitted one, into which `load_state_dict` may put a stored state."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be built")
+
+    def fit(self, task: Task, x_nd: Tensor, y_n: Tensor) -> Probe:
+        """Return one fitted to tokens x (float32) and labels y (int64)."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be fitted")
+
+    @classmethod
+    def fit_many(
+        cls, members: Sequence["ProbeConfig"], task: Task, x_nd: Tensor, y_n: Tensor, done: Callable[[int, int], None]
+    ) -> list[Probe]:
+        """Fit every member of a sweep; override it to fit all at once. `done(steps, of)` reports progress."""
+        probes = []
+        for i, member in enumerate(members):
+            probes.append(member.fit(task, x_nd, y_n))
+            done(i + 1, len(members))
+        return probes
+
+
+# Stages and figures
+
+
+class StageConfig(Entry):
+    """A step of the pipeline: it lists units, and makes those that are missing."""
+
+    def units(self, run: Run) -> Iterable[Unit]:
+        """List what it makes, cheaply; every fault that can be known is raised here.
+
+        Raises:
+            NotYet: what it makes depends on results that are not there yet.
+            UserError: the settings do not fit together.
+
+        """
+        raise NotImplementedError(f"{type(self).__name__} lists no units")
+
+    def make(self, units: Sequence[Unit], run: Run) -> None:
+        """Make the missing units, calling `run.keep` on each as soon as it is complete."""
+        raise NotImplementedError(f"{type(self).__name__} makes nothing")
+
+
+class FigureConfig(Entry):
+    """A figure drawn from the store alone."""
+
+    wants: ClassVar[tuple[str, ...]] = ()
+    """The stages (their `use`) whose units it is drawn from; without any of them it is skipped."""
+
+    def draw(self, db: "DuckDBPyConnection", units: Mapping[str, Sequence[Path]]) -> "Figure":
+        """Draw it.
+
+        Args:
+            db: the index, read-only; tables as in schema.sql.
+            units: by the `use` of the stage, the folders of the units to draw from; a folder is named by its address.
+
+        """
+        raise NotImplementedError(f"{type(self).__name__} draws nothing")
+
+
+def settings(entry: Entry) -> dict[str, Any]:
+    """Return the settings of an entry that tell it apart, without `use` and `revision`; for tables and titles."""
+    return {key: value for key, value in entry.content().items() if key not in ("use", "revision")}

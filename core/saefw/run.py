@@ -1,0 +1,238 @@
+"""What a stage finds on its desk."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import duckdb
+from pydantic import Field
+
+from saefw.entry import Entry, Member
+from saefw.errors import NotYet, UserError
+from saefw.store import Store, write_atomically
+from saefw.unit import Unit
+
+LOG = "metric.jsonl"
+"""What a unit logged so far, one JSON list [step, {name: value}] a line; becomes its metric table when kept."""
+
+
+class Pick(Entry):
+    """Chooses one unit of a stage by its metrics: `{layer: -2, lowest: nmse, below: {l0: 64}}`."""
+
+    lowest: str | None = None
+    """The metric that is to be smallest."""
+
+    highest: str | None = None
+    """The metric that is to be largest."""
+
+    below: dict[str, float] = Field(default_factory=dict)
+    """Metrics that must be at most so much."""
+
+    above: dict[str, float] = Field(default_factory=dict)
+    """Metrics that must be at least so much."""
+
+    def choose(self, label: str, metrics: Mapping[Unit, Mapping[str, float]]) -> Unit:
+        """Return the unit that fits best; of equals the first.
+
+        Raises:
+            UserError: no unit fits, or none has the metric.
+
+        """
+        name = self.lowest or self.highest
+        names = [*([name] if name else []), *self.below, *self.above]
+        known = sorted({key for values in metrics.values() for key in values})
+        for key in names:
+            if key not in known:
+                raise UserError(f"{label}: nothing measured '{key}' (there are: {', '.join(known)})")
+        fits = [
+            unit
+            for unit, values in metrics.items()
+            if all(values.get(key, math.inf) <= bound for key, bound in self.below.items())
+            and all(values.get(key, -math.inf) >= bound for key, bound in self.above.items())
+        ]
+        if not fits:
+            bounds = [f"{key} <= {value:g}" for key, value in self.below.items()]
+            bounds += [f"{key} >= {value:g}" for key, value in self.above.items()]
+            raise UserError(f"{label}: none of {len(metrics)} has {' and '.join(bounds) or 'a result'}")
+        if not name:
+            return fits[0]
+        sign = 1 if self.lowest else -1
+        return min(fits, key=lambda unit: sign * metrics[unit].get(name, sign * math.inf))
+
+
+class Watcher:
+    """What a run tells those who watch it; the pipeline passes it on to the hooks. By default it tells nobody."""
+
+    def logged(self, unit: Unit, step: int, values: Mapping[str, float]) -> None:
+        """A running stage measured something."""
+
+    def progressed(self, stage: str, done: int, total: int, what: str) -> None:
+        """A running stage has done so much."""
+
+    def kept(self, unit: Unit, folder: Path, seconds: float) -> None:
+        """A unit was made, or found already made."""
+
+
+class Run:
+    """What a stage may use: the entries of the registry, the units above it, and a place to put its own."""
+
+    def __init__(
+        self,
+        store: Store,
+        base: Path,
+        families: Mapping[str, Mapping[str, Sequence[Member]]],
+        metrics: Mapping[str, type[Any]],
+        device: str = "auto",
+        made_with: Mapping[str, str] | None = None,
+        watcher: Watcher | None = None,
+    ) -> None:
+        """Set the desk.
+
+        Args:
+            store: where units are kept.
+            base: the folder of registry.yaml.
+            families: by kind and name, the members that each entry stands for.
+            metrics: what `saefw_metrics` brought: for every SAE, by name.
+            device: `auto`, `cpu`, `cuda`, `mps` or `cuda:1`.
+            made_with: versions of the code, stored with each unit.
+            watcher: who is told.
+
+        """
+        self.store, self.base, self.metrics = store, base, metrics
+        self.stage = ""
+        self._families, self._device = families, device
+        self._made_with, self._watcher = made_with or {}, watcher or Watcher()
+        self._made: dict[str, list[Unit]] = {}
+        self._started = time.monotonic()
+        self._unindexed: dict[str, Path] = {}
+
+    # What was asked for
+
+    def family(self, kind: str, names: Sequence[str]) -> list[Member]:
+        """Return the members of the named entries, in order."""
+        return [member for name in names for member in self._families[kind][name]]
+
+    def made_by(self, stage: str) -> list[Unit]:
+        """Return the units of a stage above, by its name in registry.yaml; in a dry run they may not be there yet.
+
+        Raises:
+            NotYet: that stage cannot list them yet.
+
+        """
+        if stage not in self._made:
+            raise NotYet(f"decided once {stage} is made")
+        return self._made[stage]
+
+    def best(self, stage: str, pick: Pick, among: Callable[[Unit], bool] = lambda unit: True) -> Unit:
+        """Return the unit of a stage that `pick` chooses by its last metrics, from those that `among` admits.
+
+        Raises:
+            NotYet: not all of them are made.
+            UserError: none fits.
+
+        """
+        units = [unit for unit in self.made_by(stage) if among(unit)]
+        if not all(self.store.has(unit) for unit in units):
+            raise NotYet(f"decided once {stage} is made")
+        with self.db() as db:
+            rows = db.execute(
+                "SELECT unit, name, value FROM final WHERE list_contains(?, unit) AND value IS NOT NULL",
+                [[unit.address for unit in units]],
+            ).fetchall()
+        metrics: dict[Unit, dict[str, float]] = {unit: {} for unit in units}
+        by_address = {unit.address: unit for unit in units}
+        for address, name, value in rows:
+            metrics[by_address[address]][name] = value
+        return pick.choose(stage, metrics)
+
+    @property
+    def device(self) -> str:
+        """The device to compute on: what registry.yaml says, or the best there is."""
+        if self._device == "auto":
+            import torch
+
+            self._device = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+        return self._device
+
+    # Where to put it
+
+    def folder(self, unit: Unit) -> Path:
+        """Return the unit's folder: the kept one, or the one it is being made in."""
+        return self.store.folder(unit) if self.store.has(unit) else self.store.begin(unit)
+
+    def put(self, unit: Unit, table: str, **columns: Any) -> None:
+        """Write all rows of a table of schema.sql that belong to a unit: arrays, lists or single values by column."""
+        self.store.write(unit, table, columns)
+
+    def log(self, unit: Unit, step: int, **values: float) -> None:
+        """Note what was measured at a step; it survives a stop and becomes rows of `metric`."""
+        with (self.folder(unit) / LOG).open("a") as file:
+            file.write(json.dumps([step, values]) + "\n")
+        self._watcher.logged(unit, step, values)
+
+    def rewind(self, unit: Unit, step: int) -> None:
+        """Forget what was logged after a step, when going on from a checkpoint made there."""
+        path = self.folder(unit) / LOG
+        lines = [json.dumps(row) + "\n" for row in _logged(path) if row[0] <= step]
+        write_atomically(path, "".join(lines).encode())
+
+    def keep(self, *units: Unit) -> None:
+        """Commit units that are complete; several made together share the time they took."""
+        seconds = (time.monotonic() - self._started) / len(units)
+        for unit in units:
+            rows = [
+                (step, name, value)
+                for step, values in _logged(self.folder(unit) / LOG)
+                for name, value in values.items()
+            ]
+            if rows:
+                steps, names, values = zip(*rows, strict=True)
+                self.put(unit, "metric", step=list(steps), name=list(names), value=[float(value) for value in values])
+                (self.folder(unit) / LOG).unlink()
+            self._unindexed[unit.address] = self.store.keep(unit, seconds, self._made_with)
+            self._watcher.kept(unit, self._unindexed[unit.address], seconds)
+        self._started = time.monotonic()
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        """Say how much of its images, tokens or steps the stage has done."""
+        self._watcher.progressed(self.stage, done, total, what)
+
+    @contextmanager
+    def db(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """Open the index to read, with everything kept so far in it."""
+        self.publish()
+        with self.store.db() as db:
+            yield db
+
+    # What the pipeline does
+
+    def enter(self, stage: str) -> None:
+        """Begin a stage: its clock starts."""
+        self.stage, self._started = stage, time.monotonic()
+
+    def listed(self, stage: str, units: Sequence[Unit]) -> None:
+        """Note what a stage makes, for the stages below it."""
+        self._made[stage] = list(units)
+
+    def publish(self) -> None:
+        """Bring what was kept into the index; a failure costs nothing but a later `saefw index`."""
+        if self._unindexed:
+            self.store.index(self._unindexed)
+            self._unindexed = {}
+
+
+def _logged(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
+    """Read a log; a last line torn by a kill is left out."""
+    if not path.exists():
+        return
+    for line in path.read_text().split(os.linesep):
+        try:
+            step, values = json.loads(line)
+        except ValueError:
+            continue
+        yield step, values

@@ -1,0 +1,40 @@
+-- The tables of saefw.duckdb. `unit` is who made a row; `acts`, `sae` and `probe` are addresses to join on.
+CREATE TABLE unit (unit TEXT PRIMARY KEY, stage TEXT, label TEXT, content JSON, made_with JSON, made_at TIMESTAMPTZ, seconds DOUBLE);
+CREATE TABLE need (unit TEXT, needs TEXT, PRIMARY KEY (unit, needs));
+CREATE TABLE metric (unit TEXT, name TEXT, step BIGINT, value DOUBLE);
+
+-- Recording. layer counts blocks from 0; tokens: all, cls or patches; mean_norm: mean L2 norm of a train patch.
+CREATE TABLE acts (unit TEXT PRIMARY KEY, backbone TEXT, dataset TEXT, layer SMALLINT, tokens TEXT, d_model INTEGER,
+    grid_h SMALLINT, grid_w SMALLINT, n_examples INTEGER, n_tokens SMALLINT, dtype TEXT, mean_norm REAL);
+CREATE TABLE shard (unit TEXT, shard INTEGER, file TEXT, first_example INTEGER, n_examples INTEGER, bytes BIGINT, sha256 TEXT);
+CREATE TABLE example (unit TEXT, example INTEGER, key TEXT, label SMALLINT, split TEXT);
+CREATE TABLE class (unit TEXT, label SMALLINT, name TEXT);
+
+-- Features. frequency: share of patches on which it fires; mean, p99, max: of its positive values, in SAE units.
+CREATE TABLE sae (unit TEXT PRIMARY KEY, acts TEXT, variant TEXT, n_features INTEGER, config JSON);
+CREATE TABLE feature (unit TEXT, sae TEXT, acts TEXT, feature INTEGER, frequency REAL, mean REAL, p99 REAL, max REAL);
+-- The strongest images of a feature, one row an image, at its best token (0: the first patch).
+CREATE TABLE top_example (unit TEXT, sae TEXT, acts TEXT, feature INTEGER, rank SMALLINT, example INTEGER, token SMALLINT, value REAL);
+-- The strongest features of an image, by their largest value over its patches.
+CREATE TABLE top_feature (unit TEXT, sae TEXT, acts TEXT, example INTEGER, rank SMALLINT, feature INTEGER, value REAL);
+-- Of each class and feature, over train images: rate of images it fires on, mean of its largest value an image,
+-- share of all its mass that lies in the class, average precision of its largest value as a detector of the class.
+CREATE TABLE class_feature (unit TEXT, sae TEXT, acts TEXT, label SMALLINT, feature INTEGER, rate REAL, mean REAL, share REAL, ap REAL);
+
+-- Probes and steering. place: patches; role: own class, other class, like features, random directions, by hand.
+CREATE TABLE probe (unit TEXT PRIMARY KEY, acts TEXT, variant TEXT, config JSON);
+CREATE TABLE prediction (unit TEXT, acts TEXT, example INTEGER, predicted SMALLINT, margin REAL);
+CREATE TABLE edit (unit TEXT, sae TEXT, probe TEXT, acts TEXT, edit INTEGER, example INTEGER, place TEXT, role TEXT,
+    chosen_by TEXT, mode TEXT, amount REAL, target SMALLINT, norm REAL);
+CREATE TABLE edit_feature (unit TEXT, edit INTEGER, feature INTEGER, amount REAL);
+CREATE TABLE edit_logit (unit TEXT, edit INTEGER, label SMALLINT, before REAL, after REAL);
+
+CREATE VIEW final AS SELECT unit, name, arg_max(value, step) AS value FROM metric GROUP BY ALL;
+CREATE VIEW pareto AS SELECT s.unit AS sae, s.variant, a.layer, m.nmse, m.l0, m.dead FROM sae s JOIN acts a ON a.unit = s.acts
+    JOIN (PIVOT final ON name IN ('nmse', 'l0', 'dead') USING first(value) GROUP BY unit) m ON m.unit = s.unit;
+CREATE VIEW best_probe AS SELECT DISTINCT ON (a.backbone, a.dataset, a.layer) a.backbone, a.dataset, a.layer, p.unit AS probe, f.value
+    FROM probe p JOIN acts a ON a.unit = p.acts JOIN final f ON f.unit = p.unit AND f.name = 'valid_accuracy'
+    ORDER BY a.backbone, a.dataset, a.layer, f.value DESC;
+CREATE VIEW feature_class AS SELECT t.sae, t.acts, t.feature, c.name AS class, count(*) AS n, avg(t.value) AS mean_value
+    FROM top_example t JOIN example e ON e.unit = t.acts AND e.example = t.example
+    JOIN class c ON c.unit = t.acts AND c.label = e.label GROUP BY ALL;

@@ -1,0 +1,1 @@
+"""The built-in stages, found through entry points like anybody's plugin."""
