@@ -12,6 +12,7 @@ from saefw.errors import NotYet, UserError
 from saefw.run import Pick, Run
 from saefw.sae import Codes, Sae
 from saefw.unit import Unit
+from saefw.vision import mend_torchvision
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -45,6 +46,7 @@ __all__ = [
     "Unit",
     "UserError",
     "hookimpl",
+    "mend_torchvision",
 ]
 
 hookimpl = pluggy.HookimplMarker("saefw")
