@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import pluggy
+from pydantic import Field
 from torch import Tensor, nn
 
 from saefw.entry import Entry, Knob, Late, Names, Place
@@ -169,14 +170,20 @@ class DatasetConfig(Entry):
 class SaeConfig(Entry):
     """An SAE variant that a plugin can train."""
 
-    expansion: int = 16
+    expansion: int = Field(16, gt=0)
     """d_sae as a multiple of d_model."""
 
-    lr: float = 1e-3
-    """Learning rate of Adam after the warm-up."""
+    lr: float = Field(1e-3, gt=0)
+    """Learning rate of Adam between warm-up and decay."""
 
-    warmup: int = 100
-    """Steps over which the learning rate rises from 0."""
+    warmup: int = Field(100, ge=0)
+    """Steps over which the learning rate rises, from its first fraction up."""
+
+    decay: float = Field(0.2, ge=0, le=1)
+    """Share of the steps, the last ones, over which the learning rate falls to 0."""
+
+    clip: float | None = Field(1.0, gt=0)
+    """Largest L2 norm of the whole gradient, to which a larger one is scaled down; null: as it comes."""
 
     unit_norm: bool = True
     """Keep each decoder row at L2 norm 1, and its gradient orthogonal to it."""
@@ -185,7 +192,12 @@ class SaeConfig(Entry):
     """Of the initial weights."""
 
     def build(self, d_model: int) -> Sae:
-        """Return a fresh one with these settings; torch's generator is seeded by the caller."""
+        """Return a fresh one with these settings; torch's generator is seeded by the caller.
+
+        Raises:
+            UserError: the settings do not fit a model of this width.
+
+        """
         raise NotImplementedError(f"{type(self).__name__} cannot be built")
 
 

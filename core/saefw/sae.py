@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
 
 
 class Codes(NamedTuple):
@@ -20,6 +21,21 @@ class Codes(NamedTuple):
 
     d_sae: int
     """How many features there are."""
+
+
+class Loss(NamedTuple):
+    """What one batch of training says."""
+
+    terms: dict[str, Tensor]
+    """Scalars by name, coefficients included; their sum is minimised."""
+
+    fired_s: Tensor
+    """int64 [s]: on how many of the batch's tokens each feature fired; no gradient."""
+
+
+def fired(codes_ns: Tensor) -> Tensor:
+    """Return on how many tokens each feature is above zero, int64 [s]."""
+    return (codes_ns > 0).sum(dim=0)
 
 
 class Sae(nn.Module):
@@ -63,20 +79,22 @@ class Sae(nn.Module):
         return torch.zeros_like(pre_ns).scatter(1, indices, values)
 
     def penalty(self, codes_ns: Tensor) -> Tensor:
-        """Return what the loss adds for codes that are not sparse, a scalar; by default nothing."""
+        """Return what the loss adds for codes [n, s] that are not sparse, a scalar; by default nothing."""
         return codes_ns.new_zeros(())
 
-    def loss(self, x_nd: Tensor, dead_s: Tensor) -> dict[str, Tensor]:
-        """Return the terms of the training loss, by name; their sum is minimised.
+    def loss(self, x_nd: Tensor, dead_s: Tensor) -> Loss:
+        """Return the training loss of a batch: the mean square error over tokens and dimensions, and `penalty`.
+
+        It may draw from torch's generator, which the trainer seeds anew for every step.
 
         Args:
             x_nd: training tokens, already normalised.
-            dead_s: bool [s], the features that have not fired for long; for revival terms.
+            dead_s: bool [s], the features that have not fired for long; for terms that revive them.
 
         """
         codes_ns = self.activate(self.pre(x_nd))
         error_nd = x_nd - self.reconstruct(codes_ns)
-        return {"mse": error_nd.square().mean(), "penalty": self.penalty(codes_ns)}
+        return Loss({"mse": error_nd.square().mean(), "penalty": self.penalty(codes_ns)}, fired(codes_ns))
 
     # What everybody uses.
 
@@ -102,9 +120,10 @@ class Sae(nn.Module):
 
     def decode(self, codes: Codes) -> Tensor:
         """Return the reconstruction [n, d] of sparse codes, in the units of the activations."""
-        x_nd = torch.einsum("nk,nkd->nd", codes.values, self.W_dec[codes.indices]) + self.b_dec
+        # A gather of decoder rows would hold [n, k, d]; the bag sums them as it reads.
+        x_nd = embedding_bag(codes.indices, self.W_dec, per_sample_weights=codes.values, mode="sum") + self.b_dec
         return x_nd * self.scale + self.mean
 
     def forward(self, x_nd: Tensor) -> Tensor:
         """Return the reconstruction of recorded activations, in their own units."""
-        return self.reconstruct(self.dense(x_nd)) * self.scale + self.mean
+        return self.decode(self.encode(x_nd))
