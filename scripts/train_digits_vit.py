@@ -16,6 +16,7 @@ import math
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
@@ -30,7 +31,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 OUT = Path(__file__).resolve().parents[1] / "plugins" / "models" / "saefw_digits_vit"
 
-ARCHITECTURE = {
+ARCHITECTURE: dict[str, Any] = {
     "img_size": 32,
     "patch_size": 4,
     "in_chans": 3,
@@ -133,7 +134,7 @@ def train(
             logits = model(prepare(augment(pixels[batch], generator)))
             loss = F.cross_entropy(logits, labels[batch], label_smoothing=0.05)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
