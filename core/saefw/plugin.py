@@ -277,6 +277,10 @@ class StageConfig(Entry):
         """Make the missing units, calling `run.keep` on each as soon as it is complete."""
         raise NotImplementedError(f"{type(self).__name__} makes nothing")
 
+    def disk(self, unit: Unit, run: Run) -> int:
+        """Say about how many bytes a unit will take, for `saefw run --dry`; cheaply, so 0 where it is not known."""
+        return 0
+
 
 class FigureConfig(Entry):
     """A figure drawn from the store alone."""
