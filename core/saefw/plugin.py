@@ -97,9 +97,12 @@ class Backbone(nn.Module):
         """Return what enters block 0, [batch, token, d_model], of prepared images [batch, 3, height, width]."""
         raise NotImplementedError(f"{type(self).__name__} cannot embed images")
 
-    def tail(self, tokens: Tensor, first: int) -> Tensor:
-        """Run the blocks from number `first` on; override where a block takes more than the tokens."""
-        for block in self.blocks[first:]:
+    def tail(self, tokens: Tensor, first: int, last: int | None = None) -> Tensor:
+        """Run the blocks from number `first` to `last`, the final one by default, both included.
+
+        Override it where a block takes more than the tokens. With `last` before `first` the tokens come back unchanged.
+        """
+        for block in self.blocks[first : None if last is None else last + 1]:
             tokens = block(tokens)
         return tokens
 

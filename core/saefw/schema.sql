@@ -21,7 +21,10 @@ CREATE TABLE top_feature (unit TEXT, sae TEXT, acts TEXT, example INTEGER, rank 
 -- share of all its mass that lies in the class, average precision of its largest value as a detector of the class.
 CREATE TABLE class_feature (unit TEXT, sae TEXT, acts TEXT, label SMALLINT, feature INTEGER, rate REAL, mean REAL, share REAL, ap REAL);
 
--- Probes and steering. place: patches; role: own class, other class, like features, random directions, by hand.
+-- Probes and steering. prediction: of test images; margin: top logit minus the second. An edit: place is patches or cls,
+-- role says whose features (own class, other class, by hand), target is that class, chosen_by is how they were chosen
+-- (effect, mass, hand) or of which control it is (like features, random directions); norm: L2 norm of the whole change.
+-- amount, also of a single feature: in units of its p99 with mode set or add, a factor with mode scale.
 CREATE TABLE probe (unit TEXT PRIMARY KEY, acts TEXT, variant TEXT, config JSON);
 CREATE TABLE prediction (unit TEXT, acts TEXT, example INTEGER, predicted SMALLINT, margin REAL);
 CREATE TABLE edit (unit TEXT, sae TEXT, probe TEXT, acts TEXT, edit INTEGER, example INTEGER, place TEXT, role TEXT,
