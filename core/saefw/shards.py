@@ -10,10 +10,10 @@ Shapes: t n_tokens, e examples, d d_model, n vectors; `acts_ted` has shape [t, e
 """
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saefw.errors import UserError
+from saefw.moments import Moments
 from saefw.store import checksum, write_atomically
+from saefw.stream import BUFFER_MB, Indices, Stream
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """What activations may be stored as."""
@@ -32,14 +34,6 @@ INDEX = "acts.json"
 STATS = "stats.safetensors"
 KINDS = ("patches", "cls")
 """The tokens that have statistics of their own."""
-
-BLOCK_BYTES = 1 << 20
-"""Length of the pieces read for shuffling; part of what decides the order."""
-
-BUFFER_MB = 256
-"""MiB of stored vectors that a stream shuffles at a time; part of what decides the order."""
-
-Indices = NDArray[np.int64]
 
 
 class Stats(NamedTuple):
@@ -75,54 +69,6 @@ class Layout:
     def example_bytes(self) -> int:
         """Bytes of one image's activations."""
         return self.n_tokens * self.d_model * DTYPES[self.dtype].itemsize
-
-
-class Moments:
-    """Count, mean and squared deviations of vectors, taken in piece by piece in float64.
-
-    Pieces are merged as in Chan, Golub & LeVeque 1979, so that a mean far from 0 costs no digits.
-    """
-
-    def __init__(self, n: int, mean_d: Tensor, squares_d: Tensor, norms: float) -> None:
-        """Start from given moments; `norms` is the sum of the vectors' L2 norms."""
-        self.n, self.mean_d, self.squares_d, self.norms = n, mean_d, squares_d, norms
-
-    @classmethod
-    def none(cls, d_model: int) -> "Moments":
-        """Return those of no vectors."""
-        zeros_d = torch.zeros(d_model, dtype=torch.float64)
-        return cls(0, zeros_d, zeros_d.clone(), 0.0)
-
-    def add(self, x_nd: Tensor) -> None:
-        """Take in vectors of any floating dtype."""
-        if len(x_nd):
-            x_nd = x_nd.double()
-            mean_d = x_nd.mean(0)
-            squares_d = (x_nd - mean_d).square().sum(0)
-            self.merge(Moments(len(x_nd), mean_d, squares_d, float(x_nd.norm(dim=1).sum())))
-
-    def merge(self, other: "Moments") -> None:
-        """Take in what another has taken in."""
-        n = self.n + other.n
-        if other.n:
-            shift_d = other.mean_d - self.mean_d
-            self.mean_d = self.mean_d + shift_d * (other.n / n)
-            self.squares_d = self.squares_d + other.squares_d + shift_d.square() * (self.n * other.n / n)
-            self.n, self.norms = n, self.norms + other.norms
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return all of it as tensors, to store."""
-        return {
-            "n": torch.tensor(self.n),
-            "mean": self.mean_d,
-            "squares": self.squares_d,
-            "norms": torch.tensor(self.norms, dtype=torch.float64),
-        }
-
-    @classmethod
-    def of(cls, tensors: dict[str, Tensor]) -> "Moments":
-        """Return what `tensors` gave."""
-        return cls(int(tensors["n"]), tensors["mean"], tensors["squares"], float(tensors["norms"]))
 
 
 class Shard(NamedTuple):
@@ -170,16 +116,13 @@ class Writer:
 
     def write(self, shard: int, acts_ted: Tensor) -> None:
         """Write a shard, [t, e, d] in the layout's dtype; the file is there whole or not at all."""
-        from safetensors.torch import save, save_file
+        from safetensors.torch import save
 
         file, span = _name(shard), self.span(shard)
-        part = self.folder / f"{file}.part"
-        save_file({"acts": acts_ted}, part)
-        with part.open("rb+") as opened:
-            os.fsync(opened.fileno())
-        entry = Shard(file, span.start, len(span), part.stat().st_size, checksum(part))
+        data = _safetensors(acts_ted)
+        entry = Shard(file, span.start, len(span), len(data), sha256(data).hexdigest())
         moments = self._moments(acts_ted, self.train[span.start : span.stop])
-        part.replace(self.folder / file)
+        write_atomically(self.folder / file, data)
         tensors = {f"{kind}.{key}": x for kind, each in moments.items() for key, x in each.tensors().items()}
         write_atomically(self.folder / _moments_name(shard), save(tensors, {"shard": json.dumps(entry._asdict())}))
         self._done[shard] = entry, moments
@@ -357,14 +300,30 @@ class Acts:
 
     def shuffled(
         self, tokens: str, examples: Indices, batch_size: int, seed: int, buffer_mb: int = BUFFER_MB
-    ) -> "Stream":
+    ) -> Stream:
         """Return an endless stream of single tokens of these examples, shuffled anew each epoch.
+
+        Args:
+            tokens: `patches`, `cls` or `all`.
+            examples: which; ascending ones are read fastest.
+            batch_size: vectors a batch.
+            seed: zero or larger; decides the order, together with the buffer's size.
+            buffer_mb: MiB of vectors in their stored dtype that are shuffled at a time.
 
         Raises:
             UserError: there are no such tokens, or no examples.
 
         """
-        return Stream(self, tokens, examples, batch_size, seed, buffer_mb)
+        wanted, examples = self._tokens(tokens), self._checked(examples)
+        if not len(examples) or wanted.start == wanted.stop:
+            raise UserError(f"{self.folder}: there are no {tokens} of the examples asked for")
+
+        def fill(token: int, start: int, stop: int, into_nd: Tensor) -> None:
+            for acts_ted, at, within in self._pieces(examples[start:stop]):
+                into_nd[at] = _picked(acts_ted[wanted.start + token], within, 0)
+
+        shape = wanted.stop - wanted.start, len(examples), self.d_model
+        return Stream(fill, shape, DTYPES[self.layout.dtype], batch_size, seed, buffer_mb)
 
     def _tokens(self, tokens: str) -> slice:
         """Return where tokens of a kind lie."""
@@ -407,110 +366,22 @@ class Acts:
         return self._open[shard]
 
 
-class _Epoch(NamedTuple):
-    """The order in which an epoch's blocks are read, and where each buffer of them begins."""
-
-    tokens: Indices
-    ranges: Indices
-    block_starts: Indices
-    """[buffers + 1], counted in blocks."""
-
-    vector_starts: Indices
-    """[buffers + 1], counted in vectors."""
-
-
-class Stream:
-    """Single tokens in random order, without end: each vector exactly once an epoch.
-
-    A block is one token of neighbouring examples. Blocks are read in random order until the buffer is full; batches
-    are drawn from a permutation of the buffer. What is left at an epoch's end begins the next batch. The order depends
-    on the seed, the epoch, the vectors' number and size, and the buffer's size; not on how they lie in shards. A buffer
-    that holds everything gives a perfect shuffle.
-
-    Blocks are dealt in rounds, each round every token once with a random range of examples, so that a buffer smaller
-    than the recording still holds all tokens about equally often.
-    """
-
-    def __init__(
-        self, acts: Acts, tokens: str, examples: Indices, batch_size: int, seed: int, buffer_mb: int = BUFFER_MB
-    ) -> None:
-        """Begin at batch 0 of epoch 0; `batch_size` and `buffer_mb` (MiB in the stored dtype) are 1 or larger."""
-        self.acts, self.batch_size, self.seed = acts, batch_size, seed
-        self.position = 0
-        self._wanted, self._examples_e = acts._tokens(tokens), acts._checked(examples)
-        n_tokens, n_examples = self._wanted.stop - self._wanted.start, len(self._examples_e)
-        self.n_vectors = n_tokens * n_examples
-        if not self.n_vectors:
-            raise UserError(f"{acts.folder}: there are no {tokens} of these examples to train on")
-        vector_bytes = acts.d_model * DTYPES[acts.layout.dtype].itemsize
-        self._block = max(1, BLOCK_BYTES // vector_bytes)
-        self._shape = n_tokens, -(-n_examples // self._block)
-        buffer_n = (buffer_mb << 20) // vector_bytes
-        n_blocks = n_tokens * self._shape[1]
-        self._n_buffers = 1 if self.n_vectors <= buffer_n else -(-n_blocks // max(1, buffer_n // self._block))
-        self._epoch: tuple[int, _Epoch] | None = None
-        self._buffer: tuple[tuple[int, int], Tensor, Tensor] | None = None
-
-    def seek(self, position: int) -> None:
-        """Go to just before batch number `position`, counted from the very first."""
-        self.position = position
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return self
-
-    def __next__(self) -> Tensor:
-        """Return the next batch, float32 [batch_size, d]."""
-        x_nd = torch.empty(self.batch_size, self.acts.d_model)
-        start, filled = self.position * self.batch_size, 0
-        while filled < self.batch_size:
-            epoch, vector = divmod(start + filled, self.n_vectors)
-            order = self._order(epoch)
-            number = int(np.searchsorted(order.vector_starts, vector, side="right")) - 1
-            buffer_nd, shuffle_n = self._shuffled(epoch, number)
-            some_n = shuffle_n[vector - int(order.vector_starts[number]) :][: self.batch_size - filled]
-            x_nd[filled : filled + len(some_n)] = buffer_nd[some_n]
-            filled += len(some_n)
-        self.position += 1
-        return x_nd
-
-    def _order(self, epoch: int) -> _Epoch:
-        if self._epoch is None or self._epoch[0] != epoch:
-            n_tokens, n_ranges = self._shape
-            rng = np.random.default_rng([self.seed, epoch])
-            range_tr = rng.permuted(np.tile(np.arange(n_ranges), (n_tokens, 1)), axis=1)
-            token_rt = rng.permuted(np.tile(np.arange(n_tokens), (n_ranges, 1)), axis=1)
-            ranges = range_tr[token_rt, np.arange(n_ranges)[:, None]].ravel()
-            ends = np.cumsum(np.minimum(self._block, len(self._examples_e) - ranges * self._block))
-            block_starts = np.arange(self._n_buffers + 1) * len(ranges) // self._n_buffers
-            vector_starts = np.concatenate([[0], ends])[block_starts]
-            self._epoch = epoch, _Epoch(token_rt.ravel(), ranges, block_starts, vector_starts)
-        return self._epoch[1]
-
-    def _shuffled(self, epoch: int, number: int) -> tuple[Tensor, Tensor]:
-        """Return a buffer [n, d] of blocks as they were read, and the order in which to draw from it."""
-        if self._buffer is None or self._buffer[0] != (epoch, number):
-            self._buffer = None  # let go of the old one before filling the new
-            order = self._order(epoch)
-            blocks = slice(order.block_starts[number], order.block_starts[number + 1])
-            n = int(order.vector_starts[number + 1] - order.vector_starts[number])
-            buffer_nd = torch.empty(n, self.acts.d_model, dtype=DTYPES[self.acts.layout.dtype])
-            start = 0
-            for token, part in zip(order.tokens[blocks], order.ranges[blocks], strict=True):
-                some = self._examples_e[part * self._block : (part + 1) * self._block]
-                for acts_ted, at, within in self.acts._pieces(some):
-                    buffer_nd[start + at] = _picked(acts_ted[self._wanted.start + token], within, 0)
-                start += len(some)
-            shuffle = np.random.default_rng([self.seed, epoch, number + 1]).permutation(n)
-            self._buffer = (epoch, number), buffer_nd, torch.from_numpy(shuffle)
-        return self._buffer[1], self._buffer[2]
-
-
 def _picked(x: Tensor, indices: Indices, dim: int) -> Tensor:
     """Return some slices of a tensor; a run of neighbours is not copied."""
     first, n = int(indices[0]), len(indices)
     if indices[-1] - first == n - 1 and (n == 1 or (np.diff(indices) == 1).all()):
         return x.narrow(dim, first, n)
     return x.index_select(dim, torch.from_numpy(indices))
+
+
+def _safetensors(acts_ted: Tensor) -> bytes:
+    """Return the file of one tensor, with a single copy of it; the library's own way makes two, or a private file."""
+    data = acts_ted.contiguous().view(torch.uint8).numpy()
+    dtype = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[acts_ted.dtype]
+    entry = {"dtype": dtype, "shape": list(acts_ted.shape), "data_offsets": [0, data.nbytes]}
+    header = json.dumps({"acts": entry}).encode()
+    header += b" " * (-len(header) % 8)
+    return b"".join([len(header).to_bytes(8, "little"), header, data.data])
 
 
 def _stats(total: Moments) -> dict[str, Tensor]:
