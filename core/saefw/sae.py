@@ -55,7 +55,7 @@ class Sae(nn.Module):
         self.d_model, self.d_sae = d_model, d_sae
         rows_sd = torch.randn(d_sae, d_model)
         rows_sd = rows_sd / rows_sd.norm(dim=1, keepdim=True)
-        self.W_enc = nn.Parameter(rows_sd.T.clone())
+        self.W_enc = nn.Parameter(rows_sd.T.contiguous())
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(rows_sd.clone())
         self.b_dec = nn.Parameter(torch.zeros(d_model))

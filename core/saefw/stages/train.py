@@ -1,1 +1,435 @@
-"""To come."""
+"""Trains every SAE of a sweep on one stream of tokens; saves and reopens them.
+
+Shapes: n tokens, d d_model, s d_sae.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.nn import Parameter
+
+from saefw.blocks import resolve
+from saefw.metrics import L0, Cosine, Dead, Dense, ExplainedVariance, Nmse
+from saefw.plugin import (
+    BackboneConfig,
+    Codes,
+    Knob,
+    Metric,
+    Names,
+    Run,
+    SaeConfig,
+    StageConfig,
+    Unit,
+    UserError,
+    hookimpl,
+    settings,
+)
+from saefw.sae import Sae
+from saefw.shards import Acts, Stats
+from saefw.store import write_atomically
+from saefw.unit import canonical
+
+FILE = "sae.safetensors"
+CHECKPOINT = "checkpoint.safetensors"
+HEADER = "saefw"
+"""The one key of a file's metadata: several would be written in an order that changes from run to run."""
+
+TOKENS = 8192
+"""How many tokens, about, are measured at once."""
+
+Examples = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Train(StageConfig):
+    """Trains SAEs on the train split of a recording and measures them on its valid split."""
+
+    use: Literal["train"] = "train"
+
+    acts: Annotated[str, Names("stages")]
+    """The stage that recorded the activations."""
+
+    saes: Annotated[list[str], Names("saes")] = Field(min_length=1)
+    """The SAEs to train, each on every layer."""
+
+    layers: list[int] | None = Field(None, min_length=1)
+    """Which of the recorded layers, negative ones from the end; null: all."""
+
+    tokens: Literal["patches", "cls"] = "patches"
+    """Which tokens to train on."""
+
+    n_tokens: int = Field(1_000_000, gt=0)
+    """Tokens to train on; the recording is read again from its start, in another order, as often as that takes."""
+
+    batch_size: int = Field(1024, gt=0)
+    """Tokens a step; a last step that would not be full is left out."""
+
+    seed: int = 0
+    """Of the order of the tokens."""
+
+    dead_after: int | None = Field(None, gt=0)
+    """A feature is dead, for terms of the loss that revive, when it has not fired for so many training tokens.
+
+    Null: a tenth of n_tokens, at most 10 million.
+    """
+
+    log_every: Annotated[int, Knob] = Field(50, gt=0)
+    """Steps between two notes of the training loss."""
+
+    checkpoint_every: Annotated[float, Knob] = Field(30.0, ge=0)
+    """Seconds between two checkpoints; longer where writing them would take more than a twentieth of the time."""
+
+    def units(self, run: Run) -> Iterator[Unit]:
+        """List one unit for each recording and SAE.
+
+        Raises:
+            UserError: a layer was not recorded, or not one batch is asked for.
+
+        """
+        if self.n_tokens < self.batch_size:
+            raise UserError(f"train: n_tokens is {self.n_tokens}, less than one batch of {self.batch_size}")
+        shared = {name: value for name, value in self.content().items() if name not in ("use", "layers")}
+        members = run.family("saes", self.saes)
+        listed = {
+            Unit(
+                "train",
+                {**shared, "sae": member.entry.content()},
+                needs=(acts,),
+                label=f"{member.label} on {acts.label}",
+                given={"sae": member.entry},
+            ): None
+            for acts in self._recordings(run)
+            for member in members
+        }
+        yield from listed
+
+    def _recordings(self, run: Run) -> list[Unit]:
+        units = run.made_by(self.acts)
+        if self.layers is None:
+            return units
+        chosen: list[Unit] = []
+        for layer in self.layers:
+            found = [unit for unit in units if unit.content["layer"] == resolve(layer, _depth(unit))]
+            if not found:
+                layers = ", ".join(str(layer) for layer in sorted({unit.content["layer"] for unit in units}))
+                raise UserError(f"train: layer {layer} is not recorded by '{self.acts}' (there are: {layers})")
+            chosen += found
+        return chosen
+
+    def make(self, units: Sequence[Unit], run: Run) -> None:
+        """Train the units of each recording together, one after the other recording.
+
+        Raises:
+            UserError: a recording cannot be trained on, or the loss of an SAE is no number; the others are kept.
+
+        """
+        groups: dict[Unit, list[Unit]] = {}
+        for unit in units:
+            groups.setdefault(unit.needs[0], []).append(unit)
+        failed: list[str] = []
+        for i, (acts, group) in enumerate(groups.items()):
+            failed += self._train(run, acts, group, (i, len(groups)))
+        if failed:
+            raise UserError("\n".join(failed))
+
+    def _train(self, run: Run, recording: Unit, units: Sequence[Unit], part: tuple[int, int]) -> list[str]:
+        """Train units on one recording, keep those that end well, and return what is to be said of the others."""
+        acts = Acts(run.folder(recording))
+        train, valid = acts.of_split("train"), acts.of_split("valid")
+        for split, examples in (("train", train), ("valid", valid)):
+            if not len(examples):
+                use = "trained" if split == "train" else "measured"
+                raise UserError(
+                    f"{recording.label}: no image is in the {split} split, on which SAEs are {use}; add one"
+                )
+        stats, n_steps = acts.stats(self.tokens), self.n_tokens // self.batch_size
+        if not stats.scale > 0:
+            raise UserError(
+                f"{recording.label}: all {self.tokens} of the train split are the same; nothing to train on"
+            )
+        trainings = [Training(unit, acts.d_model, stats, n_steps, run.device) for unit in units]
+        for training in trainings:
+            training.resume(run.folder(training.unit))
+            run.rewind(training.unit, training.step - 1)
+        dead_after = self.dead_after or min(math.ceil(self.n_tokens / 10), 10_000_000)
+        failed: list[str] = []
+
+        # A stop can leave some a checkpoint ahead of others: the stream starts with the last, the rest join in turn.
+        first = min(training.step for training in trainings)
+        stream = acts.shuffled(self.tokens, train, self.batch_size, self.seed)
+        stream.seek(first)
+        saving, telling = Clock(self.checkpoint_every), Clock(0.1)
+        for step in range(first, n_steps):
+            x_nd = trainings[0].sae.normalise(next(stream).to(run.device))
+            logging, checkpointing = step % self.log_every == 0 or step == n_steps - 1, saving.due()
+            for training in list(trainings):
+                if training.step > step:
+                    continue
+                values = training.advance(x_nd, dead_after)
+                if (logging or checkpointing) and not training.healthy():
+                    failed.append(training.excuse())
+                    trainings.remove(training)
+                elif logging:
+                    run.log(training.unit, step, **{name: float(value) for name, value in values.items()})
+            if checkpointing:
+                begun = time.monotonic()
+                for training in trainings:
+                    training.checkpoint(run.folder(training.unit))
+                saving.restart(max(self.checkpoint_every, 20 * (time.monotonic() - begun)))
+            if telling.due() or step == n_steps - 1:
+                done = (part[0] * n_steps + step + 1) * self.batch_size
+                run.progress(done, part[1] * n_steps * self.batch_size, "tokens")
+                telling.restart(0.1)
+            if not trainings:
+                return failed
+
+        measured = measure(acts, valid, self.tokens, [training.sae for training in trainings], run)
+        for training, values in zip(trainings, measured, strict=True):
+            unit, folder = training.unit, run.folder(training.unit)
+            about = {"acts": recording.address, "layer": acts.layer, "tokens": self.tokens}
+            training.write(folder, {**about, "n_tokens": n_steps * self.batch_size, "d_model": acts.d_model})
+            config = training.config
+            run.put(
+                unit,
+                "sae",
+                acts=recording.address,
+                variant=config.content()["use"],
+                n_features=training.sae.d_sae,
+                config=canonical(settings(config)),
+            )
+            run.log(unit, n_steps, **values)
+            (folder / CHECKPOINT).unlink(missing_ok=True)
+        run.keep(*(training.unit for training in trainings))
+        return failed
+
+
+def _depth(acts: Unit) -> int:
+    backbone: BackboneConfig = acts.given["backbone"]
+    return backbone.describe().n_blocks
+
+
+class Clock:
+    """Says when some seconds have passed."""
+
+    def __init__(self, seconds: float) -> None:
+        """Start it."""
+        self.restart(seconds)
+
+    def restart(self, seconds: float) -> None:
+        """Be due in so many seconds."""
+        self._due = time.monotonic() + seconds
+
+    def due(self) -> bool:
+        """Whether they have passed."""
+        return time.monotonic() >= self._due
+
+
+class Training:
+    """One SAE while it is trained: its weights, its optimiser, its place in the stream, and who has not fired."""
+
+    def __init__(self, unit: Unit, d_model: int, stats: Stats, n_steps: int, device: str) -> None:
+        """Start at step 0 with fresh weights, drawn by the entry's own seed."""
+        self.unit, self.n_steps, self.step = unit, n_steps, 0
+        self.config: SaeConfig = unit.given["sae"]
+        with seeded(self.config.seed, 0):
+            self.sae = self.config.build(d_model)
+        self.sae.mean.copy_(stats.mean)
+        self.sae.scale.fill_(stats.scale)
+        self.sae.to(device).train()
+        self.adam = torch.optim.Adam(self.sae.parameters(), lr=self.config.lr)
+        self.since_s = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=device)
+        self.total = torch.zeros(())
+
+    def advance(self, x_nd: Tensor, dead_after: int) -> dict[str, Any]:
+        """Take one step on normalised tokens; return what there is to log of the batch, not yet as numbers.
+
+        The order matters: were the rows brought to norm 1 before Adam's step, they would be saved at another norm,
+        and were the gradient clipped before its useless part is taken out, the useful part would be clipped too.
+        """
+        lr, dead_s = learning_rate(self.config, self.step, self.n_steps), self.since_s >= dead_after
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        with seeded(self.config.seed, self.step + 1):
+            loss = self.sae.loss(x_nd, dead_s)
+        self.total = torch.stack(list(loss.terms.values())).sum()
+        self.adam.zero_grad()
+        self.total.backward()  # type: ignore[no-untyped-call]
+        if self.config.unit_norm:
+            drop_radial(self.sae.W_dec)
+        if self.config.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.config.clip)
+        self.adam.step()
+        if self.config.unit_norm:
+            renormalise(self.sae.W_dec)
+        self.since_s = torch.where(loss.fired_s > 0, 0, self.since_s + len(x_nd))
+        self.step += 1
+        terms = {f"train_{name}": term.detach() for name, term in loss.terms.items()}
+        return {**terms, "train_l0": loss.fired_s.sum() / len(x_nd), "train_dead": dead_s.double().mean(), "lr": lr}
+
+    def healthy(self) -> bool:
+        """Whether the last loss and all weights are finite."""
+        numbers = [self.total.detach(), *self.sae.parameters()]
+        return all(bool(number.isfinite().all()) for number in numbers)
+
+    def excuse(self) -> str:
+        """Say that the loss is no number any more, and what to try."""
+        return (
+            f"{self.unit.label}: the loss is {float(self.total):g} after {self.step} of {self.n_steps} steps with "
+            f"lr {self.config.lr:g}; try a smaller lr, a longer warmup, or clip: 1"
+        )
+
+    def checkpoint(self, folder: Path) -> None:
+        """Write all that going on needs: weights, Adam's moments, the step (also the place in the stream)."""
+        tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
+        for index, state in self.adam.state_dict()["state"].items():
+            tensors |= {f"adam.{index}.{name}": tensor for name, tensor in state.items()}
+        _write(folder / CHECKPOINT, {**tensors, "since_s": self.since_s}, {"step": self.step})
+
+    def resume(self, folder: Path) -> None:
+        """Go on from the checkpoint in a folder, if there is one.
+
+        Raises:
+            UserError: it is damaged.
+
+        """
+        path = folder / CHECKPOINT
+        if not path.exists():
+            return
+        tensors, header = _read(path)
+        self.since_s.copy_(tensors.pop("since_s"))
+        states: dict[int, dict[str, Tensor]] = {}
+        for key in [key for key in tensors if key.startswith("adam.")]:
+            _, index, name = key.split(".")
+            states.setdefault(int(index), {})[name] = tensors.pop(key)
+        self.adam.load_state_dict({**self.adam.state_dict(), "state": states})
+        _load(self.sae, {key.removeprefix("sae."): tensor for key, tensor in tensors.items()}, path)
+        self.step = header["step"]
+
+    def write(self, folder: Path, about: Mapping[str, Any]) -> None:
+        """Write the trained SAE for `open_sae`; `about` goes into the file's header beside its settings."""
+        header = {**about, "config": self.config.content(), "normalisation": "(x - mean) / scale"}
+        _write(folder / FILE, self.sae.state_dict(), header)
+
+
+def learning_rate(config: SaeConfig, step: int, n_steps: int) -> float:
+    """Return the learning rate of a step, counted from 0: a line up, a plateau, a line down to 0 at step n_steps."""
+    rise = (step + 1) / config.warmup if step < config.warmup else 1.0
+    falling = config.decay * n_steps
+    fall = (n_steps - step) / falling if n_steps - step < falling else 1.0
+    return config.lr * min(rise, fall)
+
+
+@torch.no_grad()
+def measure(acts: Acts, examples: Examples, tokens: str, saes: Sequence[Sae], run: Run) -> list[dict[str, float]]:
+    """Return what `saefw_metrics` brought, of each SAE over the tokens of some images, and n_valid_tokens."""
+    rows = [{name: metric() for name, metric in run.metrics.items()} for _ in saes]
+    n_tokens = 0
+    telling = Clock(0.1)
+    for sae in saes:
+        sae.eval()
+    for indices, x_etd in acts.read(tokens, examples, max(1, TOKENS // acts.n_tokens)):
+        x_nd = x_etd.flatten(0, 1).to(run.device)
+        n_tokens += len(x_nd)
+        for sae, metrics in zip(saes, rows, strict=True):
+            codes = sae.encode(x_nd)
+            batch = x_nd, sae.decode(codes), codes
+            if x_nd.device.type == "mps":  # has no float64
+                batch = batch[0].cpu(), batch[1].cpu(), Codes(codes.indices.cpu(), codes.values.cpu(), codes.d_sae)
+            for metric in metrics.values():
+                metric.add(*batch)
+        if telling.due():
+            run.progress(n_tokens, n_tokens // len(indices) * len(examples), "valid tokens")
+            telling.restart(0.1)
+    return [{**{name: metric.result() for name, metric in row.items()}, "n_valid_tokens": n_tokens} for row in rows]
+
+
+@torch.no_grad()
+def drop_radial(W_dec: Parameter) -> None:
+    """Take out of the gradient of each decoder row [s, d] its part along the row: it would only change the norm."""
+    if W_dec.grad is not None:
+        along_s = (W_dec.grad * W_dec).sum(dim=1, keepdim=True) / W_dec.square().sum(dim=1, keepdim=True)
+        W_dec.grad -= along_s * W_dec
+
+
+@torch.no_grad()
+def renormalise(W_dec: Parameter) -> None:
+    """Bring each decoder row [s, d] to L2 norm 1."""
+    W_dec.div_(W_dec.norm(dim=1, keepdim=True))
+
+
+@contextmanager
+def seeded(seed: int, step: int) -> Iterator[None]:
+    """Seed torch's generator by an SAE's seed and a step, and put it back: nothing depends on who trains beside."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(((seed << 32) + step) % 2**63)
+        yield
+
+
+# Files
+
+
+def open_sae(config: SaeConfig, folder: Path, device: str = "cpu") -> Sae:
+    """Return the trained SAE in a unit's folder, in eval mode, its weights frozen.
+
+    Raises:
+        UserError: the file is missing, damaged, or of an SAE with other settings.
+
+    """
+    path = folder / FILE
+    tensors, header = _read(path)
+    if header.get("config") != config.content():
+        raise UserError(f"{path}: holds an SAE with other settings than asked for; delete {folder} to train that one")
+    with seeded(config.seed, 0):
+        sae = config.build(header["d_model"])
+    _load(sae, tensors, path)
+    return sae.to(device).eval().requires_grad_(False)
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, save(ready, metadata={HEADER: canonical(header)}))
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, "pt") as file:
+            header: dict[str, Any] = json.loads(file.metadata()[HEADER])
+            return {name: file.get_tensor(name) for name in file.keys()}, header
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete {path.parent} to train it again") from error
+
+
+def _load(sae: Sae, tensors: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        sae.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(f"{path}: does not fit its SAE; delete {path.parent} to train it again ({error})") from error
+
+
+@hookimpl
+def saefw_stages() -> list[type[StageConfig]]:
+    """One: train."""
+    return [Train]
+
+
+@hookimpl
+def saefw_metrics() -> dict[str, type[Metric]]:
+    """What every SAE is measured by."""
+    return {
+        "nmse": Nmse,
+        "explained_variance": ExplainedVariance,
+        "cosine": Cosine,
+        "l0": L0,
+        "dead": Dead,
+        "dense": Dense,
+    }
