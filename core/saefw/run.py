@@ -110,6 +110,7 @@ class Run:
         self._made: dict[str, list[Unit]] = {}
         self._started = time.monotonic()
         self._unindexed: dict[str, Path] = {}
+        self._logs: dict[str, int] = {}
 
     # What was asked for
 
@@ -141,7 +142,7 @@ class Run:
             raise NotYet(f"decided once {stage} is made")
         with self.db() as db:
             rows = db.execute(
-                "SELECT unit, name, value FROM final WHERE list_contains(?, unit) AND value IS NOT NULL",
+                "SELECT unit, name, value FROM final WHERE list_contains(?, unit) AND NOT isnan(value)",
                 [[unit.address for unit in units]],
             ).fetchall()
         metrics: dict[Unit, dict[str, float]] = {unit: {} for unit in units}
@@ -171,30 +172,33 @@ class Run:
 
     def log(self, unit: Unit, step: int, **values: float) -> None:
         """Note what was measured at a step; it survives a stop and becomes rows of `metric`."""
-        with (self.folder(unit) / LOG).open("a") as file:
-            file.write(json.dumps([step, values]) + "\n")
+        log = self._logs.get(unit.address) or self._open_log(unit)
+        # One write a line, straight to the system: killed at any moment, what was logged is there.
+        os.write(log, (json.dumps([step, values]) + "\n").encode())
         self._watcher.logged(unit, step, values)
 
     def rewind(self, unit: Unit, step: int) -> None:
         """Forget what was logged after a step, when going on from a checkpoint made there."""
-        path = self.folder(unit) / LOG
+        self._close_logs()
+        path = self.store.begin(unit) / LOG
         lines = [json.dumps(row) + "\n" for row in _logged(path) if row[0] <= step]
         write_atomically(path, "".join(lines).encode())
 
     def keep(self, *units: Unit) -> None:
         """Commit units that are complete; several made together share the time they took."""
         seconds = (time.monotonic() - self._started) / len(units)
+        self._close_logs()
         for unit in units:
-            rows = [
-                (step, name, value)
-                for step, values in _logged(self.folder(unit) / LOG)
+            # A stage that was killed before this point logs its last steps again: the later value counts.
+            rows = {
+                (step, name): value
+                for step, values in _logged(self.store.begin(unit) / LOG)
                 for name, value in values.items()
-            ]
+            }
             if rows:
-                steps, names, values = zip(*rows, strict=True)
-                self.put(unit, "metric", step=list(steps), name=list(names), value=[float(value) for value in values])
-                (self.folder(unit) / LOG).unlink()
-            self._unindexed[unit.address] = self.store.keep(unit, seconds, self._made_with)
+                steps, names = zip(*rows, strict=True)
+                self.put(unit, "metric", step=list(steps), name=list(names), value=[float(v) for v in rows.values()])
+            self._unindexed[unit.address] = self.store.keep(unit, seconds, self._made_with, without=[LOG])
             self._watcher.kept(unit, self._unindexed[unit.address], seconds)
         self._started = time.monotonic()
 
@@ -213,6 +217,7 @@ class Run:
 
     def enter(self, stage: str) -> None:
         """Begin a stage: its clock starts."""
+        self._close_logs()
         self.stage, self._started = stage, time.monotonic()
 
     def listed(self, stage: str, units: Sequence[Unit]) -> None:
@@ -222,15 +227,30 @@ class Run:
     def publish(self) -> None:
         """Bring what was kept into the index; a failure costs nothing but a later `saefw index`."""
         if self._unindexed:
-            self.store.index(self._unindexed)
-            self._unindexed = {}
+            new, self._unindexed = self._unindexed, {}
+            self.store.index(new)
+
+    def _open_log(self, unit: Unit) -> int:
+        if self.store.has(unit):
+            raise RuntimeError(f"'{unit.label}' was logged to after it was kept")
+        if len(self._logs) >= 200:  # a sweep may be wider than the system lets one process open files
+            self._close_logs()
+        handle = os.open(self.store.begin(unit) / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        os.write(handle, b"\n")  # ends a line that a power cut may have torn
+        self._logs[unit.address] = handle
+        return handle
+
+    def _close_logs(self) -> None:
+        for handle in self._logs.values():
+            os.close(handle)
+        self._logs.clear()
 
 
 def _logged(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
     """Read a log; a last line torn by a kill is left out."""
     if not path.exists():
         return
-    for line in path.read_text().split(os.linesep):
+    for line in path.read_text(errors="replace").splitlines():
         try:
             step, values = json.loads(line)
         except ValueError:

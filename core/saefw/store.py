@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cache, cached_property
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
@@ -22,15 +22,17 @@ from typing import Any
 import duckdb
 import numpy as np
 
-from saefw.errors import UserError
+from saefw.errors import Faults, UserError
 from saefw.unit import Unit, canonical
 
 INDEX = "saefw.duckdb"
 STORAGE = "v1.2.0"
 """DuckDB's storage version of the index: one that DuckDB 1.2 and newer can open."""
 
+PART = ".part"
+"""The end of the name of a file that is being written; one that a killed run left is never kept."""
 
-_SINGLE = (str, bytes, int, float, type(None))
+_SINGLE = (str, bytes, int, float, np.generic, type(None))
 
 
 def schema() -> str:
@@ -38,14 +40,29 @@ def schema() -> str:
     return files("saefw").joinpath("schema.sql").read_text()
 
 
+@cache
+def types() -> dict[str, dict[str, str]]:
+    """Return each table of the schema, with its columns and their types, both in the schema's order."""
+    found: dict[str, dict[str, str]] = {}
+    with duckdb.connect() as db:
+        db.execute(schema())
+        for table, column, kind in db.execute(
+            "SELECT table_name, column_name, data_type FROM duckdb_columns() SEMI JOIN duckdb_tables()"
+            " USING (table_name) ORDER BY table_oid, column_index"
+        ).fetchall():
+            found.setdefault(table, {})[column] = kind
+    return found
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that it is there whole or not at all, also after a power cut."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(path.name + PART)
     with part.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+    _settle(path.parent)
 
 
 def checksum(path: Path) -> str:
@@ -65,11 +82,9 @@ class Store:
         self.root = root
 
     @cached_property
-    def _typed(self) -> duckdb.DuckDBPyConnection:
-        """Empty tables in memory, through which rows get the types of the schema on their way to parquet."""
-        db = duckdb.connect()
-        db.execute(schema())
-        return db
+    def _memory(self) -> duckdb.DuckDBPyConnection:
+        """A connection without a file, through which rows go to parquet."""
+        return duckdb.connect()
 
     # Units
 
@@ -82,28 +97,29 @@ class Store:
         return self.root / unit.stage / f"{unit.address}.partial"
 
     def has(self, unit: Unit) -> bool:
-        """Whether the unit was kept.
+        """Whether the unit was kept: a folder without made.json (half a copy, say) is not.
 
         Raises:
             UserError: the folder of its address holds another unit, or none that can be read.
 
         """
-        path = self.folder(unit) / "unit.json"
-        if not path.parent.is_dir():
+        folder = self.folder(unit)
+        if not (folder / "made.json").exists():
             return False
-        try:
-            same = path.read_text() == unit.text
-        except OSError as error:
-            raise UserError(
-                f"{path}: cannot be read ({error.strerror}); delete {path.parent} to make it again"
-            ) from error
-        if not same:
-            raise UserError(f"{path.parent}: holds another unit than {unit.label!r}; delete it to make that one")
+        _same(folder, unit)
         return True
 
     def begin(self, unit: Unit) -> Path:
-        """Return the folder to work in; what an interrupted run left there is still in it."""
+        """Return the folder to work in; what an interrupted run left there is still in it.
+
+        Raises:
+            UserError: it cannot be written to, or the folder there is that of another unit.
+
+        """
         folder = self.partial(unit)
+        if (folder / "unit.json").exists():
+            _same(folder, unit)
+            return folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / "unit.json", unit.text.encode())
@@ -114,37 +130,66 @@ class Store:
     def write(self, unit: Unit, table: str, columns: Mapping[str, Any]) -> None:
         """Write rows of a table into the unit's working folder, typed as the schema says.
 
-        `columns` maps column names to arrays or lists of one length, or to single values; `unit` is filled in.
+        `columns` maps column names to arrays or lists of one length, or to single values; `unit` is filled in, and
+        a column left out is NULL. The order of rows is kept, and the same rows give the same bytes.
         """
-        given = {"unit": unit.address, **columns}
-        length = max((len(value) for value in given.values() if not isinstance(value, _SINGLE)), default=1)
-        rows = {
-            name: _array([value] * length if isinstance(value, _SINGLE) else value) for name, value in given.items()
-        }
-        part = self.partial(unit) / f"{table}.parquet.part"
-        if length:
-            self._typed.register("rows", rows)
-            self._typed.execute(f'INSERT INTO "{table}" BY NAME SELECT * FROM rows')
-        self._typed.execute(f"COPY \"{table}\" TO '{_quoted(part)}' (FORMAT parquet, COMPRESSION zstd)")
-        self._typed.execute(f'DELETE FROM "{table}"')
+        kinds, given = types()[table], {"unit": unit.address, **columns}
+        unknown = sorted(set(given) - set(kinds))
+        if unknown:
+            raise TypeError(f"table '{table}' has no column {', '.join(unknown)} (there are: {', '.join(kinds)})")
+        rows = {name: _array(value) for name, value in given.items() if not isinstance(value, _SINGLE)}
+        lengths = {name: len(array) for name, array in rows.items()}
+        if len(set(lengths.values())) > 1:
+            raise TypeError(f"table '{table}': columns of different lengths: {lengths}")
+        # Single values are not repeated in memory: a table of 40 million rows has several.
+        single = {name: _array([given.get(name)]) for name in kinds if name not in rows}
+        source = {name: f'"{name}"' if name in rows else f'(SELECT "{name}" FROM single)' for name in kinds}
+        casts = ", ".join(f'CAST({source[name]} AS {kinds[name]}) AS "{name}"' for name in kinds)
+        part = self.begin(unit) / f"{table}.parquet{PART}"
+        self._memory.register("rows", rows or {"row": np.zeros(1)})
+        self._memory.register("single", single)
+        try:
+            self._memory.execute(
+                f"COPY (SELECT {casts} FROM rows) TO '{_quoted(part)}' (FORMAT parquet, COMPRESSION zstd)"
+            )
+        finally:
+            self._memory.unregister("rows")
+            self._memory.unregister("single")
         part.replace(part.with_suffix(""))
 
-    def keep(self, unit: Unit, seconds: float, made_with: Mapping[str, str]) -> Path:
-        """Turn the working folder into the unit: the rename is the commit. Returns the folder."""
-        partial, folder = self.partial(unit), self.folder(unit)
+    def keep(self, unit: Unit, seconds: float, made_with: Mapping[str, str], without: Sequence[str] = ()) -> Path:
+        """Turn the working folder into the unit: the rename is the commit. Returns the folder.
+
+        Files called as in `without` served the making alone and are dropped, after the rename, so that a run killed
+        in between has lost nothing. If another machine put the same unit there meanwhile, that one stays.
+        """
+        partial, folder = self.begin(unit), self.folder(unit)
+        for stale in [path for path in partial.rglob(f"*{PART}") if path.is_file()]:
+            stale.unlink()
+        entries = sorted(partial.rglob("*"))
+        for path in entries:
+            _settle(path)
         made = {
             "label": unit.label,
             "seconds": round(seconds, 3),
             "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "made_with": dict(made_with),
             "files": {
-                str(path.relative_to(partial)): {"bytes": path.stat().st_size, "sha256": checksum(path)}
-                for path in sorted(partial.rglob("*"))
-                if path.is_file() and path.name != "made.json"
+                path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": checksum(path)}
+                for path in entries
+                if path.is_file() and path.name not in ("made.json", *without)
             },
         }
         write_atomically(partial / "made.json", json.dumps(made, indent=1).encode())
+        if self.has(unit):
+            shutil.rmtree(partial)
+            return folder
+        if folder.exists():
+            shutil.rmtree(folder)
         partial.rename(folder)
+        _settle(folder.parent)
+        for name in without:
+            (folder / name).unlink(missing_ok=True)
         return folder
 
     @contextmanager
@@ -182,7 +227,14 @@ class Store:
         }
 
     def sync(self) -> int:
-        """Bring the index in line with the folders; return how many units were added or dropped."""
+        """Bring the index in line with the folders; return how many units were added or dropped.
+
+        Writes nothing if there is nothing to do, so a store that is read-only may be read.
+
+        Raises:
+            UserError: a unit is damaged (the others are indexed all the same), or the index cannot be written.
+
+        """
         path = self.root / INDEX
         if not self.root.is_dir():
             return 0
@@ -193,38 +245,58 @@ class Store:
             whole = current == (_schema_mark(),)
         except duckdb.Error:
             whole, indexed = False, set()
-        kept = self.kept()
         if not whole:
-            return self.index(kept, [], afresh=True)
+            return self.rebuild()
+        kept = self.kept()
         new, gone = {a: f for a, f in kept.items() if a not in indexed}, sorted(indexed - set(kept))
         return self.index(new, gone) if new or gone else 0
+
+    def rebuild(self) -> int:
+        """Make the index anew from the parquet in the unit folders; return how many units are in it.
+
+        Raises:
+            UserError: a unit is damaged (the others are indexed all the same), or the index cannot be written.
+
+        """
+        return self.index({}, afresh=True)
 
     def index(self, new: Mapping[str, Path], gone: Iterable[str] = (), afresh: bool = False) -> int:
         """Publish an index with the rows of some units added (again) and of others dropped.
 
-        Works on a copy that then replaces `saefw.duckdb`. With `afresh` the copy starts empty. Returns how many
-        units were added or dropped.
+        Works on a copy that then replaces `saefw.duckdb`. With `afresh` the copy starts empty and takes in every
+        kept unit. Returns how many units were added or dropped.
+
+        Raises:
+            UserError: a unit is damaged (the others are indexed all the same), or the index cannot be written.
+
         """
-        path, copy = self.root / INDEX, self.root / f".{INDEX}.part"
-        gone = list(gone)
+        path, copy = self.root / INDEX, self.root / f".{INDEX}{PART}"
+        gone, faults = list(gone), []
         with self._flock(self.root / "locks" / "index"):
-            for stale in self.root.glob(f".{INDEX}.part*"):
+            for stale in self.root.glob(f".{INDEX}{PART}*"):
                 stale.unlink()
             if afresh or not path.exists():
+                # Listed under the lock: what another run publishes while we wait for it must not get lost.
+                new = self.kept()
                 _empty(copy)
             else:
                 shutil.copyfile(path, copy)
             with duckdb.connect(str(copy)) as db:
-                tables = [row[0] for row in db.execute("SELECT table_name FROM duckdb_tables() ORDER BY 1").fetchall()]
                 db.execute("BEGIN")
-                for address in [*new, *gone]:
-                    for table in tables:
-                        db.execute(f'DELETE FROM "{table}" WHERE unit = ?', [address])
-                for address, folder in new.items():
-                    _insert(db, address, folder, tables)
+                for table in types():
+                    db.execute(f'DELETE FROM "{table}" WHERE list_contains(?, unit)', [[*new, *gone]])
                 db.execute("COMMIT")
+                for address, folder in new.items():
+                    try:
+                        _insert(db, address, folder, types())
+                    except UserError as error:
+                        faults.append(str(error))
                 db.execute("CHECKPOINT")
+            # Left by somebody who opened the index to write: it would be played back onto the new one.
+            path.with_name(f"{INDEX}.wal").unlink(missing_ok=True)
             copy.replace(path)
+        if faults:
+            raise Faults(faults)
         return len(new) + len(gone)
 
     @contextmanager
@@ -259,22 +331,52 @@ def _schema_mark() -> str:
     return f"newest value of each metric; schema {sha256(schema().encode()).hexdigest()[:12]}"
 
 
-def _insert(db: duckdb.DuckDBPyConnection, address: str, folder: Path, tables: Sequence[str]) -> None:
-    unit = json.loads((folder / "unit.json").read_text())
-    made = json.loads((folder / "made.json").read_text())
-    db.execute(
-        "INSERT INTO unit VALUES (?, ?, ?, ?, ?, ?, ?)",
-        [
-            address, unit["stage"], made["label"], canonical(unit["content"]), json.dumps(made["made_with"]),
-            made["made_at"], made["seconds"],
-        ],
-    )  # fmt: skip
-    for need in dict.fromkeys(unit["needs"]):
-        db.execute("INSERT INTO need VALUES (?, ?)", [address, need])
-    for table in tables:
-        path = folder / f"{table}.parquet"
-        if path.exists():
-            db.execute(f'INSERT INTO "{table}" BY NAME SELECT * FROM read_parquet(?)', [str(path)])
+def _insert(db: duckdb.DuckDBPyConnection, address: str, folder: Path, tables: Iterable[str]) -> None:
+    """Insert all rows of a unit or, if any file of it is damaged, none."""
+    path = folder / "unit.json"
+    db.execute("BEGIN")
+    try:
+        unit = json.loads(path.read_text())
+        path = folder / "made.json"
+        made = json.loads(path.read_text())
+        db.execute(
+            "INSERT INTO unit VALUES (?, ?, ?, ?, ?, ?, ?)",
+            [
+                address, unit["stage"], made["label"], canonical(unit["content"]), json.dumps(made["made_with"]),
+                made["made_at"], made["seconds"],
+            ],
+        )  # fmt: skip
+        for need in dict.fromkeys(unit["needs"]):
+            db.execute("INSERT INTO need VALUES (?, ?)", [address, need])
+        for table in tables:
+            path = folder / f"{table}.parquet"
+            if path.exists():
+                db.execute(f'INSERT INTO "{table}" BY NAME SELECT * FROM read_parquet(?)', [str(path)])
+    except (OSError, ValueError, KeyError, TypeError, duckdb.Error) as error:
+        db.execute("ROLLBACK")
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: damaged ({why}); delete the folder {folder} to make it again") from error
+    db.execute("COMMIT")
+
+
+def _same(folder: Path, unit: Unit) -> None:
+    """Refuse a folder that holds another unit than the one that its name says."""
+    path = folder / "unit.json"
+    try:
+        same = path.read_text() == unit.text
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete the folder {folder} to make it again") from error
+    if not same:
+        raise UserError(f"{folder}: holds another unit than '{unit.label}'; delete it to make that one")
+
+
+def _settle(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _quoted(path: Path) -> str:

@@ -1,0 +1,407 @@
+"""Folders are the truth and the index follows them, whatever is killed, copied, damaged or looked at meanwhile."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from hashlib import sha256
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pytest
+
+from saefw.errors import Faults, UserError
+from saefw.run import LOG, Run
+from saefw.store import INDEX, Store, write_atomically
+from saefw.unit import Unit
+
+
+def unit(n: int = 0, *needs: Unit) -> Unit:
+    return Unit("fake", {"n": n}, needs, label=f"fake {n}")
+
+
+def make(store: Store, made: Unit, value: float = 1.0) -> Path:
+    store.begin(made)
+    store.write(made, "metric", {"name": ["a", "b"], "step": 3, "value": [value, 2.0]})
+    return store.keep(made, 1.5, {"saefw": "test"})
+
+
+def values(store: Store) -> list[tuple[object, ...]]:
+    with store.db() as db:
+        return db.execute("SELECT unit, name, step, value FROM metric ORDER BY ALL").fetchall()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "runs")
+
+
+def test_keep(store: Store) -> None:
+    one = unit(1, unit(0))
+    assert not store.has(one)
+    store.begin(one)
+    assert not store.has(one)
+    (store.partial(one) / "sub").mkdir()
+    (store.partial(one) / "sub" / "note.txt").write_text("x")
+    folder = make(store, one)
+    assert folder == store.folder(one) == store.root / "fake" / one.address
+    assert store.has(one) and not store.partial(one).exists()
+    assert (folder / "unit.json").read_text() == one.text
+    made = json.loads((folder / "made.json").read_text())
+    assert made["label"] == "fake 1" and made["seconds"] == 1.5 and made["made_with"] == {"saefw": "test"}
+    assert sorted(made["files"]) == ["metric.parquet", "sub/note.txt", "unit.json"]
+    for name, facts in made["files"].items():
+        data = (folder / name).read_bytes()
+        assert facts == {"bytes": len(data), "sha256": sha256(data).hexdigest()}
+    assert store.sync() == 1
+    assert values(store) == [(one.address, "a", 3, 1.0), (one.address, "b", 3, 2.0)]
+    with store.db() as db:
+        assert db.execute("SELECT needs FROM need WHERE unit = ?", [one.address]).fetchall() == [(unit(0).address,)]
+        assert db.execute("SELECT stage, content->'n' FROM unit").fetchall() == [("fake", "1")]
+
+
+def test_rows_are_typed_and_in_order(store: Store) -> None:
+    one, order = unit(1), np.random.default_rng(0).permutation(200_000)
+    store.begin(one)
+    store.write(
+        one, "top_example",
+        {"sae": "s", "acts": "a", "feature": order, "rank": np.int64(2), "example": 1, "token": [0] * 200_000,
+         "value": order.astype(np.float64)},
+    )  # fmt: skip
+    path = store.partial(one) / "top_example.parquet"
+    with duckdb.connect() as db:
+        columns = db.execute(f"DESCRIBE SELECT * FROM '{path}'").fetchall()
+        got = db.execute(f"SELECT * FROM '{path}'").fetchnumpy()
+    assert [(name, kind) for name, kind, *_ in columns] == [
+        ("unit", "VARCHAR"), ("sae", "VARCHAR"), ("acts", "VARCHAR"), ("feature", "INTEGER"), ("rank", "SMALLINT"),
+        ("example", "INTEGER"), ("token", "SMALLINT"), ("value", "FLOAT"),
+    ]  # fmt: skip
+    assert (got["feature"] == order).all() and set(got["unit"]) == {one.address} and set(got["rank"]) == {2}
+
+
+def test_same_rows_same_bytes(store: Store) -> None:
+    one, value = unit(1), np.random.default_rng(0).normal(size=300_000)
+    seen = set()
+    for _ in range(3):
+        store.write(one, "metric", {"name": "x", "step": np.arange(300_000), "value": value})
+        seen.add((store.partial(one) / "metric.parquet").read_bytes())
+    assert len(seen) == 1
+
+
+def test_no_rows_and_missing_columns(store: Store) -> None:
+    one = unit(1)
+    store.write(one, "metric", {"name": [], "step": [], "value": []})
+    store.write(one, "acts", {"backbone": "b", "layer": 1})
+    store.keep(one, 0, {})
+    store.sync()
+    assert values(store) == []
+    with store.db() as db:
+        assert db.execute("SELECT backbone, layer, dtype FROM acts").fetchall() == [("b", 1, None)]
+
+
+def test_wrong_rows_leave_nothing_behind(store: Store) -> None:
+    one = unit(1)
+    with pytest.raises(TypeError, match=r"table 'metric' has no column nmae \(there are: unit, name, step, value\)"):
+        store.write(one, "metric", {"nmae": "x"})
+    with pytest.raises(TypeError, match="columns of different lengths"):
+        store.write(one, "metric", {"name": ["x", "y"], "step": [1]})
+    with pytest.raises(duckdb.Error):
+        store.write(one, "example", {"example": [1], "label": [70_000]})
+    assert [path.name for path in store.partial(one).iterdir() if path.suffix == ".parquet"] == []
+    make(store, one)
+    store.sync()
+    assert len(values(store)) == 2
+
+
+def test_half_a_copy_is_not_kept(store: Store) -> None:
+    one = unit(1)
+    folder = make(store, one)
+    (folder / "made.json").unlink()
+    assert not store.has(one) and store.kept() == {}
+    make(store, one, value=5.0)
+    assert store.has(one) and list(store.kept()) == [one.address]
+    store.sync()
+    assert values(store)[0][3] == 5.0
+
+
+def test_the_same_unit_came_meanwhile(store: Store) -> None:
+    one = unit(1)
+    make(store, one, value=1.0)
+    make(store, one, value=2.0)
+    assert not store.partial(one).exists()
+    store.sync()
+    assert values(store)[0][3] == 1.0
+
+
+def test_folders_of_another_unit_are_refused(store: Store) -> None:
+    one, other = unit(1), unit(2)
+    make(store, other)
+    store.folder(other).rename(store.folder(one))
+    with pytest.raises(UserError) as caught:
+        store.has(one)
+    assert str(caught.value) == f"{store.folder(one)}: holds another unit than 'fake 1'; delete it to make that one"
+    store.folder(one).rename(store.partial(one))
+    with pytest.raises(UserError) as caught:
+        store.begin(one)
+    assert str(caught.value) == f"{store.partial(one)}: holds another unit than 'fake 1'; delete it to make that one"
+
+
+def test_a_unit_without_its_content_is_said(store: Store) -> None:
+    folder = make(store, unit(1))
+    (folder / "unit.json").unlink()
+    with pytest.raises(UserError, match=r"unit\.json: cannot be read .*; delete the folder .* to make it again"):
+        store.has(unit(1))
+
+
+def test_what_an_interrupted_run_left_is_still_there(store: Store) -> None:
+    one = unit(1)
+    (store.begin(one) / "checkpoint").write_text("half")
+    (store.begin(one) / "big.safetensors.part").write_text("torn")
+    assert (store.begin(one) / "checkpoint").read_text() == "half"
+    assert sorted(path.name for path in make(store, one).iterdir()) == [
+        "checkpoint", "made.json", "metric.parquet", "unit.json",
+    ]  # fmt: skip
+
+
+def test_index_follows_the_folders(store: Store) -> None:
+    for n in range(3):
+        make(store, unit(n))
+    assert store.sync() == 3 and store.sync() == 0
+    folder = store.folder(unit(0))
+    folder.rename(store.root / "gone")
+    make(store, unit(7))
+    assert store.sync() == 2
+    assert {row[0] for row in values(store)} == {unit(n).address for n in (1, 2, 7)}
+
+
+def test_indexing_twice_is_harmless(store: Store) -> None:
+    folder = make(store, unit(1))
+    for _ in range(2):
+        assert store.index({unit(1).address: folder}) == 1
+    assert len(values(store)) == 2
+
+
+def test_rebuild(store: Store) -> None:
+    make(store, unit(1))
+    store.sync()
+    before = values(store)
+    (store.root / INDEX).write_bytes(b"not a database")
+    assert store.sync() == 1
+    assert values(store) == before
+    (store.root / INDEX).unlink()
+    (store.root / f".{INDEX}.part").write_bytes(b"left by a kill")
+    assert store.rebuild() == 1
+    assert values(store) == before and not list(store.root.glob(f".{INDEX}*"))
+
+
+def test_an_index_of_an_older_schema_is_made_anew(store: Store) -> None:
+    make(store, unit(1))
+    store.sync()
+    with duckdb.connect(str(store.root / INDEX)) as db:
+        db.execute("COMMENT ON VIEW final IS 'of an older version'")
+    assert store.sync() == 1 and store.sync() == 0
+
+
+def test_damaged_parquet(store: Store) -> None:
+    for n in range(3):
+        make(store, unit(n))
+    path = store.folder(unit(1)) / "metric.parquet"
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(Faults) as caught:
+        store.sync()
+    (line,) = caught.value.lines
+    assert line.startswith(f"{path}: damaged (") and line.endswith(f"delete the folder {path.parent} to make it again")
+    assert {row[0] for row in values(store)} == {unit(0).address, unit(2).address}
+    with pytest.raises(Faults):
+        store.rebuild()
+    assert {row[0] for row in values(store)} == {unit(0).address, unit(2).address}
+
+
+def test_a_reader_neither_waits_nor_delays(store: Store) -> None:
+    make(store, unit(1))
+    store.sync()
+    code = """if True:
+        import duckdb, sys
+        db = duckdb.connect(sys.argv[1], read_only=True)
+        print(db.execute("SELECT count(*) FROM unit").fetchone()[0], flush=True)
+        sys.stdin.readline()
+        print(db.execute("SELECT count(*) FROM unit").fetchone()[0], flush=True)
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(store.root / INDEX)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as notebook:
+        assert notebook.stdout and notebook.stdin
+        assert notebook.stdout.readline() == "1\n"
+        make(store, unit(2))
+        assert store.sync() == 1
+        assert len(values(store)) == 4
+        notebook.stdin.write("\n")
+        notebook.stdin.flush()
+        assert notebook.stdout.readline() == "1\n"
+
+
+def test_somebody_has_the_index_open_to_write(store: Store) -> None:
+    make(store, unit(1))
+    store.sync()
+    code = """if True:
+        import duckdb, os, sys
+        db = duckdb.connect(sys.argv[1])
+        db.execute("CREATE TABLE mine (x INTEGER)")
+        print("open", flush=True)
+        sys.stdin.readline()
+        os._exit(0)
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(store.root / INDEX)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as shell:
+        assert shell.stdout and shell.stdin
+        assert shell.stdout.readline() == "open\n"
+        make(store, unit(2))
+        store.sync()
+        assert len(values(store)) == 4
+        shell.communicate("\n")
+    assert len(values(store)) == 4 and store.sync() == 0
+
+
+def test_a_lock_dies_with_its_holder(store: Store) -> None:
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from saefw.store import Store
+        from saefw.unit import Unit
+        with Store(Path(sys.argv[1])).lock(Unit("fake", {"n": 1}), print):
+            print("locked", flush=True)
+            sys.stdin.readline()
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(store.root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout and holder.stdout.readline() == "locked\n"
+        heard = []
+
+        def waiting(who: str) -> None:
+            heard.append(who)
+            holder.kill()
+
+        with store.lock(unit(1), waiting):
+            assert heard == [f"process {holder.pid} on {os.uname().nodename}"]
+
+
+def test_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    store = Store(tmp_path / "file" / "runs")
+    assert not store.has(unit(1)) and store.sync() == 0
+    with pytest.raises(UserError, match=r"cannot write there \(Not a directory\)"):
+        store.begin(unit(1))
+    with pytest.raises(UserError, match=r"cannot write there \(Not a directory\)"), store.lock(unit(1), print):
+        pass
+
+
+def test_no_index_yet(store: Store) -> None:
+    with pytest.raises(UserError) as caught, store.db():
+        pass
+    assert str(caught.value) == (
+        f"{store.root / INDEX}: there is no index yet; `saefw run` makes one, `saefw index` rebuilds it"
+    )
+
+
+def test_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x"
+    write_atomically(path, b"old")
+
+    def full(handle: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+# The desk's part of it: logs.
+
+
+def desk(store: Store) -> Run:
+    run = Run(store, store.root, {}, {}, device="cpu")
+    run.enter("fake")
+    return run
+
+
+def test_a_log_survives_a_kill(store: Store) -> None:
+    code = """if True:
+        import os, sys
+        from pathlib import Path
+        from saefw.run import Run
+        from saefw.store import Store
+        from saefw.unit import Unit
+        run = Run(Store(Path(sys.argv[1])), Path(), {}, {})
+        for step in range(5):
+            run.log(Unit("fake", {"n": 1}), step, loss=step / 2)
+        os.kill(os.getpid(), 9)
+    """
+    assert subprocess.run([sys.executable, "-c", code, str(store.root)], check=False).returncode == -9
+    one, run = unit(1), desk(store)
+    with (store.partial(one) / LOG).open("a") as torn:
+        torn.write('[5, {"lo')
+    run.rewind(one, 3)
+    run.log(one, 4, loss=40.0)
+    run.log(one, 4, loss=44.0)
+    run.log(one, 5, loss=55.0, nmse=float("nan"))
+    run.keep(one)
+    assert not (store.folder(one) / LOG).exists()
+    with run.db() as db:
+        rows = db.execute("SELECT step, value FROM metric WHERE name = 'loss' ORDER BY ALL").fetchall()
+    assert rows == [(0, 0.0), (1, 0.5), (2, 1.0), (3, 1.5), (4, 44.0), (5, 55.0)]
+
+
+def test_killed_before_the_rename_no_log_is_lost(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, run = unit(1), desk(store)
+    run.log(one, 1, loss=1.0)
+
+    def killed(self: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", killed)
+        run.keep(one)
+    run = desk(store)
+    run.log(one, 1, loss=1.0)
+    run.log(one, 2, loss=2.0)
+    run.keep(one)
+    with run.db() as db:
+        assert db.execute("SELECT step, value FROM metric ORDER BY ALL").fetchall() == [(1, 1.0), (2, 2.0)]
+
+
+def test_logging_is_cheap(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, units, asked = desk(store), [unit(n) for n in range(20)], 0
+    has = store.has
+
+    def counted(unit: Unit) -> bool:
+        nonlocal asked
+        asked += 1
+        return has(unit)
+
+    monkeypatch.setattr(store, "has", counted)
+    for step in range(10):
+        for made in units:
+            run.log(made, step, loss=1.0)
+    assert asked == 20
+
+
+def test_logging_to_a_kept_unit_is_a_bug(store: Store) -> None:
+    one, run = unit(1), desk(store)
+    make(store, one)
+    with pytest.raises(RuntimeError, match="'fake 1' was logged to after it was kept"):
+        run.log(one, 1, loss=1.0)
+
+
+def test_time_is_shared_by_units_kept_together(store: Store) -> None:
+    run = desk(store)
+    time.sleep(0.2)
+    run.keep(unit(1), unit(2))
+    run.publish()
+    with run.db() as db:
+        first, second = (row[0] for row in db.execute("SELECT seconds FROM unit").fetchall())
+    assert first == second and 0.1 <= first < 0.2
