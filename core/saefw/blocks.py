@@ -1,7 +1,7 @@
 """Watches and edits the blocks of a backbone.
 
-Layer L is the output of block L, the residual stream after it, before any final norm. Each block is called once, in
-order; nothing is hooked, so what is recorded is by construction what `tail` goes on from.
+Layer L is the output of block L, the residual stream after it, before any final norm. Nothing is hooked: the backbone's
+own `embed` and `tail` are called, so what is recorded is what an edited pass goes on from.
 
 Shapes: b batch, t n_tokens, d d_model; `tokens_btd` has shape [b, t, d].
 """
@@ -37,14 +37,11 @@ def outputs(backbone: Backbone, images: Tensor, layers: Iterable[int]) -> dict[i
         layers: numbers of blocks, as `resolve` returns them.
 
     """
-    wanted = set(layers)
     kept: dict[int, Tensor] = {}
-    if wanted:
-        tokens_btd = backbone.embed(images)
-        for number, block in enumerate(backbone.blocks[: max(wanted) + 1]):
-            tokens_btd = block(tokens_btd)
-            if number in wanted:
-                kept[number] = tokens_btd
+    tokens_btd, first = backbone.embed(images), 0
+    for layer in sorted(set(layers)):
+        tokens_btd = kept[layer] = backbone.tail(tokens_btd, first, layer)
+        first = layer + 1
     return kept
 
 
