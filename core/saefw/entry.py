@@ -65,7 +65,14 @@ class Entry(BaseModel):
     A subclass declares `use: Literal["name"] = "name"` and documents each field by the string below it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        # What is hashed must be JSON, which knows neither.
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
 
     revision: ClassVar[int] = 1
     """Raise it when the code behind the entry changes its results: everything made from it is made anew."""
