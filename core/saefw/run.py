@@ -224,6 +224,11 @@ class Run:
         """Note what a stage makes, for the stages below it."""
         self._made[stage] = list(units)
 
+    def found(self, *units: Unit) -> None:
+        """Tell that units were found already made."""
+        for unit in units:
+            self._watcher.kept(unit, self.store.folder(unit), 0)
+
     def publish(self) -> None:
         """Bring what was kept into the index; a failure costs nothing but a later `saefw index`."""
         if self._unindexed:

@@ -1,0 +1,271 @@
+"""Runs the stages in the order of the file.
+
+A stage lists its units when its turn comes, so it may choose by what those above it measured. Of these only the
+missing ones are made, each under its lock: of two runs at once one makes a unit and the other waits for it.
+"""
+
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import saefw
+from saefw.catalog import Catalog
+from saefw.entry import KINDS
+from saefw.errors import NotYet, UserError, did_you_mean
+from saefw.plugin import StageConfig
+from saefw.registry import Registry
+from saefw.run import Run, Watcher
+from saefw.store import Store
+from saefw.unit import Unit
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage is to make."""
+
+    name: str
+    """Its name in registry.yaml."""
+
+    units: list[Unit]
+    """All it stands for, in its own order; none twice."""
+
+    kept: list[Unit]
+    """Those that were made before."""
+
+    missing: list[Unit]
+    """Those to make."""
+
+    reason: str = ""
+    """Why its units cannot be listed yet; empty if they are."""
+
+
+class Observer:
+    """What the pipeline tells, besides the hooks, to the one who asked for a run. By default it tells nobody."""
+
+    def entered(self, plan: StagePlan) -> None:
+        """A stage begins; its units are listed."""
+
+    def waiting(self, unit: Unit, holder: str) -> None:
+        """Another run is making a unit; this one waits for it."""
+
+    def left(self, plan: StagePlan, made: Sequence[Unit]) -> None:
+        """All units of a stage are kept; these were made now."""
+
+
+class HookWatcher(Watcher):
+    """Passes on to the hooks what happens in a run."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        """Tell the plugins of a catalog."""
+        self.hook = catalog.hook
+
+    def logged(self, unit: Unit, step: int, values: Mapping[str, float]) -> None:
+        """Call saefw_logged."""
+        self.hook.saefw_logged(unit=unit, step=step, values=values)
+
+    def progressed(self, stage: str, done: int, total: int, what: str) -> None:
+        """Call saefw_progressed."""
+        self.hook.saefw_progressed(stage=stage, done=done, total=total, what=what)
+
+    def kept(self, unit: Unit, folder: Path, seconds: float) -> None:
+        """Call saefw_kept."""
+        self.hook.saefw_kept(unit=unit, folder=folder, seconds=seconds)
+
+
+def desk(registry: Registry, catalog: Catalog, watcher: Watcher | None = None) -> Run:
+    """Set the desk on which the stages of a registry work; by default the hooks are told what happens."""
+    return Run(
+        Store(registry.store),
+        registry.base,
+        registry.families,
+        catalog.metrics,
+        registry.device,
+        _made_with(registry, catalog),
+        watcher or HookWatcher(catalog),
+    )
+
+
+def plan(registry: Registry, catalog: Catalog, only: str | None = None, run: Run | None = None) -> list[StagePlan]:
+    """List what each stage makes, as far as it can be known now; nothing is made.
+
+    Args:
+        registry: what to plan.
+        catalog: the plugins.
+        only: the last stage to plan, or all.
+        run: a fresh desk; what it is told about the stages stays in it.
+
+    Raises:
+        UserError: settings of a stage do not fit together, with its place; or there is no stage `only`.
+
+    """
+    run = run or desk(registry, catalog)
+    run.store.sync()
+    plans: list[StagePlan] = []
+    for name in _names(registry, only):
+        try:
+            planned, _ = _list(registry, name, run)
+        except NotYet as error:
+            planned = StagePlan(name, [], [], [], str(error))
+        else:
+            run.listed(name, planned.units)
+        plans.append(planned)
+    return plans
+
+
+def disk(registry: Registry, run: Run, planned: StagePlan) -> dict[Unit, int]:
+    """Return about how many bytes each missing unit of a planned stage will take; 0 where the stage cannot say."""
+    _, members = _list(registry, planned.name, run)
+    return {unit: stage.disk(unit, run) for stage, units in members for unit in units if unit in set(planned.missing)}
+
+
+def run(
+    registry: Registry,
+    catalog: Catalog,
+    only: str | None = None,
+    observer: Observer | None = None,
+    watcher: Watcher | None = None,
+) -> list[StagePlan]:
+    """Make all that is missing, stage by stage; return what each stage stands for, everything kept.
+
+    Args:
+        registry: what to make.
+        catalog: the plugins.
+        only: the last stage to make, or all; those above it are made as well, where something is missing.
+        observer: who is told about stages and waiting.
+        watcher: who is told what happens inside a stage; by default the hooks.
+
+    Raises:
+        UserError: the user's to mend, with the place of the stage. What was kept before stays, and is indexed.
+        RuntimeError: a stage did not keep what it said it makes.
+
+    """
+    observer = observer or Observer()
+    work = desk(registry, catalog, watcher)
+    done: list[StagePlan] = []
+    try:
+        for name in _names(registry, only):
+            work.enter(name)
+            # Another run may have kept units since; what is chosen by their metrics must find these.
+            work.store.sync()
+            try:
+                planned, members = _list(registry, name, work)
+            except NotYet as error:
+                raise _placed(registry, name, error) from error
+            observer.entered(planned)
+            work.found(*planned.kept)
+            made = [unit for stage, units in members for unit in _make(registry, name, stage, units, work, observer)]
+            work.listed(name, planned.units)
+            done.append(StagePlan(name, planned.units, planned.units, []))
+            observer.left(planned, made)
+    except BaseException:
+        # A fault or Ctrl-C: what the stage kept until then is in the index for those who look.
+        with suppress(Exception):
+            work.publish()
+        raise
+    return done
+
+
+def _names(registry: Registry, only: str | None) -> list[str]:
+    """Return the stages to go through: all, or those up to one."""
+    names = list(registry.families["stages"])
+    if only is None:
+        return names
+    if only not in names:
+        near = did_you_mean(only, names) or f" (there are: {', '.join(names)})"
+        raise UserError(f"{registry.path}: there is no stage '{only}'{near}")
+    return names[: names.index(only) + 1]
+
+
+def _list(registry: Registry, name: str, run: Run) -> tuple[StagePlan, list[tuple[StageConfig, list[Unit]]]]:
+    """List the units of a stage, and of each of its members; a unit that several members list is the first one's.
+
+    Raises:
+        NotYet: they depend on what is not made.
+        UserError: with the place of the stage.
+
+    """
+    has: dict[Unit, bool] = {}
+    members: list[tuple[StageConfig, list[Unit]]] = []
+    run.stage = name
+    try:
+        for member in registry.families["stages"][name]:
+            assert isinstance(member.entry, StageConfig)
+            units = [unit for unit in dict.fromkeys(member.entry.units(run)) if unit not in has]
+            has |= {unit: run.store.has(unit) for unit in units}
+            members.append((member.entry, units))
+    except NotYet:
+        raise
+    except UserError as error:
+        raise _placed(registry, name, error) from error
+    kept, missing = ([unit for unit in has if has[unit] is there] for there in (True, False))
+    return StagePlan(name, list(has), kept, missing), members
+
+
+def _make(
+    registry: Registry, name: str, stage: StageConfig, units: Sequence[Unit], run: Run, observer: Observer
+) -> list[Unit]:
+    """Make those of a member's units that are missing; return them."""
+    store = run.store
+    missing = [unit for unit in units if not store.has(unit)]
+    if not missing:
+        return []
+    with ExitStack() as locks:
+        _allow_files(len(missing))
+        # In one order everywhere, so that two runs never wait for each other.
+        for unit in sorted(missing, key=lambda unit: unit.address):
+            locks.enter_context(store.lock(unit, partial(observer.waiting, unit)))
+        late = [unit for unit in missing if store.has(unit)]
+        if late:
+            store.sync()
+            run.found(*late)
+            missing = [unit for unit in missing if unit not in set(late)]
+        if not missing:
+            return []
+        run.enter(name)
+        try:
+            stage.make(missing, run)
+        except UserError as error:
+            raise _placed(registry, name, error) from error
+        left = [unit for unit in missing if not store.has(unit)]
+        if left:
+            raise RuntimeError(
+                f"stage '{name}' ({type(stage).__name__}) is done but did not keep {len(left)} of {len(missing)} units,"
+                f" the first of them '{left[0].label}'"
+            )
+        # Before the locks go: a run that waits for these units finds them in the index.
+        run.publish()
+    return missing
+
+
+def _placed(registry: Registry, name: str, error: UserError) -> UserError:
+    """Put the place of a stage in front of each line of an error."""
+    where = f"{registry.place('stages', name)}: stages.{name}"
+    return UserError("\n".join(f"{where}: {line}" for line in str(error).splitlines()))
+
+
+def _made_with(registry: Registry, catalog: Catalog) -> dict[str, str]:
+    """Return the versions of saefw and torch, and the origin of each plugin in use that is not saefw's own."""
+    own = f"saefw {saefw.__version__}"
+    made_with = {"saefw": saefw.__version__}
+    if torch := sys.modules.get("torch"):
+        made_with["torch"] = str(torch.__version__)
+    for kind in KINDS:
+        for members in registry.families.get(kind, {}).values():
+            for cls in {type(member.entry) for member in members}:
+                origin = catalog.origin(cls)
+                if origin != own:
+                    made_with[f"{kind}.{cls.model_fields['use'].default}"] = origin
+    return made_with
+
+
+def _allow_files(n: int) -> None:
+    """Let the process hold `n` locks open besides its other files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = n + 1024
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        top = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, top), hard))
