@@ -1,1 +1,262 @@
-"""To come."""
+"""Records what the blocks put out.
+
+Shapes: b batch, t n_tokens, e examples of a shard, d d_model; `acts_ted` has shape [t, e, d].
+"""
+
+import math
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from typing import Annotated, Literal, cast
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from saefw.blocks import outputs, resolve
+from saefw.plugin import (
+    Backbone,
+    BackboneConfig,
+    Dataset,
+    DatasetConfig,
+    Example,
+    Knob,
+    Names,
+    Run,
+    StageConfig,
+    Unit,
+    UserError,
+    hookimpl,
+)
+from saefw.shards import DTYPES, Layout, Writer
+from saefw.unit import canonical
+
+
+class Record(StageConfig):
+    """Records the tokens after some blocks of a backbone, for every image of some datasets.
+
+    The same settings give the same bytes. Other knobs give the same activations up to the rounding of the
+    matrix products, whose order of summation may depend on the size of a batch.
+    """
+
+    use: Literal["record"] = "record"
+
+    backbone: Annotated[str, Names("backbones")]
+    """The backbone; every member of its family is recorded."""
+
+    datasets: Annotated[list[str], Names("datasets")] = Field(min_length=1)
+    """The datasets, with every member of their families."""
+
+    layers: list[int] = Field(min_length=1)
+    """Blocks whose output is recorded, from 0, or from the end: -1 is the last."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """What the activations are stored as."""
+
+    batch_size: Annotated[int, Knob] = Field(64, gt=0)
+    """Images in one forward pass."""
+
+    workers: Annotated[int, Knob] = Field(2, gt=0)
+    """Threads that read and prepare images."""
+
+    shard_mb: Annotated[int, Knob] = Field(200, gt=0)
+    """About how many MiB a file holds, and how much memory a layer takes while recording."""
+
+    def units(self, run: Run) -> Iterable[Unit]:
+        """List one unit a (backbone, dataset, layer)."""
+        units: dict[Unit, None] = {}
+        for backbone in run.family("backbones", [self.backbone]):
+            model = cast(BackboneConfig, backbone.entry)
+            n_blocks = model.describe().n_blocks
+            for dataset in run.family("datasets", self.datasets):
+                for layer in (resolve(layer, n_blocks) for layer in self.layers):
+                    content = {
+                        "backbone": model.content(),
+                        "dataset": dataset.entry.content(),
+                        "layer": layer,
+                        "tokens": "all",
+                        "dtype": self.dtype,
+                    }
+                    label = f"{backbone.label} on {dataset.label}, layer {layer}"
+                    names = {"backbone": backbone.label, "dataset": dataset.label}
+                    given = {"backbone": model, "dataset": dataset.entry, "names": names}
+                    units.setdefault(Unit("record", content, label=label, given=given))
+        return units
+
+    def disk(self, unit: Unit, run: Run) -> int:
+        """Return the bytes of the unit's activations."""
+        n_examples = len(_dataset(unit, run))
+        return n_examples * _layout(unit, n_examples).example_bytes
+
+    def make(self, units: Sequence[Unit], run: Run) -> None:
+        """Record all layers of a (backbone, dataset) in one pass; complete shards of an earlier run are kept.
+
+        Raises:
+            UserError: an image cannot be read, or holds an activation that is too large for the dtype.
+
+        """
+        groups: dict[str, list[Unit]] = {}
+        for unit in units:
+            groups.setdefault(canonical([unit.content["backbone"], unit.content["dataset"]]), []).append(unit)
+        datasets = [_dataset(group[0], run) for group in groups.values()]
+        total, before = sum(len(dataset) for dataset in datasets), 0
+        for group, dataset in zip(groups.values(), datasets, strict=True):
+            start = before
+            for done in self._record(group, dataset, run):
+                run.progress(start + done, total, "images")
+            before += len(dataset)
+
+    def _record(self, units: Sequence[Unit], dataset: Dataset, run: Run) -> Iterator[int]:
+        """Record the layers of one backbone on one dataset; yield how many of its images are done."""
+        examples = [dataset[i] for i in range(len(dataset))]
+        train = np.array([example.split == "train" for example in examples], dtype=bool)
+        writers = [Writer(run.folder(unit), _layout(unit, len(dataset)), train, self.shard_mb << 20) for unit in units]
+        shards = sorted({shard for writer in writers for shard in writer.missing()})
+        done = len(dataset) - sum(len(writers[0].span(shard)) for shard in shards)
+        yield done
+        if shards:
+            backbone = cast(BackboneConfig, units[0].given["backbone"]).build(run.device)
+            wanted = [examples[i] for shard in shards for i in writers[0].span(shard)]
+            with closing(_prepared(wanted, backbone, self.workers, 2 * self.batch_size)) as images:
+                for shard in shards:
+                    some = [examples[i] for i in writers[0].span(shard)]
+                    ours = [writer for writer in writers if shard in writer.missing()]
+                    acts = {writer.layout.layer: _empty(writer.layout, len(some)) for writer in ours}
+                    for n in self._fill(acts, some, images, backbone, run.device):
+                        yield done + n
+                    done += len(some)
+                    for writer in ours:
+                        writer.write(shard, acts[writer.layout.layer])
+        for unit, writer in zip(units, writers, strict=True):
+            _describe(unit, writer, examples, dataset.classes, run)
+        run.keep(*units)
+
+    def _fill(
+        self,
+        acts: Mapping[int, Tensor],
+        examples: Sequence[Example],
+        images: Iterator[Tensor],
+        backbone: Backbone,
+        device: str,
+    ) -> Iterator[int]:
+        """Run a shard's images and put what comes out into `acts`, [t, e, d] by layer; yield how many are done."""
+        for start in range(0, len(examples), self.batch_size):
+            some = examples[start : start + self.batch_size]
+            batch = torch.stack([next(images) for _ in some]).to(device)
+            with torch.inference_mode():
+                found = outputs(backbone, batch, acts)
+            for layer, tokens_btd in found.items():
+                stored_btd = _stored(tokens_btd, acts[layer].dtype, layer, some)
+                acts[layer][:, start : start + len(some)] = stored_btd.transpose(0, 1)
+            yield start + len(some)
+
+
+def _dataset(unit: Unit, run: Run) -> Dataset:
+    dataset = cast(DatasetConfig, unit.given["dataset"]).build(run.base)
+    if not len(dataset):
+        raise UserError(f"{unit.label}: the dataset has no images")
+    return dataset
+
+
+def _layout(unit: Unit, n_examples: int) -> Layout:
+    info = cast(BackboneConfig, unit.given["backbone"]).describe()
+    n_tokens = info.n_prefix + info.grid[0] * info.grid[1]
+    layer, dtype = unit.content["layer"], unit.content["dtype"]
+    return Layout(n_examples, n_tokens, info.n_prefix, info.d_model, info.grid, layer, dtype)
+
+
+def _empty(layout: Layout, n_examples: int) -> Tensor:
+    return torch.empty(layout.n_tokens, n_examples, layout.d_model, dtype=DTYPES[layout.dtype])
+
+
+def _prepared(examples: Iterable[Example], backbone: Backbone, workers: int, ahead: int) -> Generator[Tensor]:
+    """Yield the images in order, prepared by threads that are at most `ahead` images in front."""
+    waiting: deque[Future[Tensor]] = deque()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for example in examples:
+            waiting.append(pool.submit(_opened, example, backbone))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _opened(example: Example, backbone: Backbone) -> Tensor:
+    try:
+        image = example.load()
+        image.load()  # PIL decodes late; here a broken file is still known by its key
+    except (OSError, EOFError, SyntaxError, ValueError) as error:
+        raise UserError(f"image '{example.key}' cannot be read ({error})") from error
+    return backbone.prepare(image)
+
+
+def _stored(tokens_btd: Tensor, dtype: torch.dtype, layer: int, examples: Sequence[Example]) -> Tensor:
+    """Return a batch in the dtype to store.
+
+    Raises:
+        UserError: a value is not finite, or too large for the dtype.
+
+    """
+    stored_btd = tokens_btd.to(dtype)
+    bad_b = ~torch.isfinite(stored_btd).flatten(1).all(dim=1)
+    if bad_b.any():
+        worst = int(bad_b.nonzero()[0])
+        largest = float(tokens_btd[worst].abs().max())
+        if not math.isfinite(largest):
+            raise UserError(f"layer {layer}: the activations of image '{examples[worst].key}' are not finite")
+        name = str(dtype).removeprefix("torch.")
+        raise UserError(
+            f"layer {layer}: image '{examples[worst].key}' has an activation of {largest:.0f}, and {name} ends at "
+            f"{torch.finfo(dtype).max:.0f}; record with dtype: bfloat16 or float32"
+        )
+    return stored_btd
+
+
+def _describe(unit: Unit, writer: Writer, examples: Sequence[Example], classes: Sequence[str], run: Run) -> None:
+    """Write the statistics and the tables of a recording whose shards are all there."""
+    shards, mean_norm = writer.finish()
+    layout = writer.layout
+    run.put(
+        unit,
+        "acts",
+        **unit.given["names"],
+        layer=layout.layer,
+        tokens=layout.tokens,
+        d_model=layout.d_model,
+        grid_h=layout.grid[0],
+        grid_w=layout.grid[1],
+        n_examples=layout.n_examples,
+        n_tokens=layout.n_tokens,
+        dtype=layout.dtype,
+        mean_norm=mean_norm,
+    )
+    run.put(
+        unit,
+        "shard",
+        shard=list(range(len(shards))),
+        file=[shard.file for shard in shards],
+        first_example=[shard.first for shard in shards],
+        n_examples=[shard.n for shard in shards],
+        bytes=[shard.bytes for shard in shards],
+        sha256=[shard.sha256 for shard in shards],
+    )
+    run.put(
+        unit,
+        "example",
+        example=list(range(len(examples))),
+        key=[example.key for example in examples],
+        label=[example.label for example in examples],
+        split=[example.split for example in examples],
+    )
+    run.put(unit, "class", label=list(range(len(classes))), name=list(classes))
+
+
+@hookimpl
+def saefw_stages() -> list[type[StageConfig]]:
+    """Bring one: record."""
+    return [Record]
