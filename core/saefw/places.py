@@ -80,7 +80,8 @@ def load(path: Path) -> tuple[Spot, list[Fault]]:
         spot = reader.spot(node, None) if node else Spot(1, 1, None)
     except yaml.reader.ReaderError as error:
         line, column = _position(text[: error.position])
-        raise UserError(f"{path}:{line}:{column}: not YAML: character #x{ord(error.character):04x}") from None
+        code: Any = error.character
+        raise UserError(f"{path}:{line}:{column}: not YAML: character #x{code:04x}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)

@@ -370,7 +370,7 @@ def _settings(cls: type[BaseModel], steps: list[str]) -> list[str]:
     if steps and steps[0] in cls.model_fields:
         models = _models(cls.model_fields[steps[0]].annotation)
         return [name for model in models for name in _settings(model, steps[1:])]
-    return list(cls.model_fields) if not steps else [name for name in _settings(cls, steps[1:])]
+    return [name for name in cls.model_fields if name != "use"] if not steps else [name for name in _settings(cls, steps[1:])]
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
