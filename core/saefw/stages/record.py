@@ -73,6 +73,7 @@ class Record(StageConfig):
             for dataset in run.family("datasets", self.datasets):
                 for layer in (resolve(layer, n_blocks) for layer in self.layers):
                     content = {
+                        "revision": self.revision,
                         "backbone": model.content(),
                         "dataset": dataset.entry.content(),
                         "layer": layer,
