@@ -1,1 +1,221 @@
-"""To come."""
+"""Fits every probe of a sweep at once; saves and reopens them.
+
+Shapes: n tokens, d d_model, c classes.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from saefw.blocks import resolve
+from saefw.plugin import Names, Probe, ProbeConfig, Run, StageConfig, Task, Unit, UserError, hookimpl, settings
+from saefw.shards import Acts
+from saefw.store import write_atomically
+from saefw.unit import canonical
+
+FILE = "probe.safetensors"
+BATCH = 8192
+"""How many tokens are measured at once."""
+
+
+class ProbeStage(StageConfig):
+    """Fits probes on the train split of a recording; valid is there to choose by, test to report on."""
+
+    use: Literal["probe"] = "probe"
+
+    acts: Annotated[str, Names("stages")]
+    """The stage that recorded the activations."""
+
+    layer: int = -1
+    """Which of the recorded layers, negative ones from the end."""
+
+    token: Literal["cls"] = "cls"
+    """What the probe reads: the [CLS] token."""
+
+    probes: Annotated[list[str], Names("probes")] = Field(min_length=1)
+    """The probes to fit."""
+
+    def units(self, run: Run) -> Iterator[Unit]:
+        """List one unit for each recording of the layer and probe.
+
+        Raises:
+            UserError: the layer was not recorded, or there is no [CLS] to read.
+
+        """
+        units = run.made_by(self.acts)
+        recordings = [unit for unit in units if unit.content["layer"] == resolve(self.layer, depth(unit))]
+        if not recordings:
+            layers = ", ".join(map(str, sorted({unit.content["layer"] for unit in units})))
+            raise UserError(f"probe: layer {self.layer} is not recorded by '{self.acts}' (there are: {layers})")
+        for unit in recordings:
+            if not unit.given["backbone"].describe().n_prefix:
+                raise UserError(f"probe: token: the backbone of {unit.label} has no [CLS], which the probe would read")
+        # Names are not hashed, and the layer is that of the recording: renaming either makes nothing anew.
+        shared = {"revision": self.revision, "token": self.token}
+        listed = {
+            Unit(
+                "probe",
+                {**shared, "probe": member.entry.content()},
+                needs=(acts,),
+                label=f"{member.label} on {acts.label}",
+                given={"probe": member.entry},
+            ): None
+            for acts in recordings
+            for member in run.family("probes", self.probes)
+        }
+        yield from listed
+
+    def make(self, units: Sequence[Unit], run: Run) -> None:
+        """Fit all probes of one class and recording together; measure and keep each.
+
+        Raises:
+            UserError: a split has no labelled images, or there are fewer than two classes.
+
+        """
+        groups: dict[tuple[Unit, type[ProbeConfig]], list[Unit]] = {}
+        for unit in units:
+            groups.setdefault((unit.needs[0], type(unit.given["probe"])), []).append(unit)
+        for (acts, kind), group in groups.items():
+            self._fit(run, acts, kind, group)
+
+    def _fit(self, run: Run, acts: Unit, kind: type[ProbeConfig], units: Sequence[Unit]) -> None:
+        recording = Acts(run.folder(acts))
+        task = task_of(recording)
+        if len(task.classes) < 2:
+            raise UserError(f"{acts.label}: has {len(task.classes)} classes; a probe tells two or more apart")
+        splits = {split: labelled(recording, split, acts.label, run.device) for split in ("train", "valid", "test")}
+        members = [unit.given["probe"] for unit in units]
+        train = splits["train"]
+        probes = kind.fit_many(
+            members, task, train.x_nd, train.y_n, lambda done, total: run.progress(done, total, "steps")
+        )
+        for unit, config, probe in zip(units, members, probes, strict=True):
+            probe = probe.to(run.device).eval().requires_grad_(False)
+            measured = {split: measure(probe, data) for split, data in splits.items()}
+            run.log(
+                unit,
+                0,
+                **{f"{split}_accuracy": m.accuracy for split, m in measured.items()},
+                **{f"{split}_loss": m.loss for split, m in measured.items()},
+                **{f"n_{split}": len(data.examples) for split, data in splits.items()},
+            )
+            header = {"config": config.content(), "acts": acts.address, "layer": recording.layer, "token": self.token}
+            state = {name: value.detach().cpu().contiguous() for name, value in probe.state_dict().items()}
+            write_atomically(run.folder(unit) / FILE, save(state, {"saefw": canonical(header)}))
+            told = canonical(settings(config))
+            run.put(unit, "probe", acts=acts.address, variant=config.use, config=told)
+            test = measured["test"]
+            run.put(
+                unit,
+                "prediction",
+                acts=acts.address,
+                example=splits["test"].examples,
+                predicted=test.predicted_n,
+                margin=test.margin_n,
+            )
+            run.keep(unit)
+
+
+class Labelled(NamedTuple):
+    """The [CLS] tokens of the labelled images of a split."""
+
+    examples: np.ndarray[tuple[int], np.dtype[np.int64]]
+    """Which images."""
+
+    x_nd: Tensor
+    """float32 [n, d]."""
+
+    y_n: Tensor
+    """int64 [n], the images' classes."""
+
+
+class Measured(NamedTuple):
+    """How a probe does on a split."""
+
+    accuracy: float
+    """Share of images whose largest logit is that of their class."""
+
+    loss: float
+    """Mean cross-entropy in nats, summed in float64."""
+
+    predicted_n: np.ndarray[tuple[int], np.dtype[np.int64]]
+    """The class of the largest logit."""
+
+    margin_n: np.ndarray[tuple[int], np.dtype[np.float32]]
+    """The largest logit minus the second."""
+
+
+def open_probe(config: ProbeConfig, folder: Path, task: Task, device: str = "cpu") -> Probe:
+    """Return a fitted probe from its unit's folder, in eval mode and frozen.
+
+    Raises:
+        UserError: the file cannot be read, or does not hold such a probe.
+
+    """
+    path = folder / FILE
+    probe = config.build(task)
+    try:
+        probe.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"{path}: is not the probe it should be; delete {folder} to make it again ({error})") from error
+    return probe.to(device).eval().requires_grad_(False)
+
+
+def task_of(recording: Acts) -> Task:
+    """Return what a probe on a recording has to learn."""
+    return Task(recording.d_model, tuple(recording.classes))
+
+
+def depth(acts: Unit) -> int:
+    """Return how many blocks the backbone of a recording's unit has."""
+    n_blocks: int = acts.given["backbone"].describe().n_blocks
+    return n_blocks
+
+
+def labelled(recording: Acts, split: str, name: str, device: str) -> Labelled:
+    """Return [CLS] and class of the labelled images of a split.
+
+    Raises:
+        UserError: there are none; `name` says of what.
+
+    """
+    examples = recording.of_split(split)
+    if not len(examples):
+        purpose = {"train": "fitted", "valid": "chosen", "test": "reported"}[split]
+        raise UserError(f"{name}: no image is in the {split} split, on which probes are {purpose}")
+    examples = examples[recording.labels[examples] >= 0]
+    if not len(examples):
+        raise UserError(f"{name}: the images of the {split} split have no labels; a probe needs them")
+    x_nd = torch.cat([acts_etd[:, 0] for _, acts_etd in recording.read("cls", examples)])
+    return Labelled(examples, x_nd.to(device), torch.from_numpy(recording.labels[examples]).to(device))
+
+
+@torch.no_grad()
+def measure(probe: Probe, data: Labelled) -> Measured:
+    """Return what the probe says of a split, and how often and how surely it is right."""
+    loss, predicted, margins = 0.0, [], []
+    for start in range(0, len(data.y_n), BATCH):
+        some = slice(start, start + BATCH)
+        logits_nc = probe(data.x_nd[some]).cpu()
+        loss += float(cross_entropy(logits_nc.double(), data.y_n[some].cpu(), reduction="sum"))
+        top = logits_nc.topk(2, dim=1)
+        predicted.append(top.indices[:, 0])
+        margins.append(top.values[:, 0] - top.values[:, 1])
+    predicted_n = torch.cat(predicted)
+    right = int((predicted_n == data.y_n.cpu()).sum())
+    n = len(predicted_n)
+    return Measured(right / n, loss / n, predicted_n.numpy(), torch.cat(margins).numpy())
+
+
+@hookimpl
+def saefw_stages() -> list[type[StageConfig]]:
+    """One: probe."""
+    return [ProbeStage]

@@ -1,1 +1,462 @@
-"""To come."""
+"""Edits features of test images and measures what the probe says.
+
+Everything is chosen on train: the SAE and the probe by their valid metrics, a class's features by their predicted
+effect or by their mass. Everything is measured on test. Beside each edit stand two controls of the same norm.
+
+Shapes: e images, t tokens, p edited tokens, f features of an edit, d d_model, s d_sae, c classes, l logits kept;
+r roles, k kinds (ROLES, KINDS), a amounts.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from saefw import controls
+from saefw.blocks import resolve
+from saefw.controls import Ints
+from saefw.outcome import KINDS, ROLES, Readout, first, summary
+from saefw.plugin import Knob, Names, Pick, Run, StageConfig, Unit, UserError, hookimpl
+from saefw.shards import Acts
+from saefw.stages.probe import depth, open_probe, task_of
+from saefw.stages.train import open_sae
+from saefw.steering import Steering, along, check_reach, like_norm
+from saefw.store import write_atomically
+
+ALL_LOGITS = 20
+"""With so many classes or fewer every logit is stored; with more, the TOP before and after, the own and the target."""
+
+TOP = 5
+GRADIENT = "effect.safetensors"
+
+
+class SaePick(Pick):
+    """Chooses an SAE: of one layer, if one is named, then by its metrics."""
+
+    layer: int | None = None
+    """The block whose output it was trained on, from the end if negative; null: any."""
+
+
+class Steer(StageConfig):
+    """Edits features of test images on their tokens, runs the rest of the backbone and reads the probe.
+
+    One unit for the SAE that is picked and, on each dataset with probes, the probe that is picked. Each test image is
+    edited with the features of its own class and with those of another. Beside the features chosen by predicted
+    effect, with the same target and the same norm, stand features of like frequency, and random directions.
+    """
+
+    use: Literal["steer"] = "steer"
+
+    saes: Annotated[str, Names("stages")]
+    """The stage that trained the SAEs."""
+
+    sae: SaePick = SaePick()
+    """Which of them; without lowest or highest, the one of lowest nmse."""
+
+    probes: Annotated[str, Names("stages")]
+    """The stage that fitted the probes."""
+
+    probe: Pick = Pick()
+    """Which of them, on each dataset; without lowest or highest, the one of highest valid_accuracy.
+
+    Of equals the first listed counts; `lowest: valid_loss` hardly knows equals.
+    """
+
+    visuals: Annotated[str, Names("stages")]
+    """The stage that says p99 and frequency of the features, best over the SAE's own training set."""
+
+    classes: Annotated[str | None, Names("stages")] = None
+    """The stage that says which features fire for which class of the probes' dataset; null: the same."""
+
+    place: Literal["patches", "cls"] = "patches"
+    """The tokens that are edited: all patches, or [CLS]."""
+
+    allow_off_distribution: bool = False
+    """Allow an SAE that was trained on other tokens than those that are edited."""
+
+    mode: Literal["set", "add", "scale"] = "set"
+    """What is done to the code of a feature on every edited token: set it, add to it, or multiply it."""
+
+    amounts: list[float] = Field([1.0], min_length=1)
+    """How much: in units of each feature's p99; with mode scale a factor."""
+
+    n_features: int = Field(3, gt=0)
+    """Features in an edit."""
+
+    max_frequency: float = Field(0.5, gt=0)
+    """Only features that fire on a smaller share of patches are edited."""
+
+    n_examples: int | None = Field(None, gt=0)
+    """Test images, balanced by class; null: all that are labelled."""
+
+    n_effect: int = Field(512, gt=0)
+    """Train images, balanced by class, over which the predicted effect is averaged."""
+
+    seed: int = Field(0, ge=0)
+    """Of the images, of the other classes and of the controls."""
+
+    batch_size: Annotated[int, Knob] = Field(64, gt=0)
+    """Images in one pass."""
+
+    # What to make
+
+    def units(self, run: Run) -> Iterator[Unit]:
+        """List one unit for each dataset that has probes on the backbone of the picked SAE.
+
+        Raises:
+            NotYet: the SAEs or probes are not made yet.
+            UserError: the SAE, the probe and the tokens do not fit together.
+
+        """
+        sae = self._sae(run)
+        trained_on = sae.needs[0]
+        if sae.content["tokens"] != self.place and not self.allow_off_distribution:
+            raise UserError(
+                f"steer: place: {sae.label} was trained on {sae.content['tokens']}, but the edit is on {self.place}; "
+                f"choose another SAE, or say allow_off_distribution: true"
+            )
+        recordings = dict.fromkeys(unit.needs[0] for unit in run.made_by(self.probes))
+        ours = [unit for unit in recordings if unit.content["backbone"] == trained_on.content["backbone"]]
+        if not ours:
+            raise UserError(f"steer: '{self.probes}' has no probe on the backbone of {sae.label}")
+        for recording in ours:
+            check_reach(trained_on.content["layer"], recording.content["layer"], self.place)
+            pick = _with_default(self.probe, highest="valid_accuracy")
+            yield self._unit(run, sae, run.best(self.probes, pick, _on(recording)))
+
+    def _sae(self, run: Run) -> Unit:
+        pick, layer = _with_default(self.sae, lowest="nmse"), self.sae.layer
+        units = run.made_by(self.saes)
+        if layer is None:
+            return run.best(self.saes, pick)
+        where = {unit: unit.needs[0].content["layer"] for unit in units}
+        fits = [unit for unit in units if where[unit] == resolve(layer, depth(unit.needs[0]))]
+        if not fits:
+            layers = ", ".join(map(str, sorted(set(where.values()))))
+            raise UserError(f"steer: sae: '{self.saes}' has no SAE of layer {layer} (there are: {layers})")
+        return run.best(self.saes, pick, lambda unit: unit in fits)
+
+    def _unit(self, run: Run, sae: Unit, probe: Unit) -> Unit:
+        """Find the tables that the edit needs: of the SAE, and of the SAE on the probe's dataset."""
+        dataset, named = probe.needs[0].content["dataset"], self.classes or self.visuals
+        found = [unit for unit in run.made_by(named) if unit.needs[0] == sae]
+        classes = [unit for unit in found if unit.needs[1].content["dataset"] == dataset]
+        if not classes:
+            raise UserError(f"steer: '{named}' has no tables of {sae.label} over the images of {probe.needs[0].label}")
+        if classes[0].content["split"] == "test":
+            raise UserError(f"steer: '{named}' looked at the test split, on which steering is measured; use train")
+        own = [unit for unit in run.made_by(self.visuals) if unit.needs == (sae, sae.needs[0])]
+        content = {key: value for key, value in self.content().items() if key not in ("use", "sae", "probe")}
+        return Unit(
+            "steer",
+            content,
+            needs=(sae, probe, (own or classes)[0], classes[0], classes[0].needs[1]),
+            label=f"{sae.label}, read by {probe.label}",
+        )
+
+    # Making it
+
+    def make(self, units: Sequence[Unit], run: Run) -> None:
+        """Make each unit; images done by an interrupted run are not done again.
+
+        Raises:
+            UserError: there are no labelled images to choose on or to measure on, or too few features.
+
+        """
+        for unit in units:
+            self._steer(unit, run)
+
+    def _steer(self, unit: Unit, run: Run) -> None:
+        sae, probe, _, _, recording = unit.needs
+        acts = Acts(run.folder(recording))
+        read = Acts(run.folder(probe.needs[0]))
+        steering = Steering(
+            recording.given["backbone"].build(run.device),
+            open_sae(sae.given["sae"], run.folder(sae), run.device),
+            open_probe(probe.given["probe"], run.folder(probe), task_of(read), run.device),
+            acts.layer,
+            read.layer,
+            self.place,
+        )
+        plan = self._plan(unit, run, steering, acts)
+        parts = []
+        for start in range(0, len(plan.examples), self.batch_size):
+            stop = min(start + self.batch_size, len(plan.examples))
+            path = run.folder(unit) / f"part-{start:08d}-{stop:08d}.safetensors"
+            if (part := _stored(path)) is None:
+                part = self._edit(steering, plan, acts, slice(start, stop), run.device)
+                write_atomically(path, save(part))
+            parts.append(part)
+            run.progress(stop, len(plan.examples), "images")
+        made = {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
+        self._write(unit, run, plan, acts, made)
+        for path in run.folder(unit).glob("part-*"):
+            path.unlink()
+        run.keep(unit)
+
+    def _plan(self, unit: Unit, run: Run, steering: Steering, acts: Acts) -> "Plan":
+        """Choose images, targets, features and controls; on train, but for the images to measure on."""
+        name, n_classes = unit.needs[4].label, len(acts.classes)
+        labelled = {split: acts.of_split(split)[acts.labels[acts.of_split(split)] >= 0] for split in ("train", "test")}
+        for split, examples in labelled.items():
+            if not len(examples):
+                purpose = "class features are chosen" if split == "train" else "steering is measured"
+                raise UserError(f"{name}: no labelled image is in the {split} split, on which {purpose}")
+        train, test = labelled["train"], labelled["test"]
+        tables = _tables(unit, run, steering.sae.d_sae, n_classes)
+        usable_s = (tables.frequency_s > 0) & (tables.frequency_s < self.max_frequency) & (tables.p99_s > 0)
+        if usable_s.sum() < 2 * self.n_features:
+            raise UserError(
+                f"steer: {int(usable_s.sum())} features of {unit.needs[0].label} fire, on less than "
+                f"{self.max_frequency:g} of the patches; an edit of {self.n_features} and its control need "
+                f"{2 * self.n_features}"
+            )
+        p99_s = torch.from_numpy(tables.p99_s)
+        some = train[controls.balanced(acts.labels[train], self.n_effect, self.seed)]
+        effect_sc = steering.effects(self._gradient(run.folder(unit), steering, acts, some, run), p99_s).numpy()
+        if self.n_examples is not None:
+            test = test[controls.balanced(acts.labels[test], self.n_examples, self.seed)]
+        own = acts.labels[test]
+        target_er = np.stack([own, controls.others(own, np.unique(acts.labels[train]), self.seed)], axis=1)
+        by_effect_cf = controls.strongest(effect_sc, usable_s, self.n_features)
+        return Plan(
+            examples=test,
+            target_er=target_er,
+            p99_s=p99_s.float().to(run.device),
+            by_effect_cf=by_effect_cf,
+            by_mass_cf=controls.strongest(tables.share_sc * tables.rate_sc, usable_s, self.n_features),
+            drawn=controls.Drawn(by_effect_cf, tables.frequency_s, usable_s, steering.sae.d_model, self.seed),
+        )
+
+    def _gradient(self, folder: Path, steering: Steering, acts: Acts, examples: Ints, run: Run) -> Tensor:
+        """Return the mean gradient of each class's logit over train images, float64 [c, d]; it stays in the folder."""
+        path = folder / GRADIENT
+        if (stored := _stored(path)) is not None:
+            return stored["gradient"]
+        total_cd, done = torch.zeros(len(acts.classes), acts.d_model, dtype=torch.float64), 0
+        for some, tokens_etd in acts.read("all", examples, self.batch_size):
+            total_cd += steering.gradients(tokens_etd.to(run.device)).cpu().double()
+            done += len(some)
+            run.progress(done, len(examples), "train images")
+        gradient_cd = total_cd / done
+        write_atomically(path, save({"gradient": gradient_cd}))
+        return gradient_cd
+
+    def _edit(self, steering: Steering, plan: "Plan", acts: Acts, part: slice, device: str) -> dict[str, Tensor]:
+        """Edit some images in every role, by every kind, by every amount."""
+        examples, target_er = plan.examples[part], plan.target_er[part]
+        ((_, tokens_etd),) = acts.read("all", examples, len(examples))
+        before = steering.reading(tokens_etd.to(device))
+        before_ec = before.logits_bc.cpu()
+        drawn = [[plan.drawn(int(e), int(c)) for c in targets] for e, targets in zip(examples, target_er, strict=True)]
+        like_erf = torch.tensor(np.array([[like for like, _ in row] for row in drawn]))
+        direction_erd = torch.tensor(np.array([[d for _, d in row] for row in drawn]), dtype=torch.float32)
+        after, norms = [], []
+        for r in range(len(ROLES)):
+            features_ef = {
+                "effect": torch.from_numpy(plan.by_effect_cf[target_er[:, r]]).to(device),
+                "mass": torch.from_numpy(plan.by_mass_cf[target_er[:, r]]).to(device),
+                "like features": like_erf[:, r].to(device),
+            }
+            for amount in self.amounts:
+                deltas = {}
+                for kind, chosen_ef in features_ef.items():
+                    size_ef = torch.ones_like(plan.p99_s[chosen_ef]) if self.mode == "scale" else plan.p99_s[chosen_ef]
+                    deltas[kind] = steering.delta(before, chosen_ef, amount * size_ef, self.mode)
+                deltas["like features"] = like_norm(deltas["like features"], deltas["effect"])
+                # A negative amount goes the other way, so that the control has a dose of its own.
+                direction_ed = direction_erd[:, r].to(device) * (-1 if amount < 0 else 1)
+                deltas["random directions"] = along(direction_ed, deltas["effect"])
+                norms.append(torch.stack([deltas[kind].flatten(1).norm(dim=1) for kind in KINDS], dim=1).cpu())
+                after.append(torch.stack([steering.after(before, deltas[kind]) for kind in KINDS], dim=1).cpu())
+        grid = len(ROLES), len(self.amounts)
+        after_erkac = torch.stack(after, dim=1).view(len(examples), *grid, len(KINDS), -1).transpose(2, 3)
+        label_erkal = _kept(before_ec, after_erkac, torch.from_numpy(target_er))
+        return {
+            "norm": torch.stack(norms, dim=1).view(len(examples), *grid, -1).transpose(2, 3).contiguous(),
+            "label": label_erkal,
+            "before": _picked(before_ec[:, None, None, None].expand_as(after_erkac), label_erkal),
+            "after": _picked(after_erkac, label_erkal),
+            "like": like_erf,
+        }
+
+    # Writing it down
+
+    def _write(self, unit: Unit, run: Run, plan: "Plan", acts: Acts, made: Mapping[str, NDArray[Any]]) -> None:
+        """Write the tables, the metrics and the first example."""
+        sae, probe, _, _, recording = unit.needs
+        e, shape = len(plan.examples), made["norm"].shape  # [e, r, k, a]
+        edit_erka = np.arange(made["norm"].size).reshape(shape)
+        index_e, index_r, index_k, index_a = (index.ravel() for index in np.indices(shape))
+        amounts = np.array(self.amounts)
+        run.put(
+            unit,
+            "edit",
+            sae=sae.address,
+            probe=probe.address,
+            acts=recording.address,
+            edit=edit_erka.ravel(),
+            example=plan.examples[index_e],
+            place=self.place,
+            role=np.array(ROLES)[index_r],
+            chosen_by=np.array(KINDS)[index_k],
+            mode=self.mode,
+            amount=amounts[index_a],
+            target=plan.target_er[index_e, index_r],
+            norm=made["norm"].ravel(),
+        )
+        feature_erkf = np.stack(
+            [plan.by_effect_cf[plan.target_er], plan.by_mass_cf[plan.target_er], made["like"]], axis=2
+        )
+        whole = e, len(ROLES), feature_erkf.shape[2], len(amounts), self.n_features
+        run.put(
+            unit,
+            "edit_feature",
+            edit=np.broadcast_to(edit_erka[:, :, : whole[2], :, None], whole).ravel(),
+            feature=np.broadcast_to(feature_erkf[:, :, :, None], whole).ravel(),
+            amount=np.broadcast_to(amounts[:, None], whole).ravel(),
+        )
+        kept = made["label"] >= 0
+        run.put(
+            unit,
+            "edit_logit",
+            edit=np.broadcast_to(edit_erka[..., None], kept.shape)[kept],
+            label=made["label"][kept],
+            before=made["before"][kept],
+            after=made["after"][kept],
+        )
+        read = Readout(made["label"], made["before"], made["after"], plan.target_er)
+        run.log(unit, 0, **summary(read, int(np.argmax(amounts))), n_images=e, n_edits=edit_erka.size)
+        purity = _purity(unit, run)
+        rank_c = np.array([min(purity.get(int(f), 0.0) for f in features) for features in plan.by_effect_cf])
+        if (place := first(read, rank_c)) is not None:
+            told = self._told(read, plan, acts, purity, place)
+            write_atomically(run.folder(unit) / "first.json", json.dumps(told, indent=1).encode())
+
+    def _told(
+        self, read: Readout, plan: "Plan", acts: Acts, purity: Mapping[int, float], place: tuple[int, int, int, int]
+    ) -> dict[str, Any]:
+        """Return what first.json says of an edit; before and after are probabilities (with many classes, shares)."""
+        (e, r, _, a), example = place, int(plan.examples[place[0]])
+        features = plan.by_effect_cf[plan.target_er[e, r]].tolist()
+        before, after = ({acts.classes[i]: round(p, 6) for i, p in told.items()} for told in read.probabilities(place))
+        return {
+            "edit": int(np.ravel_multi_index(place, read.shift_erka.shape)),
+            "example": example,
+            "key": acts.keys[example],
+            "from": acts.classes[plan.target_er[e, 0]],
+            "to": acts.classes[plan.target_er[e, r]],
+            "features": features,
+            "purity": [purity.get(feature, 0.0) for feature in features],
+            "amount": self.amounts[a],
+            "before": before,
+            "after": after,
+        }
+
+
+class Plan(NamedTuple):
+    """Which images are edited, towards which classes, by which features."""
+
+    examples: Ints
+    target_er: Ints
+    p99_s: Tensor
+    """float32 [s], in the units of codes."""
+
+    by_effect_cf: Ints
+    by_mass_cf: Ints
+    drawn: controls.Drawn
+
+
+# Details
+
+
+def _with_default(pick: Pick, **criterion: str) -> Pick:
+    """Return the pick, with a criterion if it has none."""
+    return pick if pick.lowest or pick.highest else pick.model_copy(update=criterion)
+
+
+def _on(recording: Unit) -> Callable[[Unit], bool]:
+    return lambda unit: unit.needs[0] == recording
+
+
+class _Tables(NamedTuple):
+    """What the tables say of each feature and class."""
+
+    frequency_s: NDArray[np.float64]
+    p99_s: NDArray[np.float64]
+    rate_sc: NDArray[np.float64]
+    share_sc: NDArray[np.float64]
+
+
+def _tables(unit: Unit, run: Run, d_sae: int, n_classes: int) -> _Tables:
+    _, _, own, classes, _ = unit.needs
+    frequency_s, p99_s = np.zeros(d_sae), np.zeros(d_sae)
+    rate_sc, share_sc = np.zeros((d_sae, n_classes)), np.zeros((d_sae, n_classes))
+    with run.db() as db:
+        told = db.execute("SELECT feature, frequency, p99 FROM feature WHERE unit = ?", [own.address]).fetchnumpy()
+        rows = db.execute(
+            "SELECT feature, label, rate, share FROM class_feature WHERE unit = ?", [classes.address]
+        ).fetchnumpy()
+    frequency_s[told["feature"]] = np.nan_to_num(np.ma.filled(told["frequency"], 0))
+    p99_s[told["feature"]] = np.nan_to_num(np.ma.filled(told["p99"], 0))
+    rate_sc[rows["feature"], rows["label"]] = np.nan_to_num(np.ma.filled(rows["rate"], 0))
+    share_sc[rows["feature"], rows["label"]] = np.nan_to_num(np.ma.filled(rows["share"], 0))
+    return _Tables(frequency_s, p99_s, rate_sc, share_sc)
+
+
+def _purity(unit: Unit, run: Run) -> dict[int, float]:
+    """Return of each feature the share of its commonest class among its strongest images."""
+    classes = unit.needs[3]
+    with run.db() as db:
+        rows = db.execute(
+            "SELECT feature, max(n) FROM (SELECT feature, label, count(*) AS n FROM top_example t JOIN example e "
+            "ON e.unit = t.acts AND e.example = t.example WHERE t.unit = ? AND label >= 0 GROUP BY ALL) GROUP BY ALL",
+            [classes.address],
+        ).fetchall()
+    return {feature: n / classes.content["top"] for feature, n in rows}
+
+
+def _kept(before_ec: Tensor, after_erkac: Tensor, target_er: Tensor) -> Tensor:
+    """Return the labels whose logits are stored, int64 [e, r, k, a, l] ascending; -1: none."""
+    c = after_erkac.shape[-1]
+    if c <= ALL_LOGITS:
+        return torch.arange(c).expand_as(after_erkac).contiguous()
+    shape = after_erkac.shape[:-1]
+    own_e1, wanted = target_er[:, :1], target_er[:, :, None, None, None]
+    label = torch.cat(
+        [
+            before_ec.topk(TOP).indices[:, None, None, None].expand(*shape, TOP),
+            after_erkac.topk(TOP).indices,
+            wanted.expand(*shape, 1),
+            own_e1[:, None, None, None].expand(*shape, 1),
+        ],
+        dim=-1,
+    ).sort(dim=-1)[0]
+    label[..., 1:][label[..., 1:] == label[..., :-1]] = -1
+    return label
+
+
+def _picked(logits: Tensor, label: Tensor) -> Tensor:
+    return logits.gather(-1, label.clamp_min(0)).contiguous()
+
+
+def _stored(path: Path) -> dict[str, Tensor] | None:
+    """Return what an interrupted run left, or None if it is not there or not whole."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        return None
+
+
+@hookimpl
+def saefw_stages() -> list[type[StageConfig]]:
+    """One: steer."""
+    return [Steer]

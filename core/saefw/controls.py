@@ -1,0 +1,83 @@
+"""Chooses images, target classes, features of a class, and what an edit is compared with.
+
+Every choice depends on a seed and on what it is for, never on who else is in the batch.
+
+Shapes: n images, f features of an edit, d d_model, s d_sae, c classes.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+POOL = 20
+"""A control feature is drawn from so many whose frequency is nearest."""
+
+
+def balanced(label_n: Ints, wanted: int, seed: int) -> Ints:
+    """Return the places of `wanted` images, drawn evenly from the classes, ascending; all if there are no more."""
+    if wanted >= len(label_n):
+        return np.arange(len(label_n))
+    order = np.random.default_rng([seed, 0]).permutation(len(label_n))
+    by_class = order[np.argsort(label_n[order], kind="stable")]
+    _, first, count = np.unique(label_n[by_class], return_index=True, return_counts=True)
+    turn = np.arange(len(label_n)) - np.repeat(first, count)
+    return np.sort(by_class[np.argsort(turn, kind="stable")[:wanted]])
+
+
+def others(label_n: Ints, classes: Ints, seed: int) -> Ints:
+    """Return for each image a class other than its own, each class about equally often; its own if alone."""
+    rng = np.random.default_rng([seed, 1])
+    used = np.zeros(len(classes), dtype=np.int64)
+    target_n = label_n.copy()
+    for n in rng.permutation(len(label_n)):
+        tie = rng.random(len(classes))
+        allowed = classes != label_n[n]
+        if allowed.any():
+            place = np.lexsort((tie, used, ~allowed))[0]
+            used[place] += 1
+            target_n[n] = classes[place]
+    return target_n
+
+
+def strongest(score_sc: NDArray[np.float64], usable_s: NDArray[np.bool_], n: int) -> Ints:
+    """Return for each class the n usable features of largest score, the largest first, [c, n]; of equals the first."""
+    scored = np.where(usable_s[:, None], score_sc, -np.inf)
+    return np.argsort(-scored, axis=0, kind="stable")[:n].T.copy()
+
+
+class Drawn:
+    """The controls of an edit: features of like frequency, and a random direction."""
+
+    def __init__(
+        self,
+        chosen_cf: Ints,
+        frequency_s: NDArray[np.float64],
+        usable_s: NDArray[np.bool_],
+        d_model: int,
+        seed: int,
+    ) -> None:
+        """Know the features of each class, from which the control must differ, and who could stand for them."""
+        self.chosen_cf, self.d_model, self.seed = chosen_cf, d_model, seed
+        self._usable = np.flatnonzero(usable_s)
+        self._log_frequency_s = np.log10(np.where(usable_s, frequency_s, 1))
+        self._pools: dict[int, list[Ints]] = {}
+
+    def pools(self, target: int) -> list[Ints]:
+        """Return for each feature of a class those nearest to it in log frequency, without the class's own."""
+        if target not in self._pools:
+            chosen_f = self.chosen_cf[target]
+            free = self._usable[~np.isin(self._usable, chosen_f)]
+            size = max(POOL, len(chosen_f))
+            distance = [np.abs(self._log_frequency_s[free] - self._log_frequency_s[feature]) for feature in chosen_f]
+            self._pools[target] = [free[np.argsort(far, kind="stable")[:size]] for far in distance]
+        return self._pools[target]
+
+    def __call__(self, example: int, target: int) -> tuple[Ints, NDArray[np.float64]]:
+        """Return features [f], none twice, and a unit direction [d], for an edit of an image towards a class."""
+        rng = np.random.default_rng([self.seed, 2, example, target])
+        taken: list[int] = []
+        for pool in self.pools(target):
+            taken.append(int(rng.choice(pool[~np.isin(pool, taken)])))
+        direction_d = rng.standard_normal(self.d_model)
+        return np.array(taken), direction_d / np.linalg.norm(direction_d)

@@ -1,0 +1,214 @@
+"""Edits features of tokens, runs the rest of the backbone, reads the probe; the page and the steer stage use it.
+
+An edit changes codes z of some features to z'. What is added to the tokens is scale * (z' - z) @ W_dec and nothing
+else, x' = x + delta: the SAE's error and its bias stay as they are, so an edit that changes no code changes no bit
+(as in saev's demos, and `use_error_term` of SAELens).
+
+Shapes: b images, t tokens, p edited tokens of an image, f edited features, d d_model, s d_sae, c classes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saefw.blocks import tokens_after
+from saefw.plugin import Backbone, Codes, Probe, UserError
+from saefw.sae import Sae
+
+MODES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "set": lambda z, amount: amount.expand_as(z),
+    "add": lambda z, amount: z + amount,
+    "scale": lambda z, amount: z * amount,
+}
+"""What becomes of codes z under an amount, by mode. Setting to 0 switches a feature off."""
+
+PLACES = ("patches", "cls")
+
+
+class Reading(NamedTuple):
+    """Images as the backbone, the SAE and the probe see them before any edit."""
+
+    tokens_btd: Tensor
+    """float32 [b, t, d]: what the SAE's block puts out."""
+
+    codes: Codes
+    """Of the tokens that may be edited, image by image: [b * p, k]."""
+
+    logits_bc: Tensor
+    """float32 [b, c]: what the probe says."""
+
+
+class Steering:
+    """A backbone, an SAE on the output of one of its blocks, and a probe on [CLS] of a later one."""
+
+    def __init__(
+        self, backbone: Backbone, sae: Sae, probe: Probe, layer: int, probe_layer: int, place: str = "patches"
+    ) -> None:
+        """Put the parts together; all in eval mode and on one device.
+
+        Args:
+            backbone: with a [CLS] token.
+            sae: on the output of block `layer`.
+            probe: on [CLS] of the output of block `probe_layer`, before any final norm.
+            layer: counted from 0.
+            probe_layer: counted from 0; only the blocks up to it are run.
+            place: the tokens that are edited, `patches` or `cls`.
+
+        Raises:
+            UserError: an edit there cannot reach the probe.
+
+        """
+        check_reach(layer, probe_layer, place)
+        if not backbone.info.n_prefix:
+            raise UserError("steer: the backbone has no [CLS], which the probe reads")
+        self.backbone, self.sae, self.probe = backbone, sae, probe
+        self.layer, self.probe_layer, self.place = layer, probe_layer, place
+        self.edited = slice(0, 1) if place == "cls" else slice(backbone.info.n_prefix, None)
+
+    # Before
+
+    def read(self, images: Tensor) -> Reading:
+        """Read prepared images, float32 [b, 3, height, width]."""
+        with torch.no_grad():
+            return self.reading(tokens_after(self.backbone, images, self.layer))
+
+    @torch.no_grad()
+    def reading(self, tokens_btd: Tensor) -> Reading:
+        """Read the tokens that block `layer` put out, float32 [b, t, d], for instance recorded ones."""
+        codes = self.sae.encode(tokens_btd[:, self.edited].flatten(0, 1))
+        return Reading(tokens_btd, codes, self.logits(tokens_btd))
+
+    def logits(self, tokens_btd: Tensor) -> Tensor:
+        """Return what the probe says, [b, c], if block `layer` puts out these tokens."""
+        out: Tensor = self.probe(self.backbone.tail(tokens_btd, self.layer + 1, self.probe_layer)[:, 0])
+        return out
+
+    def observed(self, reading: Reading, features_bf: Tensor) -> Tensor:
+        """Return the codes [b, p, f] of some features of each image (int64 [b, f]); 0 where one does not fire."""
+        indices, values = reading.codes.indices, reading.codes.values
+        b, f = features_bf.shape
+        of_token_nf = features_bf.repeat_interleave(len(indices) // b, dim=0)
+        # Feature by feature: [n, k] at a time. At most one entry of a row is not 0, so the sum is exact.
+        columns = [(values * (indices == of_token_nf[:, i, None])).sum(dim=1) for i in range(f)]
+        return torch.stack(columns, dim=1).view(b, -1, f)
+
+    # After
+
+    @torch.no_grad()
+    def edit(
+        self,
+        reading: Reading,
+        edits: Mapping[int, tuple[str, float | Tensor]],
+        patches: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Return the logits [b, c] after an edit of features; `reading` is left as it is.
+
+        Args:
+            reading: from `read`.
+            edits: by feature, a mode and an amount in the units of codes: a number, or one for each token, [p].
+            patches: which of the tokens to edit, by number; all by default.
+
+        """
+        features_f = torch.tensor(list(edits), dtype=torch.int64, device=reading.tokens_btd.device)
+        features_bf = features_f.expand(len(reading.tokens_btd), -1)
+        if not edits:
+            return self.after(reading, torch.zeros_like(reading.tokens_btd[:, self.edited]))
+        z_bpf = self.observed(reading, features_bf)
+        changed = [
+            MODES[mode](z_bpf[..., i], torch.as_tensor(amount, dtype=z_bpf.dtype, device=z_bpf.device))
+            for i, (mode, amount) in enumerate(edits.values())
+        ]
+        delta_bpd = self._written(torch.stack(changed, dim=2) - z_bpf, features_bf)
+        if patches is not None:
+            untouched = torch.ones(delta_bpd.shape[1], dtype=torch.bool)
+            untouched[list(patches)] = False
+            delta_bpd[:, untouched.to(delta_bpd.device)] = 0
+        return self.after(reading, delta_bpd)
+
+    @torch.no_grad()
+    def delta(self, reading: Reading, features_bf: Tensor, amounts_bf: Tensor, mode: str) -> Tensor:
+        """Return what an edit adds to the edited tokens, [b, p, d].
+
+        Args:
+            reading: of b images.
+            features_bf: int64 [b, f], for each image other features, none twice.
+            amounts_bf: float32 [b, f], in the units of codes (a factor with mode scale), the same on every token.
+            mode: one of MODES.
+
+        """
+        z_bpf = self.observed(reading, features_bf)
+        return self._written(MODES[mode](z_bpf, amounts_bf[:, None]) - z_bpf, features_bf)
+
+    @torch.no_grad()
+    def after(self, reading: Reading, delta_bpd: Tensor) -> Tensor:
+        """Return the logits [b, c] when `delta_bpd` is added to the edited tokens."""
+        tokens_btd = reading.tokens_btd.clone()
+        tokens_btd[:, self.edited] += delta_bpd
+        return self.logits(tokens_btd)
+
+    def _written(self, change_bpf: Tensor, features_bf: Tensor) -> Tensor:
+        """Return what a change of codes writes into the tokens, in their own units, [b, p, d]."""
+        return self.sae.scale * (change_bpf @ self.sae.W_dec[features_bf])
+
+    # Which way is up
+
+    def gradients(self, tokens_btd: Tensor) -> Tensor:
+        """Return the gradient of each class's logit by the edited tokens, summed over them and the images, [c, d].
+
+        By linearity that is the gradient by one vector added to all edited tokens of all images.
+        """
+        shift_d = torch.zeros_like(tokens_btd[0, 0]).requires_grad_()
+        with torch.enable_grad():
+            shifted = [tokens_btd[:, : self.edited.start], tokens_btd[:, self.edited] + shift_d]
+            if self.edited.stop is not None:
+                shifted.append(tokens_btd[:, self.edited.stop :])
+            logits_c = self.logits(torch.cat(shifted, dim=1)).sum(dim=0)
+            rows = [torch.autograd.grad(logit, shift_d, retain_graph=True)[0] for logit in logits_c]
+        return torch.stack(rows)
+
+    def effects(self, gradient_cd: Tensor, p99_s: Tensor) -> Tensor:
+        """Predict what each feature does to each class's logit, in logits, float64 [s, c].
+
+        To first order: the mean over train images of the logit's gradient summed over the edited tokens, times the
+        decoder row (times scale), times p99. So it is the effect of adding the full amount, 1 p99, everywhere.
+
+        Args:
+            gradient_cd: the mean of `gradients` over images.
+            p99_s: each feature's p99, in the units of codes.
+
+        """
+        W_dec_sd = self.sae.W_dec.detach().double().cpu() * float(self.sae.scale)
+        return (W_dec_sd @ gradient_cd.double().cpu().T) * p99_s.double().cpu()[:, None]
+
+
+def check_reach(layer: int, probe_layer: int, place: str) -> None:
+    """See that an edit of tokens after block `layer` reaches [CLS] after block `probe_layer`.
+
+    Raises:
+        UserError: it does not; the text says which layers would do.
+
+    """
+    if place == "patches" and probe_layer <= layer:
+        raise UserError(
+            f"steer: the probe reads [CLS] after block {probe_layer}, where patches edited after block {layer} cannot "
+            f"have reached it; choose an SAE of a layer below {probe_layer}, or a probe of a layer above {layer}"
+        )
+    if place == "cls" and probe_layer < layer:
+        raise UserError(
+            f"steer: the probe reads [CLS] after block {probe_layer}, before it is edited after block {layer}; "
+            f"choose an SAE of layer {probe_layer} or lower, or a probe of layer {layer} or higher"
+        )
+
+
+def like_norm(delta_bpd: Tensor, model_bpd: Tensor) -> Tensor:
+    """Return `delta_bpd`, rescaled image by image to the Frobenius norm of `model_bpd`; zero stays zero."""
+    is_norm, wanted = (x.flatten(1).norm(dim=1)[:, None, None] for x in (delta_bpd, model_bpd))
+    return delta_bpd * torch.where(is_norm > 0, wanted / is_norm.clamp_min(1e-30), 0)
+
+
+def along(direction_bd: Tensor, model_bpd: Tensor) -> Tensor:
+    """Return unit directions [b, d], on each token as long as `model_bpd` is there."""
+    norm_bp1: Tensor = model_bpd.norm(dim=2, keepdim=True)
+    return norm_bp1 * direction_bd[:, None]
