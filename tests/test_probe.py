@@ -1,0 +1,210 @@
+"""The probe stage: fitted on train, chosen on valid, reported on test."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+
+from saefw.errors import UserError
+from saefw.plugin import Dataset, DatasetConfig, Example, Pick, Run, Unit
+from saefw.run import Watcher
+from saefw.shards import Acts
+from saefw.stages.probe import ProbeStage, open_probe, task_of
+from saefw.stages.record import Record
+from saefw_linear import Linear, LinearProbe
+
+SWEEP = {f"p{i}": Linear(lr=lr, steps=60) for i, lr in enumerate((1e-4, 1e-2, 1e-1))}
+
+
+def recorded(path: Path, **families: Any) -> Run:
+    """A desk on which the tiny set is recorded after blocks 1 and 2."""
+    run = tiny.desk(path, {"probes": SWEEP, **families})
+    made(run, "acts", Record(backbone="tiny", datasets=["tiny"], layers=[1, 2]))
+    return run
+
+
+def made(run: Run, name: str, stage: Any) -> list[Unit]:
+    """Plan a stage and make what is missing."""
+    run.enter(name)
+    units = list(stage.units(run))
+    missing = [unit for unit in units if not run.store.has(unit)]
+    if missing:
+        stage.make(missing, run)
+    run.listed(name, units)
+    return units
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = recorded(tmp_path_factory.mktemp("probe"))
+    made(run, "probes", ProbeStage(acts="acts", probes=list(SWEEP)))
+    return run
+
+
+def naive(run: Run, unit: Unit, split: str) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Examples, classes and logits of a split, in float64 numpy from the files alone."""
+    acts = Acts(run.folder(unit.needs[0]))
+    examples = acts.of_split(split)
+    x_nd = np.concatenate([x.double().numpy()[:, 0] for _, x in acts.read("all", examples)])
+    state = {name: value.double().numpy() for name, value in load_file(run.folder(unit) / "probe.safetensors").items()}
+    logits = (x_nd - state["mean"]) / state["std"] @ state["weight"] + state["bias"]
+    return examples, acts.labels[examples], logits
+
+
+def test_metrics_are_those_of_numpy(run: Run) -> None:
+    for unit in run.made_by("probes"):
+        with run.db() as db:
+            told = dict(db.execute("SELECT name, value FROM final WHERE unit = ?", [unit.address]).fetchall())
+        for split in ("train", "valid", "test"):
+            _, labels, logits = naive(run, unit, split)
+            logs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+            assert told[f"{split}_accuracy"] == (logits.argmax(axis=1) == labels).mean()
+            assert told[f"{split}_loss"] == pytest.approx(-logs[np.arange(len(labels)), labels].mean(), rel=1e-5)
+            assert told[f"n_{split}"] == len(labels)
+
+
+def test_tables_hold_the_test_images_and_the_settings(run: Run) -> None:
+    unit = run.made_by("probes")[1]
+    examples, _, logits = naive(run, unit, "test")
+    with run.db() as db:
+        rows = db.execute(
+            "SELECT example, predicted, margin FROM prediction WHERE unit = ? ORDER BY example", [unit.address]
+        ).fetchnumpy()
+        (about,) = db.execute(
+            "SELECT acts, variant, config->>'$.lr' FROM probe WHERE unit = ?", [unit.address]
+        ).fetchall()
+    assert rows["example"].tolist() == examples.tolist()
+    assert rows["predicted"].tolist() == logits.argmax(axis=1).tolist()
+    ordered = np.sort(logits, axis=1)
+    np.testing.assert_allclose(rows["margin"], ordered[:, -1] - ordered[:, -2], rtol=1e-4)
+    assert about == (unit.needs[0].address, "linear", "0.01")
+
+
+def test_the_last_layer_is_read_and_standardised_on_train(run: Run) -> None:
+    unit = run.made_by("probes")[0]
+    assert unit.needs[0].content["layer"] == 2
+    acts = Acts(run.folder(unit.needs[0]))
+    x_nd = np.concatenate([x.double().numpy()[:, 0] for _, x in acts.read("cls", acts.of_split("train"))])
+    state = load_file(run.folder(unit) / "probe.safetensors")
+    np.testing.assert_allclose(state["mean"], x_nd.mean(axis=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(state["std"], x_nd.std(axis=0), rtol=1e-5)
+
+
+def test_the_sweep_is_fitted_as_one_by_one(run: Run) -> None:
+    for unit in run.made_by("probes"):
+        acts = Acts(run.folder(unit.needs[0]))
+        train = acts.of_split("train")
+        x_nd = torch.cat([x[:, 0] for _, x in acts.read("cls", train)])
+        alone = unit.given["probe"].fit(task_of(acts), x_nd, torch.from_numpy(acts.labels[train]))
+        state = load_file(run.folder(unit) / "probe.safetensors")
+        assert isinstance(alone, LinearProbe)
+        torch.testing.assert_close(state["weight"], alone.weight.data, rtol=1e-3, atol=1e-4)
+
+
+def test_the_best_is_chosen_on_valid(run: Run) -> None:
+    right = {}
+    for unit in run.made_by("probes"):
+        _, labels, logits = naive(run, unit, "valid")
+        right[unit] = (logits.argmax(axis=1) == labels).mean()
+    assert run.best("probes", Pick(highest="valid_accuracy")) == max(right, key=lambda unit: right[unit])
+
+
+def test_a_probe_is_reopened(run: Run) -> None:
+    unit = run.made_by("probes")[2]
+    acts = Acts(run.folder(unit.needs[0]))
+    probe = open_probe(unit.given["probe"], run.folder(unit), task_of(acts))
+    _, x = next(acts.read("cls", acts.of_split("test")))
+    _, _, logits = naive(run, unit, "test")
+    np.testing.assert_allclose(probe(x[:, 0]).numpy(), logits, rtol=1e-4, atol=1e-4)
+    assert not any(parameter.requires_grad for parameter in probe.parameters())
+
+
+def test_a_damaged_probe_is_named(run: Run, tmp_path: Path) -> None:
+    unit = run.made_by("probes")[0]
+    (tmp_path / "probe.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"probe\.safetensors: is not the probe it should be"):
+        open_probe(unit.given["probe"], tmp_path, task_of(Acts(run.folder(unit.needs[0]))))
+
+
+def test_names_and_order_do_not_change_the_addresses(run: Run) -> None:
+    units = run.made_by("probes")
+    run.listed("renamed", run.made_by("acts"))
+    again = list(ProbeStage(acts="renamed", layer=2, probes=["p2", "p0", "p1", "p0"]).units(run))
+    assert {unit.address for unit in again} == {unit.address for unit in units}
+    assert len(again) == 3
+    earlier = list(ProbeStage(acts="acts", layer=-2, probes=["p0"]).units(run))
+    assert earlier[0].needs[0].content["layer"] == 1
+
+
+def test_same_seed_same_bytes(run: Run, tmp_path: Path) -> None:
+    other = recorded(tmp_path)
+    for unit in made(other, "probes", ProbeStage(acts="acts", probes=list(SWEEP))):
+        for name in ("probe.safetensors", "prediction.parquet", "metric.parquet"):
+            assert (other.folder(unit) / name).read_bytes() == (run.folder(unit) / name).read_bytes()
+
+
+def test_a_layer_that_was_not_recorded(run: Run) -> None:
+    with pytest.raises(UserError, match=r"^probe: layer 0 is not recorded by 'acts' \(there are: 1, 2\)$"):
+        list(ProbeStage(acts="acts", layer=0, probes=["p0"]).units(run))
+
+
+def test_progress_is_told_in_steps(tmp_path: Path) -> None:
+    told: list[tuple[int, int, str]] = []
+
+    class Listener(Watcher):
+        def progressed(self, stage: str, done: int, total: int, what: str) -> None:
+            if stage == "probes":
+                told.append((done, total, what))
+
+    run = tiny.desk(tmp_path, {"probes": SWEEP}, watcher=Listener())
+    made(run, "acts", Record(backbone="tiny", datasets=["tiny"], layers=[2]))
+    made(run, "probes", ProbeStage(acts="acts", probes=["p0", "p1"]))
+    assert told == [(i, 60, "steps") for i in range(1, 61)]
+
+
+class Without(DatasetConfig):
+    """The tiny set, its examples changed."""
+
+    use: str = "without"  # type: ignore[assignment, unused-ignore]
+    label: int | None = None
+    split: str | None = None
+
+    def build(self, base: Path) -> Dataset:
+        return Images(self, tiny.TinySet().build(base))
+
+
+class Images:
+    """The images of Without."""
+
+    def __init__(self, config: Without, inner: Dataset) -> None:
+        self.config, self.inner, self.classes = config, inner, inner.classes
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self.inner[index]
+        if self.config.label is not None:
+            example = example._replace(label=self.config.label)
+        if example.split == self.config.split:
+            example = example._replace(split="train")
+        return example
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (Without(label=-1), "tiny on tiny, layer 2: the images of the train split have no labels; a probe needs them"),
+        (Without(split="valid"), "tiny on tiny, layer 2: no image is in the valid split, on which probes are chosen"),
+        (Without(split="test"), "tiny on tiny, layer 2: no image is in the test split, on which probes are reported"),
+    ],
+)
+def test_a_dataset_that_cannot_be_probed(tmp_path: Path, dataset: Without, message: str) -> None:
+    run = recorded(tmp_path, datasets={"tiny": dataset})
+    with pytest.raises(UserError, match=f"^{message}$"):
+        made(run, "probes", ProbeStage(acts="acts", probes=["p0"]))
