@@ -3,11 +3,11 @@
 import itertools
 import json
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fakes
+import kinds
 import pytest
 
 from saefw.catalog import Catalog
@@ -46,32 +46,34 @@ stages:
 
 @pytest.fixture(scope="module")
 def catalog() -> Catalog:
-    return Catalog([fakes], entry_points=False)
+    return Catalog([kinds], entry_points=False)
 
 
-@pytest.fixture
-def load(tmp_path: Path, catalog: Catalog) -> Callable[[str], Registry]:
-    def load(text: str) -> Registry:
-        path = tmp_path / "registry.yaml"
-        path.write_text(text)
-        return read(path, catalog)
+@dataclass
+class File:
+    """A registry.yaml to fill and read."""
 
-    return load
+    path: Path
+    catalog: Catalog
 
+    def __call__(self, text: str) -> Registry:
+        """Read a text."""
+        self.path.write_text(text)
+        return read(self.path, self.catalog)
 
-@pytest.fixture
-def faults(tmp_path: Path, load: Callable[[str], Registry]) -> Callable[[str], list[str]]:
-    """Return what is wrong with a text, the folder cut off."""
-
-    def faults(text: str) -> list[str]:
+    def faults(self, text: str) -> list[str]:
+        """Return what is wrong with a text, the folder cut off."""
         with pytest.raises(UserError) as caught:
-            load(text)
-        return str(caught.value).replace(f"{tmp_path}/", "").splitlines()
-
-    return faults
+            self(text)
+        return str(caught.value).replace(f"{self.path.parent}/", "").splitlines()
 
 
-def test_a_good_file(load: Callable[[str], Registry], tmp_path: Path) -> None:
+@pytest.fixture
+def load(tmp_path: Path, catalog: Catalog) -> File:
+    return File(tmp_path / "registry.yaml", catalog)
+
+
+def test_a_good_file(load: File, tmp_path: Path) -> None:
     registry = load(GOOD)
     assert registry.store == tmp_path / "runs/here"
     assert registry.base == tmp_path
@@ -85,19 +87,19 @@ def test_a_good_file(load: Callable[[str], Registry], tmp_path: Path) -> None:
         "relu l1=0.001 lr=0.003",
     ]
     assert [member.entry for member in registry.families["saes"]["relu"]] == [
-        fakes.Relu.model_validate({"l1": l1, "lr": lr}) for l1, lr in itertools.product([4e-4, 1e-3], [1e-3, 3e-3])
+        kinds.Relu.model_validate({"l1": l1, "lr": lr}) for l1, lr in itertools.product([4e-4, 1e-3], [1e-3, 3e-3])
     ]
     (topk,) = registry.families["saes"]["topk"]
-    assert topk.label == "topk" and topk.entry == fakes.TopK.model_validate({"k": 8})
+    assert topk.label == "topk" and topk.entry == kinds.TopK.model_validate({"k": 8})
     assert list(registry.families["stages"]) == ["acts", "sweep", "steer"]
 
 
-def test_the_smallest_file(load: Callable[[str], Registry], tmp_path: Path) -> None:
+def test_the_smallest_file(load: File, tmp_path: Path) -> None:
     registry = load("saefw: 1")
     assert (registry.store, registry.device) == (tmp_path / "runs", "auto")
 
 
-def test_places_of_a_good_file(load: Callable[[str], Registry], tmp_path: Path) -> None:
+def test_places_of_a_good_file(load: File, tmp_path: Path) -> None:
     """A later fault of a stage is told with the place of its entry or setting."""
     registry = load(GOOD)
     path = tmp_path / "registry.yaml"
@@ -110,8 +112,8 @@ def test_places_of_a_good_file(load: Callable[[str], Registry], tmp_path: Path) 
     assert registry.place("saes", "relu", "lr.1") == f"{path}:16:44"
 
 
-def test_every_fault_of_the_plan_at_once(faults: Callable[[str], list[str]]) -> None:
-    assert faults(
+def test_every_fault_of_the_plan_at_once(load: File) -> None:
+    assert load.faults(
         """\
 saefw: 1
 plugin: [mine.py]
@@ -337,9 +339,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_one_fault(name: str, faults: Callable[[str], list[str]]) -> None:
+def test_one_fault(name: str, load: File) -> None:
     text, message = BAD[name]
-    assert faults(text) == [f"registry.yaml:{message}"]
+    assert load.faults(text) == [f"registry.yaml:{message}"]
 
 
 def test_files_that_cannot_be_read(tmp_path: Path, catalog: Catalog) -> None:
@@ -355,48 +357,48 @@ def test_files_that_cannot_be_read(tmp_path: Path, catalog: Catalog) -> None:
     assert message(path) == f"{path}:2:6: not UTF-8 (byte 0xe9)"
 
 
-def test_a_byte_order_mark_is_no_character(faults: Callable[[str], list[str]]) -> None:
-    assert faults("\ufeffsaefw: 1\nzoo: 1\n")[0].startswith("registry.yaml:2:1: ")
-    assert faults("\ufeffsaefw: 3\n")[0].startswith("registry.yaml:1:1: ")
+def test_a_byte_order_mark_is_no_character(load: File) -> None:
+    assert load.faults("\ufeffsaefw: 1\nzoo: 1\n")[0].startswith("registry.yaml:2:1: ")
+    assert load.faults("\ufeffsaefw: 3\n")[0].startswith("registry.yaml:1:1: ")
 
 
-def test_faults_keep_the_order_of_the_file(faults: Callable[[str], list[str]]) -> None:
-    found = faults("saefw: 1\nstages: {a: {use: x, use: y}}\nsaes: {b: 3}\ndevice: 4\nstore: []\nzoo: 1\n")
+def test_faults_keep_the_order_of_the_file(load: File) -> None:
+    found = load.faults("saefw: 1\nstages: {a: {use: x, use: y}}\nsaes: {b: 3}\ndevice: 4\nstore: []\nzoo: 1\n")
     assert [line.split(":")[1] for line in found] == ["2", "2", "3", "4", "5", "6"]
 
 
-def test_deep_nesting_is_refused(faults: Callable[[str], list[str]]) -> None:
-    assert faults("saefw: 1\nstore: " + "[" * 5000) == [
+def test_deep_nesting_is_refused(load: File) -> None:
+    assert load.faults("saefw: 1\nstore: " + "[" * 5000) == [
         "registry.yaml:2:48: not YAML that saefw reads: nested more than 40 deep"
     ]
 
 
-def test_an_alias_bomb_is_refused_at_once(faults: Callable[[str], list[str]]) -> None:
+def test_an_alias_bomb_is_refused_at_once(load: File) -> None:
     lines = ["saefw: 1", "a0: &a0 [x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
     start = time.monotonic()
-    (line,) = faults("\n".join(lines))
+    (line,) = load.faults("\n".join(lines))
     assert line.endswith("not YAML that saefw reads: aliases that repeat over 10000 values")
     assert time.monotonic() - start < 2
 
 
-def test_an_alias_is_the_value_it_stands_for(load: Callable[[str], Registry]) -> None:
+def test_an_alias_is_the_value_it_stands_for(load: File) -> None:
     registry = load("saefw: 1\nsaes:\n  a: &a {use: topk, k: 3}\n  b: *a\n  c: {use: topk, vary: {k: &k [1, 2]}}\n")
     families = registry.families["saes"]
-    assert families["a"][0].entry == families["b"][0].entry == fakes.TopK.model_validate({"k": 3})
+    assert families["a"][0].entry == families["b"][0].entry == kinds.TopK.model_validate({"k": 3})
     assert families["b"][0].label == "b"
 
 
-def test_keys_and_dates_are_words(load: Callable[[str], Registry]) -> None:
+def test_keys_and_dates_are_words(load: File) -> None:
     """YAML 1.1 makes `on`, `no`, `8` and `2024-01-01` something else than what stands there."""
     registry = load(
         "saefw: 1\nsaes: {on: {use: topk}, 8: {use: topk}}\ndatasets: {d: {use: folder, root: 2024-01-01}}\n"
     )
     assert list(registry.families["saes"]) == ["on", "8"]
-    assert registry.families["datasets"]["d"][0].entry == fakes.Folder(root="2024-01-01")
+    assert registry.families["datasets"]["d"][0].entry == kinds.Folder(root="2024-01-01")
 
 
-def test_labels_are_short_and_tell_members_apart(load: Callable[[str], Registry]) -> None:
+def test_labels_are_short_and_tell_members_apart(load: File) -> None:
     text = "saefw: 1\nprobes: {p: {use: linear, vary: {widths: [[], [1, 2]], bias: [yes, no], note: [null, hm]}}}\n"
     labels = [member.label for member in load(text).families["probes"]["p"]]
     assert labels[0] == "p widths=[] bias=true note=null"
@@ -406,7 +408,7 @@ def test_labels_are_short_and_tell_members_apart(load: Callable[[str], Registry]
     assert [m.label for m in load(text).families["saes"]["a"]] == ["a l1=0.12345678", "a l1=0.12345679"]
 
 
-def test_ten_thousand_members_and_entries_are_read_in_seconds(load: Callable[[str], Registry]) -> None:
+def test_ten_thousand_members_and_entries_are_read_in_seconds(load: File) -> None:
     k, seeds = list(range(1, 101)), list(range(100))
     text = f"saefw: 1\nsaes:\n  a: {{use: topk, most: 999, vary: {{k: {k}, seed: {seeds}}}}}\n"
     start = time.monotonic()
@@ -427,7 +429,7 @@ def test_a_drop_in_is_added_and_its_faults_have_a_place(tmp_path: Path, catalog:
     (tmp_path / "drop_in_bad_one.py").write_text('"""Bad."""\n\nnot_there\n')
     path = tmp_path / "registry.yaml"
     path.write_text("saefw: 1\nplugins: [drop_in_good_one.py]\nsaes: {a: {use: mine}}\n")
-    fresh = Catalog([fakes], entry_points=False)
+    fresh = Catalog([kinds], entry_points=False)
     assert type(read(path, fresh).families["saes"]["a"][0].entry).__name__ == "Mine"
     assert read(path, fresh).families["saes"]["a"]  # a second time with the same catalog
 
