@@ -103,8 +103,9 @@ class Sae(nn.Module):
         return (x_nd - self.mean) / self.scale
 
     def pre(self, x_nd: Tensor) -> Tensor:
-        """Return the pre-activations [n, s] of normalised tokens."""
-        return (x_nd - self.b_dec) @ self.W_enc + self.b_enc
+        """Return the pre-activations [n, s] of normalised tokens: (x - b_dec) W_enc + b_enc."""
+        # (x - b_dec) @ W_enc, but without a gradient [n, d] that only the bias would use: a sixth of a step's work.
+        return torch.addmm(self.b_enc - self.b_dec @ self.W_enc, x_nd, self.W_enc)
 
     def reconstruct(self, codes_ns: Tensor) -> Tensor:
         """Return the normalised reconstruction [n, d] of dense codes."""

@@ -51,7 +51,7 @@ class TopKSae(Sae):
 
     def select(self, pre_ns: Tensor) -> tuple[Tensor, Tensor]:
         """Return indices and values [n, k] of the k largest; negative ones do not fire, their value is 0."""
-        top = pre_ns.topk(self.k, dim=1)
+        top = pre_ns.topk(self.k, dim=1, sorted=False)
         return top.indices, top.values.relu()
 
     def loss(self, x_nd: Tensor, dead_s: Tensor) -> Loss:
@@ -77,7 +77,7 @@ class TopKSae(Sae):
         """
         target_nd = error_nd.detach()
         if pre_na.shape[1] > self.k_aux:
-            top = pre_na.topk(self.k_aux, dim=1)
+            top = pre_na.topk(self.k_aux, dim=1, sorted=False)
             codes_na = torch.zeros_like(pre_na).scatter(1, top.indices, top.values.relu())
         else:
             codes_na = pre_na.relu()

@@ -246,7 +246,7 @@ class Training:
         self.sae.mean.copy_(stats.mean)
         self.sae.scale.fill_(stats.scale)
         self.sae.to(device).train()
-        self.adam = torch.optim.Adam(self.sae.parameters(), lr=self.config.lr)
+        self.adam = torch.optim.Adam(self.sae.parameters(), lr=self.config.lr, fused=True)
         self.since_s = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=device)
         self.total = torch.zeros(())
 
