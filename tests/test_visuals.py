@@ -1,0 +1,235 @@
+"""The stage that looks at features, on a tiny recording and a tiny SAE."""
+
+import hashlib
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import TinySet, TinyVit, desk
+
+from saefw import pictures
+from saefw.plugin import Run, SaeConfig, Unit, UserError
+from saefw.shards import Acts
+from saefw.stages import visuals
+from saefw.stages.record import Record
+from saefw.stages.train import Train, open_sae
+from saefw.stages.visuals import Visuals, percent
+from saefw.tally import Tally
+from saefw_topk import TopK
+
+TOP = 6
+
+
+def trained(path: Path) -> Run:
+    """A desk with two recordings, and an SAE trained on the first."""
+    saes: dict[str, Any] = {"topk": TopK(k=3, expansion=2, lr=0.003)}
+    run = desk(path, {"saes": saes, "datasets": {"other": TinySet(n=30, seed=5)}})
+    stages = {
+        "acts": Record(backbone="tiny", datasets=["tiny", "other"], layers=[0]),
+        "sweep": Train(acts="acts", saes=["topk"], n_tokens=8192, batch_size=256),
+    }
+    for name, stage in stages.items():
+        run.enter(name)
+        units = list(stage.units(run))
+        if name == "sweep":
+            units = units[:1]
+        run.listed(name, units)
+        stage.make(units, run)
+    return run
+
+
+def made(run: Run, **settings: Any) -> list[Unit]:
+    stage = Visuals(saes="sweep", acts="acts", top=TOP, **settings)
+    run.enter("visuals")
+    units = list(stage.units(run))
+    stage.make([unit for unit in units if not run.store.has(unit)], run)
+    return units
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, list[Unit]]:
+    run = trained(tmp_path_factory.mktemp("visuals"))
+    return run, made(run, n_features=4, include=[31])
+
+
+def codes(run: Run, unit: Unit) -> tuple[np.ndarray[Any, Any], Any]:
+    """All codes of the unit's train images [e, p, s], in one go, and their indices."""
+    acts = Acts(run.folder(unit.needs[1]))
+    config: SaeConfig = unit.needs[0].given["sae"]
+    sae = open_sae(config, run.folder(unit.needs[0]))
+    examples = acts.of_split("train")
+    ((_, x_epd),) = acts.read("patches", examples, batch=1000)
+    return sae.dense(x_epd.reshape(-1, acts.d_model)).view(len(examples), 16, -1).numpy(), examples
+
+
+def table(run: Run, unit: Unit, name: str) -> dict[str, Any]:
+    with duckdb.connect() as db:
+        return db.execute(f"FROM '{run.folder(unit) / name}.parquet'").fetchnumpy()
+
+
+def test_a_unit_for_each_recording_of_the_layer(seen: tuple[Run, list[Unit]]) -> None:
+    run, units = seen
+    assert [unit.needs[0] for unit in units] == run.made_by("sweep") * 2
+    assert [unit.needs[1] for unit in units] == run.made_by("acts")
+    assert all(run.store.has(unit) for unit in units)
+    assert units[1].label.endswith("seen on tiny on other, layer 0")
+
+
+def test_tables_are_those_of_all_codes_at_once(seen: tuple[Run, list[Unit]]) -> None:
+    run, units = seen
+    for unit in units:
+        x, examples = codes(run, unit)
+        found = table(run, unit, "feature")
+        assert found["feature"].tolist() == list(range(32))
+        assert set(found["sae"]) == {unit.needs[0].address} and set(found["acts"]) == {unit.needs[1].address}
+        np.testing.assert_allclose(found["frequency"], (x > 0).mean(axis=(0, 1)), rtol=1e-6)
+        np.testing.assert_allclose(found["max"], x.max(axis=(0, 1)), rtol=1e-5)
+        for s in range(32):
+            positive = x[..., s][x[..., s] > 0]
+            p99 = np.percentile(positive, 99) if len(positive) else 0
+            assert found["p99"][s] == pytest.approx(p99, rel=1e-5)
+        peak = x.max(axis=1)
+        top = table(run, unit, "top_example")
+        for s in range(32):
+            wanted = [examples[i] for i in np.argsort(-peak[:, s], kind="stable") if peak[i, s] > 0][:TOP]
+            assert top["example"][top["feature"] == s].tolist() == wanted
+
+
+def test_maps_pictures_and_metrics_belong_to_the_top_images(seen: tuple[Run, list[Unit]]) -> None:
+    run, units = seen
+    for unit, config in zip(units, (TinySet(), TinySet(n=30, seed=5)), strict=True):
+        x, examples = codes(run, unit)
+        top, maps = table(run, unit, "top_example"), load_file(run.folder(unit) / "maps.safetensors")["maps"]
+        assert maps.shape == (32, TOP, 16) and maps.dtype == torch.uint8
+        place = {example: i for i, example in enumerate(examples)}
+        for feature, rank, example, token in zip(
+            *(top[name] for name in ("feature", "rank", "example", "token")), strict=True
+        ):
+            wanted = x[place[example], :, feature] / x[..., feature].max() * 255
+            assert abs(maps[feature, rank].numpy() - wanted).max() <= 0.51
+            assert token == wanted.argmax()
+        occurring = sorted(set(top["example"].tolist()))
+        views = pictures.read(run.folder(unit) / "picture.parquet", occurring)
+        assert sorted(views) == occurring
+        dataset, backbone = config.build(tmp := Path()), TinyVit().build("cpu")
+        assert tmp == Path()
+        for example, view in views.items():
+            np.testing.assert_array_equal(np.asarray(view), np.asarray(backbone.view(dataset[example].load())))
+        with run.db() as db:
+            final = dict(db.execute("SELECT name, value FROM final WHERE unit = ?", [unit.address]).fetchall())
+        labels = np.arange(60) % 3
+        pure = sum(
+            np.bincount(labels[top["example"][top["feature"] == s]], minlength=3).max() >= 0.8 * TOP for s in range(32)
+        )
+        assert final == {"n_live": (x > 0).any(axis=(0, 1)).sum(), "n_images": len(examples), "n_pure": pure}
+
+
+def test_sheets_are_of_the_features_asked_for(seen: tuple[Run, list[Unit]]) -> None:
+    run, units = seen
+    names = {path.stem for path in (run.folder(units[0]) / "features").iterdir()}
+    assert "31" in names and 4 <= len(names) <= 5
+    for path in (run.folder(units[0]) / "features").iterdir():
+        with Image.open(path) as sheet:
+            assert sheet.width > 400 and sheet.height > 150
+    left = {path.name for path in run.folder(units[0]).iterdir()}
+    assert left == {
+        *(f"{name}.parquet" for name in ("feature", "top_example", "top_feature", "class_feature")),
+        "metric.parquet", "picture.parquet", "maps.safetensors", "features", "unit.json", "made.json",
+    }  # fmt: skip
+
+
+def test_the_lot_passes_the_filters() -> None:
+    frequency = np.array([0, 1e-4, 1e-3, 1e-2, 0.1, 1.0])
+    mean = np.array([0, 2.0, 2.0, 2.0, 2.0, 20.0])
+    anything = Visuals(saes="s", acts="a", n_features=99)
+    assert anything.choose(frequency, mean) == [1, 2, 3, 4, 5]
+    assert len(anything.model_copy(update={"n_features": 2}).choose(frequency, mean)) == 2
+    narrow = Visuals(saes="s", acts="a", log_frequency=(-3.5, -0.5), include=[5])
+    assert narrow.choose(frequency, mean) == [2, 3, 4, 5]
+    assert Visuals(saes="s", acts="a", log_value=(0.5, 2)).choose(frequency, mean) == [5]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "made.json"
+    }
+
+
+def test_stopped_and_started_again_it_makes_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: tuple[Run, list[Unit]]
+) -> None:
+    run = trained(tmp_path)
+    monkeypatch.setattr(visuals, "READ", 8)
+    add, images = Tally.add, []
+
+    def stopping(self: Tally, example_e: torch.Tensor, label_e: torch.Tensor, codes_eps: torch.Tensor) -> None:
+        images.append(len(example_e))
+        if len(images) == 4:
+            raise KeyboardInterrupt
+        add(self, example_e, label_e, codes_eps)
+
+    settings: dict[str, Any] = {"n_features": 4, "include": [31], "checkpoint_every": 0.0}
+    monkeypatch.setattr(Tally, "add", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        made(run, **settings)
+    units = made(run, **settings)
+    assert sum(images[:3]) + sum(images[4:]) == 42 + 21  # each train image of both recordings is looked at once
+    assert units == seen[1]
+    for unit in units:
+        assert digests(run.folder(unit)) == digests(seen[0].folder(unit))
+
+
+def test_what_does_not_fit_is_said(tmp_path: Path, seen: tuple[Run, list[Unit]]) -> None:
+    run, _ = seen
+    with pytest.raises(UserError, match="include: feature 32 is not among the 32 of topk on tiny on tiny, layer 0"):
+        made(run, include=[32])
+    (sae,) = run.made_by("sweep")
+    run.listed("elsewhere", list(Record(backbone="tiny", datasets=["tiny"], layers=[1]).units(run)))
+    with pytest.raises(UserError, match="'elsewhere' has no recording of the backbone and layer of topk on tiny on"):
+        list(Visuals(saes="sweep", acts="elsewhere").units(run))
+    run.listed("cls", [Unit("train", {**sae.content, "tokens": "cls"}, sae.needs, "topk")])
+    with pytest.raises(UserError, match="topk was trained on cls, which cover no patch"):
+        list(Visuals(saes="cls", acts="acts").units(run))
+    without = desk(tmp_path, {"datasets": {"tiny": TinySet(n=3)}})
+    stage = Record(backbone="tiny", datasets=["tiny"], layers=[0])
+    units = list(stage.units(without))
+    stage.make(units, without)
+    unit = Unit("visuals", {}, (sae, units[0]), "topk")
+    with pytest.raises(UserError, match="no image is in the test split"):
+        Visuals(saes="sweep", acts="acts", split="test").make([unit], without)
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.034, "3.4 %"), (0.000123, "0.012 %"), (0.5, "50 %"), (1, "100 %"), (0, "0 %")]
+)
+def test_percent(share: float, text: str) -> None:
+    assert percent(share) == text
+
+
+def test_a_lit_picture_glows_where_the_patch_is_on() -> None:
+    view = Image.new("RGB", (16, 8), (128, 128, 128))
+    patches = np.zeros((2, 4), dtype=np.uint8)
+    patches[1, 2] = 255
+    shown = np.asarray(pictures.lit(view, patches, 64)).astype(int)
+    assert shown.shape == (32, 64, 3)
+    colour = shown.max(axis=2) - shown.min(axis=2)
+    on = np.zeros((32, 64), dtype=bool)
+    on[16:, 32:48] = True
+    assert (colour[on] > 20).all() and (colour[~on] == 0).all()
+
+
+def test_equal_pictures_are_equal_bytes(tmp_path: Path) -> None:
+    make: Callable[[], bytes] = lambda: pictures.png(Image.new("RGB", (4, 4), (1, 2, 3)))  # noqa: E731
+    assert make() == make()
+    assert Image.open(BytesIO(make())).getpixel((0, 0)) == (1, 2, 3)
+    with pytest.raises(UserError, match="cannot be read"):
+        pictures.read(tmp_path / "picture.parquet", [1])
