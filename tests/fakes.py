@@ -1,179 +1,135 @@
-"""A plugin of each kind that builds nothing, for tests of registry.yaml alone."""
+"""Stages that make next to nothing, for tests of the pipeline and the command line."""
 
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from saefw.plugin import (
-    BackboneConfig,
-    DatasetConfig,
-    FigureConfig,
-    Knob,
-    Names,
-    Pick,
-    ProbeConfig,
-    SaeConfig,
-    StageConfig,
-    hookimpl,
-)
+from saefw.plugin import FigureConfig, Knob, Names, Pick, Run, StageConfig, Unit, UserError, hookimpl
 
+MADE = "made.txt"
+"""Beside registry.yaml: the label of every unit made, in order, whichever process made it."""
 
-class Clip(BackboneConfig):
-    """Two settings, one of them required."""
 
-    use: Literal["open-clip"] = "open-clip"
+class Numbers(StageConfig):
+    """Makes one unit a number; measures it."""
 
-    arch: str = "ViT-B-16"
-    """Its name."""
+    use: Literal["numbers"] = "numbers"
 
-    pretrained: str
-    """Its weights."""
+    n: list[int] = Field(default_factory=lambda: [1, 2, 3])
+    """The numbers."""
 
+    plus: int = 0
+    """Is added to each."""
 
-class TinyVit(BackboneConfig):
-    """No settings."""
+    seconds: Annotated[float, Knob] = 0.0
+    """How long each takes."""
 
-    use: Literal["tiny-vit"] = "tiny-vit"
+    fault: Annotated[Literal["", "units", "make", "forget", "bug"], Knob] = ""
+    """What goes wrong."""
 
+    def units(self, run: Run) -> Iterator[Unit]:
+        """List one unit a number."""
+        if self.fault == "units":
+            raise UserError("these numbers do not fit")
+        for n in self.n:
+            yield Unit("numbers", {"n": n + self.plus}, label=f"number {n + self.plus}", given={"stage": self})
 
-class Folder(DatasetConfig):
-    """One setting."""
+    def make(self, units: Sequence[Unit], run: Run) -> None:
+        """Write each number into its folder."""
+        for i, unit in enumerate(units):
+            if self.fault and i == 1:
+                if self.fault == "make":
+                    raise UserError("the second is too large\nand too blue")
+                if self.fault == "bug":
+                    raise ZeroDivisionError("a bug")
+                return
+            time.sleep(self.seconds)
+            (run.folder(unit) / "number.txt").write_text(str(unit.content["n"]))
+            run.log(unit, 1, nmse=1 / (1 + unit.content["n"]), l0=8.0)
+            with (run.base / MADE).open("a") as file:
+                file.write(f"{unit.label}\n")
+            run.keep(unit)
+            run.progress(i + 1, len(units), "numbers")
 
-    use: Literal["folder"] = "folder"
+    def disk(self, unit: Unit, run: Run) -> int:
+        """A million bytes for each."""
+        return 1_000_000 * int(unit.content["n"])
 
-    root: str = "."
-    """Where it lies."""
 
+class Sums(StageConfig):
+    """Makes one unit: the sum of the numbers of a stage, or of the one picked."""
 
-class Relu(SaeConfig):
-    """Bounded numbers."""
+    use: Literal["sums"] = "sums"
 
-    use: Literal["relu"] = "relu"
+    of: Annotated[str, Names("stages")]
+    """The stage that makes the numbers."""
 
-    l1: float = Field(1e-3, ge=0)
-    """How much of the L1 norm."""
+    pick: Pick | None = None
+    """Which of them; null: all."""
 
+    def units(self, run: Run) -> Iterator[Unit]:
+        """List one unit."""
+        units = [run.best(self.of, self.pick)] if self.pick else run.made_by(self.of)
+        yield Unit("sums", {}, tuple(units), label=f"sum of {self.of}")
 
-class TopK(SaeConfig):
-    """Settings that must fit together."""
+    def make(self, units: Sequence[Unit], run: Run) -> None:
+        """Add up what lies in the folders."""
+        for unit in units:
+            total = sum(int((run.folder(need) / "number.txt").read_text()) for need in unit.needs)
+            (run.folder(unit) / "sum.txt").write_text(str(total))
+            with (run.base / MADE).open("a") as file:
+                file.write(f"{unit.label}\n")
+            run.keep(unit)
 
-    use: Literal["topk"] = "topk"
 
-    k: int = Field(32, gt=0)
-    """Features that may fire."""
+class Draw(StageConfig):
+    """Draws figures, in a way."""
 
-    most: int = 64
-    """The largest k."""
+    use: Literal["draw"] = "draw"
 
-    @model_validator(mode="after")
-    def fits(self) -> "TopK":
-        """Check k against its bound."""
-        if self.k > self.most:
-            raise ValueError(f"k {self.k} is over {self.most}")
-        return self
+    figures: Annotated[list[str], Names("figures")] = Field(default_factory=list)
+    """What to draw."""
 
+    def units(self, run: Run) -> Iterator[Unit]:
+        """List one unit a figure."""
+        for member in run.family("figures", self.figures):
+            yield Unit("draw", {"figure": member.entry.content()}, label=member.label)
 
-class Linear(ProbeConfig):
-    """A list, a flag, a word that may be missing."""
+    def make(self, units: Sequence[Unit], run: Run) -> None:
+        """Write a picture without pixels."""
+        for unit in units:
+            (run.folder(unit) / f"{unit.content['figure']['use']}.png").write_bytes(b"")
+            run.keep(unit)
 
-    use: Literal["linear"] = "linear"
 
-    widths: tuple[int, ...] = ()
-    """Of hidden layers."""
+class Dots(FigureConfig):
+    """Dots on a line."""
 
-    bias: bool = True
-    """Whether there is one."""
+    use: Literal["dots"] = "dots"
 
-    note: str | None = None
-    """Anything."""
+    size: float = 1.5
+    """In points."""
 
-
-class Pareto(FigureConfig):
-    """Nothing to set."""
-
-    use: Literal["pareto"] = "pareto"
-
-
-class Record(StageConfig):
-    """Names entries of two kinds."""
-
-    use: Literal["record"] = "record"
-
-    backbone: Annotated[str, Names("backbones")]
-    """What is recorded."""
-
-    datasets: Annotated[list[str], Names("datasets")]
-    """Of what."""
-
-    layers: tuple[int, ...] = (-1,)
-    """Which."""
-
-    batch_size: Annotated[int, Knob] = 64
-    """Images at a time."""
-
-
-class Train(StageConfig):
-    """Names a stage above it."""
-
-    use: Literal["train"] = "train"
-
-    acts: Annotated[str, Names("stages")]
-    """The recording."""
-
-    saes: Annotated[list[str], Names("saes")]
-    """The sweep."""
-
-    tokens: Literal["patches", "cls"] = "patches"
-    """Which tokens."""
-
-
-class LayerPick(Pick):
-    """A pick that also says which layer."""
-
-    layer: int = -1
-    """Of the SAE."""
-
-
-class Steer(StageConfig):
-    """A nested model, in a union, and a name that has a default."""
-
-    use: Literal["steer"] = "steer"
-
-    saes: Annotated[str, Names("stages")] = "sweep"
-    """The sweep."""
-
-    sae: LayerPick | None = None
-    """Which of them."""
-
-    amounts: int | list[float] = 1
-    """How much."""
-
-
-@hookimpl
-def saefw_backbones() -> list[type[BackboneConfig]]:
-    return [Clip, TinyVit]
-
-
-@hookimpl
-def saefw_datasets() -> list[type[DatasetConfig]]:
-    return [Folder]
-
-
-@hookimpl
-def saefw_saes() -> list[type[SaeConfig]]:
-    return [Relu, TopK]
-
-
-@hookimpl
-def saefw_probes() -> list[type[ProbeConfig]]:
-    return [Linear]
-
-
-@hookimpl
-def saefw_figures() -> list[type[FigureConfig]]:
-    return [Pareto]
+    colour: Literal["red", "blue"] = "red"
+    """Of the dots."""
 
 
 @hookimpl
 def saefw_stages() -> list[type[StageConfig]]:
-    return [Record, Train, Steer]
+    """Three."""
+    return [Numbers, Sums, Draw]
+
+
+@hookimpl
+def saefw_figures() -> list[type[FigureConfig]]:
+    """One."""
+    return [Dots]
+
+
+def made(base: Path) -> list[str]:
+    """Return the labels of the units made so far, in order."""
+    path = base / MADE
+    return path.read_text().splitlines() if path.exists() else []

@@ -37,7 +37,7 @@ class Made(Entry):
 
 
 def address(*, revision: int = 1, label: str = "", needs: tuple[Unit, ...] = (), **settings: Any) -> str:
-    cls = type("Made", (Made,), {"revision": revision, "__module__": __name__}) if revision != 1 else Made
+    cls: type[Made] = type("Made", (Made,), {"revision": revision, "__module__": __name__}) if revision != 1 else Made
     return Unit("fake", cls.model_validate(settings).content(), needs, label).address
 
 

@@ -80,6 +80,8 @@ class Store:
     def __init__(self, root: Path) -> None:
         """Use the folder `root`; nothing is made before the first unit is."""
         self.root = root
+        self._seen: object = None
+        """The version of the index that was last found in line with the folders, and their addresses."""
 
     @cached_property
     def _memory(self) -> duckdb.DuckDBPyConnection:
@@ -235,8 +237,8 @@ class Store:
             UserError: a unit is damaged (the others are indexed all the same), or the index cannot be written.
 
         """
-        path = self.root / INDEX
-        if not self.root.is_dir():
+        path, kept = self.root / INDEX, self.kept()
+        if not self.root.is_dir() or self._seen == (_version(path), kept.keys()):
             return 0
         try:
             with duckdb.connect(str(path), read_only=True) as db:
@@ -247,9 +249,12 @@ class Store:
             whole, indexed = False, set()
         if not whole:
             return self.rebuild()
-        kept = self.kept()
         new, gone = {a: f for a, f in kept.items() if a not in indexed}, sorted(indexed - set(kept))
-        return self.index(new, gone) if new or gone else 0
+        if new or gone:
+            return self.index(new, gone)
+        # Opening an index costs more than looking whether it is still the same one.
+        self._seen = _version(path), kept.keys()
+        return 0
 
     def rebuild(self) -> int:
         """Make the index anew from the parquet in the unit folders; return how many units are in it.
@@ -316,6 +321,15 @@ class Store:
             raise UserError(f"{path}: cannot be opened; `saefw index` rebuilds it ({error})") from error
         with db:
             yield db
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """Tell one published index from the next."""
+    try:
+        facts = path.stat()
+    except FileNotFoundError:
+        return None
+    return facts.st_ino, facts.st_mtime_ns
 
 
 def _empty(path: Path) -> None:
