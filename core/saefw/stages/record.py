@@ -55,13 +55,13 @@ class Record(StageConfig):
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """What the activations are stored as."""
 
-    batch_size: Annotated[int, Knob] = Field(64, gt=0)
+    batch_size: Annotated[int, Knob] = Field(default=64, gt=0)
     """Images in one forward pass."""
 
-    workers: Annotated[int, Knob] = Field(2, gt=0)
+    workers: Annotated[int, Knob] = Field(default=2, gt=0)
     """Threads that read and prepare images."""
 
-    shard_mb: Annotated[int, Knob] = Field(200, gt=0)
+    shard_mb: Annotated[float, Knob] = Field(default=200, gt=0)
     """About how many MiB a file holds, and how much memory a layer takes while recording."""
 
     def units(self, run: Run) -> Iterable[Unit]:
@@ -113,7 +113,9 @@ class Record(StageConfig):
         """Record the layers of one backbone on one dataset; yield how many of its images are done."""
         examples = [dataset[i] for i in range(len(dataset))]
         train = np.array([example.split == "train" for example in examples], dtype=bool)
-        writers = [Writer(run.folder(unit), _layout(unit, len(dataset)), train, self.shard_mb << 20) for unit in units]
+        writers = [
+            Writer(run.folder(unit), _layout(unit, len(dataset)), train, int(self.shard_mb * 2**20)) for unit in units
+        ]
         shards = sorted({shard for writer in writers for shard in writer.missing()})
         done = len(dataset) - sum(len(writers[0].span(shard)) for shard in shards)
         yield done
