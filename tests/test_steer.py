@@ -1,0 +1,308 @@
+"""The engine of steering against naive float64, and what edits are compared with."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from tiny import TinyVit
+from torch import Tensor
+
+from saefw.blocks import tokens_after
+from saefw.controls import Drawn, balanced, others, strongest
+from saefw.errors import UserError
+from saefw.outcome import KINDS, Readout, first, interval, summary
+from saefw.plugin import Backbone, Sae, Task
+from saefw.stages.steer import _kept
+from saefw.steering import MODES, Steering, along, like_norm
+from saefw_linear import Linear
+from saefw_topk import TopK
+
+LAYER, CLASSES = 0, ("a", "b", "c")
+
+
+def parts(seed: int = 0) -> tuple[Backbone, Sae, Tensor]:
+    """The tiny ViT, a random SAE with a mean and a scale, and two images."""
+    torch.manual_seed(seed)
+    sae = TopK(k=3, expansion=2).build(16)
+    with torch.no_grad():
+        sae.b_enc.normal_(std=0.1)
+        sae.b_dec.normal_(std=0.1)
+    sae.mean.normal_()
+    sae.scale.fill_(1.7)
+    return TinyVit().build("cpu"), sae.eval().requires_grad_(False), torch.randn(2, 3, 16, 16)
+
+
+def steering(place: str = "patches", probe_layer: int = 2, dtype: torch.dtype = torch.float32) -> Steering:
+    backbone, sae, _ = parts()
+    probe = Linear().build(Task(16, CLASSES))
+    with torch.no_grad():
+        probe.weight.normal_()
+        probe.bias.normal_()
+        probe.mean.normal_()
+    probe = probe.requires_grad_(False)
+    return Steering(backbone.to(dtype), sae.to(dtype), probe.to(dtype), LAYER, probe_layer, place)
+
+
+class Watched(Steering):
+    """Keeps the tokens from which the logits were read."""
+
+    seen: Tensor
+
+    def logits(self, tokens_btd: Tensor) -> Tensor:
+        self.seen = tokens_btd
+        return super().logits(tokens_btd)
+
+
+def watched() -> Watched:
+    plain = steering()
+    return Watched(plain.backbone, plain.sae, plain.probe, plain.layer, plain.probe_layer, plain.place)
+
+
+def dense(of: Steering, tokens_btd: Tensor) -> Tensor:
+    """The codes [b, p, s] of the patches, by the SAE's dense path."""
+    return of.sae.dense(tokens_btd[:, 1:].flatten(0, 1)).view(len(tokens_btd), 16, -1)
+
+
+def test_a_reading_is_what_the_parts_say() -> None:
+    of, (_, _, images) = steering(probe_layer=1), parts()
+    reading = of.read(images)
+    torch.testing.assert_close(reading.tokens_btd, tokens_after(of.backbone, images, 0))
+    torch.testing.assert_close(reading.logits_bc, of.probe(tokens_after(of.backbone, images, 1)[:, 0]))
+    z_bps = dense(of, reading.tokens_btd)
+    features_bf = torch.tensor([[0, 5, 7], [31, 2, 9]])
+    wanted = torch.stack([z_bps[i][:, features_bf[i]] for i in range(2)])
+    assert torch.equal(of.observed(reading, features_bf), wanted)
+    assert (wanted > 0).any()
+
+
+@pytest.mark.parametrize("place", ["patches", "cls"])
+def test_an_edit_that_changes_no_code_changes_no_bit(place: str) -> None:
+    of, (_, _, images) = steering(place), parts()
+    reading = of.read(images[:1])
+    features = reading.codes.indices.unique().tolist()[:5]
+    z_pf = of.observed(reading, torch.tensor([features]))[0]
+    for edits in (
+        {feature: ("set", z_pf[:, i]) for i, feature in enumerate(features)},
+        {feature: ("add", 0.0) for feature in features},
+        {feature: ("scale", 1.0) for feature in features},
+        {},
+    ):
+        assert torch.equal(of.edit(reading, edits), reading.logits_bc), edits
+    assert not torch.equal(of.edit(reading, {features[0]: ("add", 1.0)}), reading.logits_bc)
+
+
+def naive_edit(of: Steering, x_td: Tensor, edits: dict[int, tuple[str, float]], patches: Sequence[int]) -> Tensor:
+    """One token and one feature at a time, in float64."""
+    sae = of.sae
+    W_dec, scale = sae.W_dec.double(), float(sae.scale)
+    after = x_td.double().clone()
+    for patch in patches:
+        codes = sae.dense(x_td[1 + patch][None])[0].double()
+        for feature, (mode, amount) in edits.items():
+            z = float(codes[feature])
+            changed = {"set": amount, "add": z + amount, "scale": z * amount}[mode]
+            after[1 + patch] += scale * (changed - z) * W_dec[feature]
+    return after
+
+
+@pytest.mark.parametrize("patches", [None, [3], [0, 15, 7]])
+def test_the_delta_is_exact_and_on_patches_alone(patches: list[int] | None) -> None:
+    of, (_, _, images) = watched(), parts()
+    reading = of.read(images)
+    before = reading.tokens_btd.clone()
+    firing = reading.codes.indices[0].tolist()
+    edits = {firing[0]: ("set", 2.5), firing[1]: ("add", -0.5), firing[2]: ("scale", 3.0), 30: ("set", 1.0)}
+    logits_bc = of.edit(reading, edits, patches)
+    for i in range(2):
+        wanted = naive_edit(of, before[i], edits, range(16) if patches is None else patches)
+        torch.testing.assert_close(of.seen[i].double(), wanted, rtol=1e-6, atol=1e-5)
+    untouched = [0, *(1 + p for p in range(16) if patches is not None and p not in patches)]
+    assert torch.equal(of.seen[:, untouched], before[:, untouched])
+    assert torch.equal(reading.tokens_btd, before), "a reading is left as it is"
+    # The rest of the model runs on the edited tokens, and on nothing else.
+    alone = of.probe(of.backbone.tail(of.seen, 1)[:, 0])
+    assert torch.equal(logits_bc, alone)
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_a_batch_of_edits_is_edit_by_edit(mode: str) -> None:
+    of, (_, _, images) = steering(), parts()
+    reading = of.read(images)
+    features_bf, amounts_bf = reading.codes.indices[[3, 20]], torch.tensor([[1.0, 2.0, -1.0], [0.5, 0.0, 3.0]])
+    together = of.after(reading, of.delta(reading, features_bf, amounts_bf, mode))
+    for i in range(2):
+        edits = {int(f): (mode, float(a)) for f, a in zip(features_bf[i], amounts_bf[i], strict=True)}
+        alone = of.edit(of.read(images[i : i + 1]), edits)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_cls_is_edited_alone() -> None:
+    of, (_, _, images) = steering("cls", probe_layer=0), parts()
+    reading = of.read(images)
+    feature = int(reading.codes.indices[0, 0])
+    z = of.observed(reading, torch.tensor([[feature], [feature]]))
+    assert z.shape == (2, 1, 1)
+    moved = reading.tokens_btd[:, 0] + of.sae.scale * (4.0 - z[:, 0]) * of.sae.W_dec[feature]
+    torch.testing.assert_close(of.edit(reading, {feature: ("set", 4.0)}), of.probe(moved))
+
+
+@pytest.mark.parametrize("place", ["patches", "cls"])
+def test_the_predicted_effect_is_the_finite_difference(place: str) -> None:
+    of, (_, _, images) = steering(place, dtype=torch.float64), parts()
+    reading = of.read(images.double())
+    p99_s = torch.linspace(0.5, 2, 32, dtype=torch.float64)
+    effect_sc = of.effects(of.gradients(reading.tokens_btd) / 2, p99_s)
+    step = 1e-4
+    for feature in range(32):
+        up, down = (of.edit(reading, {feature: ("add", float(s * step * p99_s[feature]))}) for s in (1, -1))
+        slope_c = ((up - down) / (2 * step)).mean(dim=0)
+        torch.testing.assert_close(effect_sc[feature], slope_c, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("probe_layer", "place", "message"),
+    [
+        (0, "patches", "choose an SAE of a layer below 0, or a probe of a layer above 0"),
+        (-1, "cls", "before it is edited after block 0; choose an SAE of layer -1 or lower"),
+    ],
+)
+def test_an_edit_that_cannot_reach_the_probe_is_refused(probe_layer: int, place: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        steering(place, probe_layer)
+
+
+def test_controls_are_as_long_as_the_edit() -> None:
+    torch.manual_seed(0)
+    edit, other = torch.randn(3, 16, 8), torch.randn(3, 16, 8) * 5
+    other[2] = 0
+    same = like_norm(other, edit)
+    norms = [np.linalg.norm(x.double().numpy().reshape(3, -1), axis=1) for x in (same, edit, other)]
+    np.testing.assert_allclose(norms[0][:2], norms[1][:2], rtol=1e-6)
+    assert norms[0][2] == 0
+    np.testing.assert_allclose((same[0] / other[0]).std(), 0, atol=1e-6)
+    direction_bd = torch.nn.functional.normalize(torch.randn(3, 8), dim=1)
+    spread = along(direction_bd, edit)
+    torch.testing.assert_close(spread.norm(dim=2), edit.norm(dim=2))
+    torch.testing.assert_close(torch.nn.functional.normalize(spread[1], dim=1), direction_bd[1].expand(16, -1))
+
+
+# Choices
+
+
+def test_balanced_draws_evenly() -> None:
+    labels = np.array([0] * 30 + [1] * 10 + [2] * 3)
+    chosen = balanced(labels, 15, seed=0)
+    assert np.bincount(labels[chosen]).tolist() == [6, 6, 3]
+    assert (np.diff(chosen) > 0).all()
+    assert not np.array_equal(chosen, balanced(labels, 15, seed=1))
+    assert np.array_equal(balanced(labels, 99, seed=0), np.arange(43))
+
+
+def test_other_classes_are_other_and_balanced() -> None:
+    labels = np.repeat(np.arange(5), [40, 10, 10, 10, 10])
+    target = others(labels, np.arange(5), seed=3)
+    assert (target != labels).all()
+    # Images of class 0 may go to four classes only, so the four get what the fifth cannot.
+    assert np.bincount(target).tolist() == [16, 16, 16, 16, 16]
+    assert np.array_equal(target, others(labels, np.arange(5), seed=3))
+    assert not np.array_equal(target, others(labels, np.arange(5), seed=4))
+
+
+def test_strongest_features_are_usable() -> None:
+    score_sc = np.array([[3.0, 0], [9, 1], [2, 5], [3, 4]])
+    chosen = strongest(score_sc, np.array([True, False, True, True]), 2)
+    assert chosen.tolist() == [[0, 3], [2, 3]]
+
+
+def test_like_features_are_near_in_frequency_and_not_the_class_s_own() -> None:
+    frequency_s = 10.0 ** np.linspace(-4, -0.5, 200)
+    usable_s = np.ones(200, dtype=bool)
+    usable_s[50] = False
+    chosen_cf = np.array([[48, 49, 150], [0, 1, 2]])
+    drawn = Drawn(chosen_cf, frequency_s, usable_s, 8, seed=0)
+    seen: set[int] = set()
+    for example in range(300):
+        features, direction = drawn(example, 0)
+        assert len(set(features)) == 3
+        assert not set(features) & {48, 49, 150, 50}
+        assert np.abs(features - [48, 49, 150]).max() <= 13
+        assert np.linalg.norm(direction) == pytest.approx(1)
+        seen.update(features.tolist())
+    assert len(seen) > 35
+    again = Drawn(chosen_cf, frequency_s, usable_s, 8, seed=0)
+    assert again(7, 1)[0].tolist() == drawn(7, 1)[0].tolist()
+    assert not np.array_equal(again(7, 1)[1], drawn(8, 1)[1])
+
+
+# What came of it
+
+
+def test_the_interval_is_student_s() -> None:
+    from scipy.stats import ttest_1samp
+
+    values = np.random.default_rng(0).normal(1, 2, 17)
+    assert interval(values) == pytest.approx(tuple(ttest_1samp(values, 0).confidence_interval(0.95)))
+    assert interval(values[:1]) == (-np.inf, np.inf)
+
+
+def outcome(n: int = 60) -> tuple[Readout, np.ndarray, np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+    """Three classes, two amounts: by effect the target's logit rises a lot, by mass only that of class 1."""
+    rng = np.random.default_rng(0)
+    own = np.arange(n) % 3
+    target = np.stack([own, (own + 1 + np.arange(n) // 3 % 2) % 3], axis=1)
+    before = rng.normal(0, 0.1, (n, 1, 1, 1, 3)) + 2 * np.eye(3)[own][:, None, None, None]
+    before = np.broadcast_to(before, (n, 2, 4, 2, 3)).astype(np.float32)
+    hit = np.eye(3)[target][:, :, None, None] * np.ones((n, 2, 4, 2, 3))
+    after = before + rng.normal(0, 0.1, before.shape) + hit * np.array([4, 0, 0, 0])[:, None, None] * [[1], [2]]
+    after[:, :, 1] += hit[:, :, 1] * (target == 1)[:, :, None, None]
+    label = np.broadcast_to(np.arange(3), before.shape)
+    return Readout(label, before, after.astype(np.float32), target), before, after, target
+
+
+def test_the_summary_counts_as_one_would_by_hand() -> None:
+    read, before, after, target = outcome()
+    told = summary(read, 1)
+    rows = np.arange(60)
+    shift = (after - before)[rows, 1, :, 1, target[:, 1]]
+    for k, kind in enumerate(KINDS):
+        assert told[f"shift_{kind.replace(' ', '_')}"] == pytest.approx(shift[:, k].mean(), abs=1e-6)
+    flips = (after[rows, 1, 0, 1].argmax(axis=1) == target[:, 1]).mean()
+    assert told["flip_rate_effect"] == pytest.approx(flips) and flips > 0.9
+    assert told["flip_rate_random_directions"] == 0
+    assert told["classes_above_controls"] == 3
+    assert told["classes_above_controls_by_mass"] == 1
+
+
+def test_the_first_example_is_the_purest_then_the_surest() -> None:
+    read, before, after, target = outcome()
+    place = first(read, np.array([0.1, 0.9, 0.5]))
+    assert place is not None
+    powers = np.exp(after[:, 1, 0])
+    sure = powers / powers.sum(axis=-1, keepdims=True)
+    right = before[:, 1, 0, 0].argmax(axis=1) == target[:, 0]
+    best = max(
+        (float(sure[e, a, 1]), e, a)
+        for e in range(60)
+        for a in range(2)
+        if right[e] and target[e, 1] == 1 and after[e, 1, 0, a].argmax() == 1
+    )
+    assert place == (best[1], 1, 0, best[2])
+    assert read.probabilities(place)[1][1] == pytest.approx(best[0], rel=1e-5)
+    unmoved = Readout(read.label, read.before, read.before, read.target_er)
+    assert first(unmoved, np.ones(3)) is None
+
+
+def test_of_many_classes_the_telling_logits_are_kept() -> None:
+    torch.manual_seed(0)
+    before_ec, after_erkac = torch.randn(3, 50), torch.randn(3, 2, 4, 2, 50)
+    target_er = torch.tensor([[1, 2], [3, 3], [40, 41]])
+    label = _kept(before_ec, after_erkac, target_er)
+    for place in np.ndindex(3, 2, 4, 2):
+        kept = label[place][label[place] >= 0].tolist()
+        wanted = set(before_ec[place[0]].argsort(descending=True)[:5].tolist())
+        wanted |= set(after_erkac[place].argsort(descending=True)[:5].tolist())
+        wanted |= {int(target_er[place[0], 0]), int(target_er[place[:2]])}
+        assert kept == sorted(wanted)
+    few = _kept(before_ec[:, :20], after_erkac[..., :20], target_er)
+    assert few.shape == (3, 2, 4, 2, 20) and few[0, 0, 0, 0].tolist() == list(range(20))
