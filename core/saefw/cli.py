@@ -1,1 +1,329 @@
-"""To come."""
+"""The saefw command line.
+
+Imports what a command needs inside it: `saefw --help` loads neither torch nor a plugin.
+"""
+
+import ast
+import signal
+import sys
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+import saefw
+from saefw.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from saefw.catalog import Catalog
+    from saefw.store import Store
+
+REGISTRY = Path("registry.yaml")
+
+STOPPED = "stopped; what is kept stays, and the next run goes on from there"
+
+EXAMPLES = """Examples:
+
+  saefw init study         a folder with an experiment that runs anywhere
+  saefw run                make all that ./registry.yaml asks for
+  saefw run --dry          only list what would be made
+  saefw plugins topk       the settings of a plugin
+  saefw sql "FROM pareto"  look at the results
+
+Exit codes: 0 fine, 1 yours to mend, 2 wrong usage, 130 stopped.
+"""
+
+
+class Plugged(TyperCommand):
+    """A command that a plugin adds; listed without importing the plugin."""
+
+    def __init__(self, point: EntryPoint) -> None:
+        """Take the help from the source of the function."""
+        super().__init__(name=point.name, help=_first_line(point) or f"Added by {point.value}.")
+        self.point = point
+
+    def make_context(self, *args: Any, **more: Any) -> Any:
+        """Import the function; the command made of it does the rest.
+
+        Raises:
+            UserError: it cannot be imported.
+
+        """
+        try:
+            function = self.point.load()
+        except Exception as error:
+            raise UserError(f"command '{self.name}' ({self.point.value}) cannot be imported: {error!r}") from error
+        wrapped = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        wrapped.command(self.name)(function)
+        command: Any = typer.main.get_command(wrapped)
+        return command.make_context(*args, **more)
+
+
+class Commands(TyperGroup):
+    """All commands; those of plugins come from the entry-point group `saefw.commands`."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names, own ones first."""
+        own = super().list_commands(ctx)
+        return [*own, *sorted(set(entry_points(group="saefw.commands").names) - set(own))]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a command by name; a plugin's is not imported yet."""
+        own = super().get_command(ctx, cmd_name)
+        points = [] if own else list(entry_points(group="saefw.commands", name=cmd_name))
+        return Plugged(points[0]) if points else own
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; of the user's errors print the text alone."""
+        signal.signal(signal.SIGTERM, _stop)
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            print(error, file=sys.stderr)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            print(STOPPED if ctx.invoked_subcommand == "run" else "stopped", file=sys.stderr)
+            raise typer.Exit(130) from error
+
+
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+File = Annotated[Path, typer.Argument(metavar="[FILE]", show_default=False, help="Default: registry.yaml.")]
+Of = Annotated[Path, typer.Option("--registry", metavar="FILE", help="The registry whose store it is.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@app.callback(epilog=EXAMPLES)
+def _options(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Sparse autoencoders that explain and control vision transformers.
+
+    One file, registry.yaml, says what to make; `saefw run` makes what is missing.
+    """
+    if version:
+        print(f"saefw {saefw.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    file: File = REGISTRY,
+    stage: Annotated[str | None, typer.Option(metavar="NAME", help="Stop after this stage.")] = None,
+    dry: Annotated[bool, typer.Option("--dry", help="Only list what would be made, and the disk it needs.")] = False,
+    trace: Annotated[bool, typer.Option("--trace", help="Print every call of a hook to stderr.")] = False,
+) -> None:
+    """Make all that a registry asks for and that is not there yet.
+
+    Stop it at any time: what is kept stays, and the next run goes on.
+    """
+    from saefw import pipeline
+    from saefw.catalog import Catalog
+    from saefw.printer import Printer
+    from saefw.registry import read
+    from saefw.tables import console
+
+    catalog = Catalog()
+    if trace:
+        catalog.manager.trace.root.setwriter(lambda text: print(text, end="", file=sys.stderr))
+        catalog.manager.enable_tracing()
+    registry = read(file, catalog)
+    desk = pipeline.desk(registry, catalog)
+    plans = pipeline.plan(registry, catalog, stage, desk)
+    printer = Printer(console())
+    if dry:
+        sizes = {unit: n for plan in plans for unit, n in pipeline.disk(registry, desk, plan).items()}
+        printer.dry(plans, sizes)
+        return
+    if any(plan.missing or plan.reason for plan in plans):
+        printer.planned(plans)
+    catalog.manager.register(printer, "printer")
+    try:
+        done = pipeline.run(registry, catalog, stage, printer)
+    finally:
+        printer.close()
+    printer.summary(done, desk.store, file)
+
+
+@app.command()
+def check(file: File = REGISTRY) -> None:
+    """Read a registry and list its units; say all that is wrong with it."""
+    from saefw import pipeline
+    from saefw.catalog import Catalog
+    from saefw.printer import Printer
+    from saefw.registry import read
+    from saefw.tables import console
+
+    catalog = Catalog()
+    registry = read(file, catalog)
+    plans = pipeline.plan(registry, catalog)
+    counts = [
+        f"{sum(map(len, block.values()))} {kind if sum(map(len, block.values())) != 1 else kind[:-1]}"
+        for kind, block in registry.families.items()
+        if block
+    ]
+    Printer(console()).planned(plans)
+    print(f"{file}: fine; {', '.join(counts)}")
+
+
+@app.command()
+def plugins(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show the settings of this one.")] = None,
+    registry: Of = REGISTRY,
+) -> None:
+    """List what plugins bring or, with a name, the settings of one."""
+    from saefw import tables
+    from saefw.entry import KINDS
+
+    catalog, console = _catalog(registry), tables.console()
+    if name is None:
+        console.print(tables.plugins(catalog, KINDS))
+        return
+    brought = [(kind, catalog.lookup(kind)[name]) for kind in KINDS if name in catalog.lookup(kind)]
+    if not brought:
+        every = [use for kind in KINDS for use in catalog.lookup(kind)]
+        near = did_you_mean(name, every) or f" (there are: {', '.join(every)})"
+        raise UserError(f"no plugin brings '{name}'{near}")
+    for kind, cls in brought:
+        console.print(f"{name}, one of the {kind}, of {catalog.origin(cls)}", style="bold")
+        console.print(f"{_doc(cls)}\n")
+        console.print(tables.settings(cls))
+        console.print(f"\nIn registry.yaml:\n\n{tables.example(kind, cls)}\n", soft_wrap=True)
+
+
+@app.command()
+def schema(registry: Of = REGISTRY) -> None:
+    """Print the JSON Schema of registry.yaml, for editors that complete and check."""
+    import json
+
+    from saefw.registry import json_schema
+
+    print(json.dumps(json_schema(_catalog(registry)), indent=1))
+
+
+@app.command()
+def init(folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", show_default=False)] = Path()) -> None:
+    """Write registry.yaml, an experiment that runs anywhere in minutes, into a folder."""
+    inside = Path(saefw.__file__).parent / "registry.yaml"
+    source = inside if inside.exists() else Path(saefw.__file__).parents[2] / "registry.yaml"
+    target = folder / "registry.yaml"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with target.open("x") as file:
+            file.write(source.read_text())
+    except FileExistsError as error:
+        raise UserError(f"{error.filename}: is there already; nothing was written") from error
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror})") from error
+    print(f"{target}: written. Next: {'' if folder == Path() else f'cd {folder}; '}saefw run")
+
+
+@app.command()
+def sql(
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="In DuckDB's SQL: FROM pareto ORDER BY l0")],
+    csv: Annotated[bool, typer.Option("--csv", help="Print all rows as CSV.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print all rows as JSON.")] = False,
+    registry: Of = REGISTRY,
+) -> None:
+    """Ask the results; `saefw sql "SHOW TABLES"` lists the tables and views.
+
+    A run may be under way: what it published last is read.
+    """
+    import duckdb
+
+    from saefw import tables
+
+    if csv and json:
+        raise typer.BadParameter("--csv or --json, not both")
+    with _store(registry).db() as db:
+        try:
+            db.execute(query)
+            if csv:
+                tables.write_csv(db, sys.stdout)
+            elif json:
+                tables.write_json(db, sys.stdout)
+            else:
+                console = tables.console()
+                for part in tables.found(db, console.width):
+                    console.print(part)
+        except duckdb.Error as error:
+            raise UserError(str(error)) from error
+
+
+@app.command()
+def index(registry: Of = REGISTRY) -> None:
+    """Make saefw.duckdb anew from the parquet in the folders of the units."""
+    from saefw.store import INDEX
+
+    store = _store(registry)
+    if not store.root.is_dir():
+        raise UserError(f"{store.root}: there is no such folder; `saefw run` makes it")
+    n = store.rebuild()
+    print(f"{store.root / INDEX}: {n} unit{'' if n == 1 else 's'}")
+
+
+def _stop(number: int, frame: object) -> None:
+    """Treat SIGTERM like Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def _header(registry: Path) -> dict[str, Any]:
+    """Return what a registry says, unchecked; to find its store or plugin files takes no plugin."""
+    from saefw.places import load
+
+    value = load(registry)[0].value
+    return value if isinstance(value, dict) else {}
+
+
+def _store(registry: Path) -> "Store":
+    from saefw.entry import Place
+    from saefw.store import Store
+
+    text = _header(registry).get("store", "runs")
+    if not isinstance(text, str) or not text:
+        raise UserError(f"{registry}: store: must be the path of a folder (got {text!r})")
+    return Store(Place(text).open(registry.parent))
+
+
+def _catalog(registry: Path) -> "Catalog":
+    """Return all plugins, with the plugin files of a registry if there is one."""
+    from saefw.catalog import Catalog
+    from saefw.entry import Place
+
+    catalog = Catalog()
+    if registry != REGISTRY or registry.exists():
+        files = _header(registry).get("plugins") or []
+        catalog.add_files([Place(file).open(registry.parent) for file in files if isinstance(file, str)])
+    return catalog
+
+
+def _doc(cls: type) -> str:
+    import inspect
+
+    return inspect.getdoc(cls) or ""
+
+
+def _first_line(point: EntryPoint) -> str:
+    """Return the first line of a function's docstring, read from its file so that nothing is imported."""
+    if "." in point.module:  # to find it would import its package
+        return ""
+    spec = find_spec(point.module)
+    if not spec or not spec.origin or not spec.origin.endswith(".py"):
+        return ""
+    for node in ast.parse(Path(spec.origin).read_text()).body:
+        if isinstance(node, ast.FunctionDef) and node.name == point.attr:
+            return (ast.get_docstring(node) or "").split("\n")[0]
+    return ""

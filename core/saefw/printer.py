@@ -1,0 +1,281 @@
+"""Prints what a run does: a plan, progress bars, what was made, where to look.
+
+On a terminal bars move; anywhere else plain lines come, one every ten seconds while something goes on.
+"""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from saefw.pipeline import Observer, StagePlan
+from saefw.plugin import Unit, hookimpl
+from saefw.store import Store
+from saefw.tables import grid, table
+
+EVERY = 10.0
+"""Seconds between two lines of progress where no bar can move."""
+
+FEW = 12
+"""Up to so many units of a stage are named when they are kept; of more only the bar tells."""
+
+MEASURES = ("nmse", "l0", "dead", "valid_accuracy", "test_accuracy")
+"""What is said of a unit when it is kept, if it was measured."""
+
+
+class Printer(Observer):
+    """Prints a run; a plugin that hears the hooks, and the pipeline's observer."""
+
+    def __init__(self, console: Console) -> None:
+        """Print to a console; bars only if that is a terminal."""
+        self.console = console
+        self.made = 0
+        self._started = self._entered = time.monotonic()
+        self._live: Live | None = None
+        self._bar: Bar | None = None
+        self._line_at = time.monotonic()
+        self._measured: dict[str, dict[str, float]] = {}
+        self._stage: StagePlan | None = None
+        self._width = 0
+        self._waits: set[str] = set()
+
+    # Before
+
+    def planned(self, plans: Sequence[StagePlan]) -> None:
+        """Show what is to be made."""
+        self._width = max((len(plan.name) for plan in plans), default=0)
+        shown = table("stage", "units>", "kept>", "to make>", "")
+        for plan in plans:
+            counts = ["", "", ""] if plan.reason else [f"{len(x):,}" for x in (plan.units, plan.kept, plan.missing)]
+            shown.add_row(plan.name, *counts, plan.reason)
+        self.console.print(shown)
+
+    # The pipeline's observer
+
+    def entered(self, plan: StagePlan) -> None:
+        """Begin a stage."""
+        self._stage, self._entered, self._line_at = plan, time.monotonic(), time.monotonic()
+        if plan.missing and not self.console.is_terminal:
+            self._say(f"{plan.name}: {_count(len(plan.missing), 'unit')} to make, {len(plan.kept):,} kept")
+        if plan.missing and self.console.is_terminal:
+            self._show(Bar(plan.name, 0, 0, ""))
+
+    def waiting(self, unit: Unit, holder: str) -> None:
+        """Say who is waited for, once."""
+        if holder not in self._waits:
+            self._waits.add(holder)
+            self._say(f"{self._name}: waiting for {holder}, which makes '{unit.label}'")
+
+    def left(self, plan: StagePlan, made: Sequence[Unit]) -> None:
+        """End a stage."""
+        self.close()
+        self.made += len(made)
+        self._measured.clear()
+        if made:
+            text = Text(f"{plan.name:<{self._width}}  ", style="bold")
+            text.append(f"{len(made):,} made", style="green")
+            text.append(f", {len(plan.units) - len(made):,} kept, {span(time.monotonic() - self._entered)}", style="")
+            self._say(text)
+
+    # The hooks
+
+    @hookimpl
+    def saefw_logged(self, unit: Unit, step: int, values: Mapping[str, float]) -> None:
+        """Remember what was measured last."""
+        self._measured.setdefault(unit.address, {}).update(values)
+        if self._bar and self._live:
+            self._bar.note = f"{unit.label}: {numbers(values)}"
+
+    @hookimpl
+    def saefw_progressed(self, stage: str, done: int, total: int, what: str) -> None:
+        """Move the bar, or print a line if ten seconds have gone."""
+        bar = self._bar
+        if bar is None or (bar.what, bar.total) != (what, total) or done < bar.done:
+            bar = Bar(stage, done, total, what)
+        bar.move(done)
+        self._show(bar)
+        if not self.console.is_terminal and time.monotonic() - self._line_at >= EVERY:
+            self._line_at = time.monotonic()
+            self._say(bar.text())
+
+    @hookimpl
+    def saefw_kept(self, unit: Unit, folder: Path, seconds: float) -> None:
+        """Name a unit that was made, if they are few."""
+        measured = self._measured.pop(unit.address, {})
+        if seconds and self._stage and len(self._stage.missing) <= FEW:
+            row = grid(2, ratios=(3, 2))
+            told = {name: measured[name] for name in MEASURES if name in measured}
+            row.add_row(Text(f"  {unit.label}", overflow="ellipsis", no_wrap=True), Text(numbers(told), style="dim"))
+            self._say(row)
+
+    # After
+
+    def close(self) -> None:
+        """Take the bar away; also when a run is stopped."""
+        if self._live:
+            self._live.stop()
+        self._live = self._bar = None
+
+    def summary(self, done: Sequence[StagePlan], store: Store, registry: Path) -> None:
+        """Say what was made and where it is."""
+        kept = sum(len(plan.units) for plan in done) - self.made
+        if self.made:
+            took = span(time.monotonic() - self._started)
+            self._say(f"\nMade {_count(self.made, 'unit')} in {took}; {kept:,} were there.")
+        else:
+            self._say(f"Nothing to make: {_count(kept, 'unit')} kept in {short(store.root)}.")
+        pictures = [
+            path
+            for plan in done
+            for unit in plan.units
+            if unit.stage == "draw"
+            for path in sorted(store.folder(unit).glob("*.png"))
+        ]
+        other = "" if registry == Path("registry.yaml") else f" --registry {registry}"
+        page = "" if registry == Path("registry.yaml") else f" {registry}"
+        if not self.made:
+            folder = f"Pictures: {short(pictures[0].parent.parent)}. " if pictures else ""
+            self._say(f'{folder}Tables: saefw sql "FROM pareto"{other}. Page: saefw serve{page}')
+            return
+        where = grid(2)
+        for i, path in enumerate(pictures[:FEW]):
+            where.add_row("pictures" if i == 0 else "", short(path))
+        if len(pictures) > FEW:
+            where.add_row("", f"and {len(pictures) - FEW} more in {short(pictures[0].parent.parent)}")
+        where.add_row("tables", f'saefw sql "FROM pareto"{other}')
+        where.add_row("page", f"saefw serve{page}")
+        self.console.print(where, soft_wrap=True)
+
+    def dry(self, plans: Sequence[StagePlan], sizes: Mapping[Unit, int]) -> None:
+        """List every unit, whether it is kept, and the disk that it needs."""
+        shown = table("stage", "unit", "what", "", "disk>")
+        for plan in plans:
+            missing = set(plan.missing)
+            for i, unit in enumerate(plan.units):
+                shown.add_row(
+                    plan.name if i == 0 else "",
+                    unit.address,
+                    Text(unit.label, overflow="ellipsis", no_wrap=True),
+                    "to make" if unit in missing else "kept",
+                    size(sizes.get(unit, 0)) if unit in missing else "",
+                )
+            if plan.reason:
+                shown.add_row(plan.name, "", Text(plan.reason, style="italic"), "", "")
+        self.console.print(shown)
+        to_make, kept = sum(len(plan.missing) for plan in plans), sum(len(plan.kept) for plan in plans)
+        open_ended = " Those decided later are not counted." if any(plan.reason for plan in plans) else ""
+        need = size(sum(sizes.values())) or "little disk"
+        self._say(f"{_count(to_make, 'unit')} to make, about {need}; {kept:,} kept.{open_ended}")
+
+    # Inside
+
+    @property
+    def _name(self) -> str:
+        return self._stage.name if self._stage else ""
+
+    def _say(self, what: RenderableType) -> None:
+        self.console.print(what, soft_wrap=isinstance(what, str))
+
+    def _show(self, bar: "Bar") -> None:
+        self._bar = bar
+        if not self.console.is_terminal:
+            return
+        if self._live is None:
+            # Refreshed by its own thread, so that a stage that reports rarely still shows that time goes on.
+            self._live = Live(bar, console=self.console, transient=True, refresh_per_second=8)
+            self._live.start()
+        else:
+            self._live.update(bar)
+
+
+class Bar:
+    """How far a stage is with its images, tokens or steps."""
+
+    def __init__(self, stage: str, done: int, total: int, what: str) -> None:
+        """Start the clock at what was done already."""
+        self.stage, self.total, self.what, self.note = stage, total, what, ""
+        self.done = self._first = done
+        self._start = time.monotonic()
+
+    def move(self, done: int) -> None:
+        """Note how much is done now."""
+        self.done = done
+
+    @property
+    def rate(self) -> float:
+        """How much a second; 0 as long as it is not known."""
+        seconds = time.monotonic() - self._start
+        return (self.done - self._first) / seconds if seconds > 0 else 0.0
+
+    def times(self) -> str:
+        """The rate and the time left, as far as they are known."""
+        rate = self.rate
+        if not rate:
+            return span(time.monotonic() - self._start)
+        return f"{brief(rate)}/s, {span((self.total - self.done) / rate)} left"
+
+    def text(self) -> str:
+        """A line for a log."""
+        share = f" ({100 * self.done // self.total} %)" if self.total else ""
+        return f"{self.stage}: {self.done:,} of {self.total:,} {self.what}{share}, {self.times()}"
+
+    def __rich__(self) -> RenderableType:
+        """A line for a terminal, and below it what was measured last."""
+        line = Table.grid(padding=(0, 1), expand=True)
+        line.add_column(no_wrap=True)
+        line.add_column(ratio=1)
+        line.add_column(no_wrap=True, justify="right")
+        count = f"{brief(self.done)}/{brief(self.total)} {self.what}, " if self.total else ""
+        bar = ProgressBar(self.total or None, self.done, pulse=not self.total)
+        line.add_row(Text(self.stage, style="bold"), bar, f"{count}{self.times()}")
+        return (
+            Group(line, Text(f"  {self.note}", style="dim", overflow="ellipsis", no_wrap=True)) if self.note else line
+        )
+
+
+def numbers(values: Mapping[str, float]) -> str:
+    """Write measurements short: `nmse 0.031, l0 8`."""
+    return ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+
+
+def brief(number: float) -> str:
+    """Write a count in at most five signs: 950, 12.3k, 4.56M."""
+    for scale, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if number >= scale:
+            return f"{number / (1000 if letter == 'k' else scale):.3g}{letter}"
+    return f"{number:.3g}" if number < 100 else f"{number:.0f}"
+
+
+def span(seconds: float) -> str:
+    """Write a time: 3.2 s, 48 s, 3 min 5 s, 2 h 10 min."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def size(n_bytes: int) -> str:
+    """Write a size: 12 kB, 3.4 MB, 1.2 TB; nothing for 0."""
+    for scale, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if n_bytes >= scale:
+            return f"{n_bytes / scale:.3g} {unit}"
+    return f"{n_bytes} B" if n_bytes else ""
+
+
+def short(path: Path) -> str:
+    """Write a path from here, if that is shorter."""
+    return min(str(path), os.path.relpath(path), key=len)
+
+
+def _count(n: int, word: str) -> str:
+    return f"{n:,} {word}{'' if n == 1 else 's'}"

@@ -1,0 +1,223 @@
+"""Tables for the terminal: of plugins and their settings, and of what a query found."""
+
+import csv
+import inspect
+import json
+import math
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import IO, TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+    from pydantic.fields import FieldInfo
+
+    from saefw.catalog import Catalog
+    from saefw.entry import Entry
+
+ROWS = 200
+"""Rows of a query that are shown; a script takes all with --csv or --json."""
+
+NARROW = 7
+"""Columns, with their gaps, that need fewer characters each than this are shown as records instead."""
+
+
+def console(stderr: bool = False) -> Console:
+    """Return a console that prints text as it is: brackets are no markup, numbers are not coloured.
+
+    Where no terminal says how wide it is, 80 columns.
+    """
+    return Console(markup=False, highlight=False, emoji=False, stderr=stderr)
+
+
+def table(*columns: str) -> Table:
+    """Return an empty table; a column whose title ends in `>` is set to the right."""
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", padding=(0, 1))
+    for title in columns:
+        right = title.endswith(">")
+        made.add_column(title.removesuffix(">"), justify="right" if right else "left", no_wrap=right)
+    return made
+
+
+def grid(columns: int, ratios: Sequence[int] = ()) -> Table:
+    """Return an empty table without lines; with `ratios` as wide as the terminal."""
+    made = Table.grid(padding=(0, 2), expand=bool(ratios))
+    for i in range(columns):
+        made.add_column(ratio=ratios[i] if ratios else None)
+    return made
+
+
+# Plugins
+
+
+def plugins(catalog: "Catalog", kinds: Sequence[str]) -> Table:
+    """Return all that plugins bring: kind, name, first line of the docstring, origin."""
+    shown = table("kind", "use", "what it is", "from")
+    for kind in kinds:
+        for i, (use, cls) in enumerate(catalog.lookup(kind).items()):
+            first = (inspect.getdoc(cls) or "").split("\n")[0]
+            shown.add_row(kind if i == 0 else "", Text(use, style="bold"), first, _tail(catalog.origin(cls)))
+        if catalog.lookup(kind):
+            shown.add_section()
+    for i, (name, metric) in enumerate(catalog.metrics.items()):
+        first = (inspect.getdoc(metric) or "").split("\n")[0]
+        shown.add_row("metrics" if i == 0 else "", Text(name, style="bold"), first, _tail(catalog.origin(metric)))
+    return shown
+
+
+def settings(cls: "type[Entry]") -> Table:
+    """Return the settings of a config class: name, type, default, docstring."""
+    shown = table("setting", "type", "default", "what it is")
+    for name, info in cls.model_fields.items():
+        if name != "use":
+            shown.add_row(Text(name, style="bold"), _kind(info), _default(info), _words(info))
+    return shown
+
+
+def example(kind: str, cls: "type[Entry]") -> str:
+    """Return an entry as it is written in registry.yaml: required settings, and those that are the class's own."""
+    use = cls.model_fields["use"].default
+    lines = [f"{kind}:", f"  my-{use}:", f"    use: {use}"]
+    own = vars(cls).get("__annotations__", {})
+    for name, info in cls.model_fields.items():
+        if info.is_required():
+            lines.append(f"    {name}: ...  # {_kind(info)}")
+        elif name in own and name != "use":
+            lines.append(f"    {name}: {_default(info)}")
+    return "\n".join(lines)
+
+
+def _kind(info: "FieldInfo") -> str:
+    """Write the type of a setting, with its bounds: `int > 0`, `names of saes`."""
+    signs = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+    bounds = [f"{sign} {getattr(mark, key):g}" for mark in info.metadata for key, sign in signs if hasattr(mark, key)]
+    for mark in info.metadata:
+        if type(mark).__name__ == "Names":
+            many = "list" in _type(info.annotation)
+            return f"names of {mark.kind}" if many else f"one of the {mark.kind}"
+    return " ".join([_type(info.annotation), " and ".join(bounds)]).strip()
+
+
+def _type(annotation: Any) -> str:
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if annotation is type(None):
+        return "null"
+    if origin is Literal:
+        return " | ".join(json.dumps(part) if not isinstance(part, str) else part for part in parts)
+    if origin in (Union, types.UnionType):
+        return " | ".join(map(_type, parts))
+    if origin is not None and hasattr(annotation, "__metadata__"):
+        return _type(parts[0])
+    if origin is not None:
+        name = getattr(origin, "__name__", str(origin))
+        return f"{name}[{', '.join('...' if part is Ellipsis else _type(part) for part in parts)}]"
+    return {"Place": "path", "Any": "anything"}.get(getattr(annotation, "__name__", ""), "") or getattr(
+        annotation, "__name__", str(annotation)
+    )
+
+
+def _default(info: "FieldInfo") -> str:
+    if info.is_required():
+        return "required"
+    value = info.get_default(call_default_factory=True, validated_data={})
+    dump = getattr(value, "model_dump", None)
+    value = dump(mode="json") if dump else value
+    return (
+        f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) and value else json.dumps(value)
+    )
+
+
+def _words(info: "FieldInfo") -> str:
+    marks = {mark.__name__ for mark in info.metadata if isinstance(mark, type)}
+    knob = " Changes speed, never the result." if "Knob" in marks else ""
+    return " ".join((info.description or "").split()) + knob
+
+
+def _tail(origin: str) -> str:
+    """Write where something comes from; of a file its name."""
+    return origin.rsplit("/", 1)[-1]
+
+
+# Queries
+
+
+def found(db: "DuckDBPyConnection", width: int) -> Iterator[Table | str]:
+    """Yield what a query found, as tables at most `width` wide; wide rows as records."""
+    names = [column[0] for column in db.description or []]
+    rows = db.fetchmany(ROWS)
+    cells = [[_cell(value) for value in row] for row in rows]
+    if len(names) * NARROW > width:
+        yield from _records(names, cells)
+    else:
+        shown = table(*names)
+        for column, values in zip(shown.columns, zip(*rows, strict=True) if rows else [()] * len(names), strict=True):
+            right = bool(values) and all(isinstance(value, int | float | None) for value in values)
+            column.justify = "right" if right else "left"
+            column.no_wrap, column.overflow = True, "ellipsis"
+            # Short values stay whole; long texts share what is left.
+            longest = max((len(_cell(value)) for value in values), default=0)
+            column.min_width = min(longest, 12)
+        for row in cells:
+            shown.add_row(*row)
+        yield shown
+    if db.fetchone():
+        yield f"the first {ROWS} rows; --csv and --json give all"
+    elif not rows:
+        yield "no rows"
+
+
+def _records(names: Sequence[str], cells: Sequence[Sequence[str]]) -> Iterator[Table]:
+    for row in cells:
+        record = table("column", "value")
+        for name, cell in zip(names, row, strict=True):
+            record.add_row(name, Text(cell, overflow="ellipsis", no_wrap=True))
+        yield record
+
+
+def write_csv(db: "DuckDBPyConnection", file: IO[str]) -> None:
+    """Write all that a query found as CSV, with a header; NULL is empty."""
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow([column[0] for column in db.description or []])
+    while rows := db.fetchmany(10_000):
+        writer.writerows(rows)
+
+
+def write_json(db: "DuckDBPyConnection", file: IO[str]) -> None:
+    """Write all that a query found as a JSON array of objects; a number that is none is null."""
+    columns = [(column[0], str(column[1]) == "JSON") for column in db.description or []]
+    file.write("[")
+    first = True
+    while rows := db.fetchmany(10_000):
+        for row in rows:
+            record = {name: _plain(value, parse) for (name, parse), value in zip(columns, row, strict=True)}
+            file.write(("\n" if first else ",\n") + json.dumps(record, ensure_ascii=False, default=str))
+            first = False
+    file.write("\n]\n")
+
+
+def _plain(value: Any, parse: bool) -> Any:
+    if parse and isinstance(value, str):
+        return json.loads(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _plain(item, False) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, False) for item in value]
+    return value.isoformat() if isinstance(value, datetime) else value
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%d %H:%M:%S}"
+    return " ".join(str(value).split()) if isinstance(value, str) else str(value)
