@@ -1,7 +1,6 @@
 """The stage that looks at features, on a tiny recording and a tiny SAE."""
 
 import hashlib
-from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -118,8 +117,7 @@ def test_maps_pictures_and_metrics_belong_to_the_top_images(seen: tuple[Run, lis
         occurring = sorted(set(top["example"].tolist()))
         views = pictures.read(run.folder(unit) / "picture.parquet", occurring)
         assert sorted(views) == occurring
-        dataset, backbone = config.build(tmp := Path()), TinyVit().build("cpu")
-        assert tmp == Path()
+        dataset, backbone = config.build(Path()), TinyVit().build("cpu")
         for example, view in views.items():
             np.testing.assert_array_equal(np.asarray(view), np.asarray(backbone.view(dataset[example].load())))
         with run.db() as db:
@@ -228,8 +226,8 @@ def test_a_lit_picture_glows_where_the_patch_is_on() -> None:
 
 
 def test_equal_pictures_are_equal_bytes(tmp_path: Path) -> None:
-    make: Callable[[], bytes] = lambda: pictures.png(Image.new("RGB", (4, 4), (1, 2, 3)))  # noqa: E731
-    assert make() == make()
-    assert Image.open(BytesIO(make())).getpixel((0, 0)) == (1, 2, 3)
+    one, other = (pictures.png(Image.new("RGB", (4, 4), (1, 2, 3))) for _ in range(2))
+    assert one == other
+    assert Image.open(BytesIO(one)).getpixel((0, 0)) == (1, 2, 3)
     with pytest.raises(UserError, match="cannot be read"):
         pictures.read(tmp_path / "picture.parquet", [1])
