@@ -48,6 +48,12 @@ HEADER = "saefw"
 TOKENS = 8192
 """How many tokens, about, are measured at once."""
 
+WORTH = 20
+"""Between two checkpoints lies so many times what writing one takes, at least."""
+
+PAUSE = 0.1
+"""Seconds between two words about progress."""
+
 Examples = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -105,7 +111,7 @@ class Train(StageConfig):
                 "train",
                 {**shared, "sae": member.entry.content()},
                 needs=(acts,),
-                label=f"{member.label} on {acts.label}",
+                label=f"{member.label}, {acts.label}",
                 given={"sae": member.entry},
             ): None
             for acts in self._recordings(run)
@@ -125,6 +131,14 @@ class Train(StageConfig):
                 raise UserError(f"train: layer {layer} is not recorded by '{self.acts}' (there are: {layers})")
             chosen += found
         return chosen
+
+    def disk(self, unit: Unit, run: Run) -> int:
+        """Return the bytes of the weights, in float32."""
+        config: SaeConfig = unit.given["sae"]
+        backbone: BackboneConfig = unit.needs[0].given["backbone"]
+        d_model = backbone.describe().d_model
+        d_sae = config.expansion * d_model
+        return 4 * (2 * d_model * d_sae + d_sae + 2 * d_model)
 
     def make(self, units: Sequence[Unit], run: Run) -> None:
         """Train the units of each recording together, one after the other recording.
@@ -146,12 +160,10 @@ class Train(StageConfig):
         """Train units on one recording, keep those that end well, and return what is to be said of the others."""
         acts = Acts(run.folder(recording))
         train, valid = acts.of_split("train"), acts.of_split("valid")
-        for split, examples in (("train", train), ("valid", valid)):
-            if not len(examples):
-                use = "trained" if split == "train" else "measured"
-                raise UserError(
-                    f"{recording.label}: no image is in the {split} split, on which SAEs are {use}; add one"
-                )
+        if not len(valid):
+            raise UserError(
+                f"{recording.label}: no image is in the valid split, on which SAEs are measured; give the dataset one"
+            )
         stats, n_steps = acts.stats(self.tokens), self.n_tokens // self.batch_size
         if not stats.scale > 0:
             raise UserError(
@@ -168,7 +180,7 @@ class Train(StageConfig):
         first = min(training.step for training in trainings)
         stream = acts.shuffled(self.tokens, train, self.batch_size, self.seed)
         stream.seek(first)
-        saving, telling = Clock(self.checkpoint_every), Clock(0.1)
+        saving, telling = Clock(self.checkpoint_every), Clock(PAUSE)
         for step in range(first, n_steps):
             x_nd = trainings[0].sae.normalise(next(stream).to(run.device))
             logging, checkpointing = step % self.log_every == 0 or step == n_steps - 1, saving.due()
@@ -185,11 +197,11 @@ class Train(StageConfig):
                 begun = time.monotonic()
                 for training in trainings:
                     training.checkpoint(run.folder(training.unit))
-                saving.restart(max(self.checkpoint_every, 20 * (time.monotonic() - begun)))
+                saving.restart(max(self.checkpoint_every, WORTH * (time.monotonic() - begun)))
             if telling.due() or step == n_steps - 1:
                 done = (part[0] * n_steps + step + 1) * self.batch_size
                 run.progress(done, part[1] * n_steps * self.batch_size, "tokens")
-                telling.restart(0.1)
+                telling.restart(PAUSE)
             if not trainings:
                 return failed
 
@@ -208,7 +220,8 @@ class Train(StageConfig):
                 config=canonical(settings(config)),
             )
             run.log(unit, n_steps, **values)
-            (folder / CHECKPOINT).unlink(missing_ok=True)
+        for training in trainings:
+            (run.folder(training.unit) / CHECKPOINT).unlink(missing_ok=True)
         run.keep(*(training.unit for training in trainings))
         return failed
 
@@ -261,9 +274,10 @@ class Training:
             group["lr"] = lr
         with seeded(self.config.seed, self.step + 1):
             loss = self.sae.loss(x_nd, dead_s)
-        self.total = torch.stack(list(loss.terms.values())).sum()
+        total = torch.stack(list(loss.terms.values())).sum()
         self.adam.zero_grad()
-        self.total.backward()  # type: ignore[no-untyped-call]
+        total.backward()  # type: ignore[no-untyped-call]
+        self.total = total.detach()
         if self.config.unit_norm:
             drop_radial(self.sae.W_dec)
         if self.config.clip is not None:
@@ -278,7 +292,7 @@ class Training:
 
     def healthy(self) -> bool:
         """Whether the last loss and all weights are finite."""
-        numbers = [self.total.detach(), *self.sae.parameters()]
+        numbers = [self.total, *self.sae.parameters()]
         return all(bool(number.isfinite().all()) for number in numbers)
 
     def excuse(self) -> str:
@@ -334,7 +348,7 @@ def measure(acts: Acts, examples: Examples, tokens: str, saes: Sequence[Sae], ru
     """Return what `saefw_metrics` brought, of each SAE over the tokens of some images, and n_valid_tokens."""
     rows = [{name: metric() for name, metric in run.metrics.items()} for _ in saes]
     n_tokens = 0
-    telling = Clock(0.1)
+    telling = Clock(PAUSE)
     for sae in saes:
         sae.eval()
     for indices, x_etd in acts.read(tokens, examples, max(1, TOKENS // acts.n_tokens)):
@@ -349,7 +363,7 @@ def measure(acts: Acts, examples: Examples, tokens: str, saes: Sequence[Sae], ru
                 metric.add(*batch)
         if telling.due():
             run.progress(n_tokens, n_tokens // len(indices) * len(examples), "valid tokens")
-            telling.restart(0.1)
+            telling.restart(PAUSE)
     return [{**{name: metric.result() for name, metric in row.items()}, "n_valid_tokens": n_tokens} for row in rows]
 
 
