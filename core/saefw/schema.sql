@@ -1,5 +1,5 @@
--- The tables of saefw.duckdb. `unit` is who made a row; `acts`, `sae` and `probe` are addresses to join on.
-CREATE TABLE unit (unit TEXT PRIMARY KEY, stage TEXT, label TEXT, content JSON, made_with JSON, made_at TIMESTAMPTZ, seconds DOUBLE);
+-- The tables of saefw.duckdb. made_at is in UTC. `unit` is who made a row; `acts`, `sae` and `probe` are addresses to join on.
+CREATE TABLE unit (unit TEXT PRIMARY KEY, stage TEXT, label TEXT, content JSON, made_with JSON, made_at TIMESTAMP, seconds DOUBLE);
 CREATE TABLE need (unit TEXT, needs TEXT, PRIMARY KEY (unit, needs));
 CREATE TABLE metric (unit TEXT, name TEXT, step BIGINT, value DOUBLE);
 
@@ -37,7 +37,8 @@ CREATE VIEW pareto AS SELECT s.unit AS sae, s.variant, a.layer, m.nmse, m.l0, m.
     JOIN (PIVOT final ON name IN ('nmse', 'l0', 'dead') USING first(value) GROUP BY unit) m ON m.unit = s.unit;
 CREATE VIEW best_probe AS SELECT DISTINCT ON (a.backbone, a.dataset, a.layer) a.backbone, a.dataset, a.layer, p.unit AS probe, f.value
     FROM probe p JOIN acts a ON a.unit = p.acts JOIN final f ON f.unit = p.unit AND f.name = 'valid_accuracy'
-    ORDER BY a.backbone, a.dataset, a.layer, f.value DESC;
+    LEFT JOIN final l ON l.unit = p.unit AND l.name = 'valid_loss'
+    ORDER BY a.backbone, a.dataset, a.layer, f.value DESC, l.value;
 CREATE VIEW feature_class AS SELECT t.sae, t.acts, t.feature, c.name AS class, count(*) AS n, avg(t.value) AS mean_value
     FROM top_example t JOIN example e ON e.unit = t.acts AND e.example = t.example
     JOIN class c ON c.unit = t.acts AND c.label = e.label GROUP BY ALL;
