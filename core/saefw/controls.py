@@ -37,7 +37,24 @@ def others(label_n: Ints, classes: Ints, seed: int) -> Ints:
             place = np.lexsort((tie, used, ~allowed))[0]
             used[place] += 1
             target_n[n] = classes[place]
+    # The last images may have found only their own class wanting: let earlier ones make room.
+    while (move := _move(target_n, label_n, classes, used)) is not None:
+        n, high, low = move
+        target_n[n] = classes[low]
+        used[[high, low]] += [-1, 1]
     return target_n
+
+
+def _move(target_n: Ints, label_n: Ints, classes: Ints, used: Ints) -> tuple[int, int, int] | None:
+    """Return an image that may go from a class used too often to one used too seldom; None if there is none."""
+    for high in np.argsort(-used, kind="stable"):
+        for low in np.argsort(used, kind="stable"):
+            if used[high] - used[low] <= 1:
+                break
+            movable = np.flatnonzero((target_n == classes[high]) & (label_n != classes[low]) & (label_n != target_n))
+            if len(movable):
+                return int(movable[0]), int(high), int(low)
+    return None
 
 
 def strongest(score_sc: NDArray[np.float64], usable_s: NDArray[np.bool_], n: int) -> Ints:

@@ -8,7 +8,7 @@ r roles, k kinds (ROLES, KINDS), a amounts.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -65,10 +65,8 @@ class Steer(StageConfig):
     """The stage that fitted the probes."""
 
     probe: Pick = Pick()
-    """Which of them, on each dataset; without lowest or highest, the one of highest valid_accuracy.
-
-    Of equals the first listed counts; `lowest: valid_loss` hardly knows equals.
-    """
+    """Which of them, on each dataset; without lowest or highest, of those of highest valid_accuracy the one of lowest
+    valid_loss."""
 
     visuals: Annotated[str, Names("stages")]
     """The stage that says p99 and frequency of the features, best over the SAE's own training set."""
@@ -129,11 +127,12 @@ class Steer(StageConfig):
             raise UserError(f"steer: '{self.probes}' has no probe on the backbone of {sae.label}")
         for recording in ours:
             check_reach(trained_on.content["layer"], recording.content["layer"], self.place)
-            pick = _with_default(self.probe, highest="valid_accuracy")
-            yield self._unit(run, sae, run.best(self.probes, pick, _on(recording)))
+            yield self._unit(run, sae, self._probe(run, recording))
 
     def _sae(self, run: Run) -> Unit:
-        pick, layer = _with_default(self.sae, lowest="nmse"), self.sae.layer
+        pick, layer = self.sae, self.sae.layer
+        if not (pick.lowest or pick.highest):
+            pick = pick.model_copy(update={"lowest": "nmse"})
         units = run.made_by(self.saes)
         if layer is None:
             return run.best(self.saes, pick)
@@ -143,6 +142,21 @@ class Steer(StageConfig):
             layers = ", ".join(map(str, sorted(set(where.values()))))
             raise UserError(f"steer: sae: '{self.saes}' has no SAE of layer {layer} (there are: {layers})")
         return run.best(self.saes, pick, lambda unit: unit in fits)
+
+    def _probe(self, run: Run, recording: Unit) -> Unit:
+        """Pick a probe on a recording; few valid images make many of a sweep equally accurate, so the loss decides."""
+
+        def among(unit: Unit) -> bool:
+            return unit.needs[0] == recording
+
+        if self.probe.lowest or self.probe.highest:
+            return run.best(self.probes, self.probe, among)
+        most = run.best(self.probes, self.probe.model_copy(update={"highest": "valid_accuracy"}), among)
+        with run.db() as db:
+            told = db.execute("SELECT value FROM final WHERE unit = ? AND name = 'valid_accuracy'", [most.address])
+            ((accuracy,),) = told.fetchall()
+        above = {**self.probe.above, "valid_accuracy": accuracy}
+        return run.best(self.probes, self.probe.model_copy(update={"lowest": "valid_loss", "above": above}), among)
 
     def _unit(self, run: Run, sae: Unit, probe: Unit) -> Unit:
         """Find the tables that the edit needs: of the SAE, and of the SAE on the probe's dataset."""
@@ -376,15 +390,6 @@ class Plan(NamedTuple):
 
 
 # Details
-
-
-def _with_default(pick: Pick, **criterion: str) -> Pick:
-    """Return the pick, with a criterion if it has none."""
-    return pick if pick.lowest or pick.highest else pick.model_copy(update=criterion)
-
-
-def _on(recording: Unit) -> Callable[[Unit], bool]:
-    return lambda unit: unit.needs[0] == recording
 
 
 class _Tables(NamedTuple):

@@ -1,0 +1,365 @@
+"""The steer stage on a tiny pipeline: what is chosen, what is written, what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from saefw.errors import UserError
+from saefw.metrics import Nmse
+from saefw.plugin import NotYet, Run, Unit
+from saefw.run import Watcher
+from saefw.shards import Acts
+from saefw.stages import steer
+from saefw.stages.probe import ProbeStage, open_probe, task_of
+from saefw.stages.record import Record
+from saefw.stages.steer import SaePick, Steer
+from saefw.stages.train import Train, open_sae
+from saefw.stages.visuals import Visuals
+from saefw.steering import Steering
+from saefw_linear import Linear
+from saefw_topk import TopK
+
+SETTINGS: dict[str, Any] = {
+    "saes": "sweep",
+    "probes": "probes",
+    "visuals": "visuals",
+    "sae": SaePick(layer=-3),
+    "amounts": [1.0, -1.0, 4.0],
+    "n_features": 2,
+    "n_effect": 20,
+}
+
+
+def made(run: Run, name: str, stage: Any) -> list[Unit]:
+    """Plan a stage and make what is missing."""
+    run.enter(name)
+    units = list(stage.units(run))
+    run.listed(name, units)
+    missing = [unit for unit in units if not run.store.has(unit)]
+    if missing:
+        stage.make(missing, run)
+    return units
+
+
+def pipeline(path: Path, watcher: Watcher | None = None) -> Run:
+    """A desk on which all above steering is made."""
+    entries: dict[str, Any] = {"topk": TopK(k=3, expansion=2, lr=0.003), "poor": TopK(k=1, expansion=2, lr=1e-5)}
+    probes = {f"p{i}": Linear(lr=lr, steps=60) for i, lr in enumerate((1e-5, 3e-2))}
+    run = tiny.desk(path, {"saes": entries, "probes": probes}, metrics={"nmse": Nmse}, watcher=watcher)
+    made(run, "acts", Record(backbone="tiny", datasets=["tiny"], layers=[0, 1, 2]))
+    made(run, "sweep", Train(acts="acts", saes=["poor", "topk"], layers=[0, 2], n_tokens=8192, batch_size=256))
+    made(run, "visuals", Visuals(saes="sweep", acts="acts", top=4, n_features=0))
+    made(run, "probes", ProbeStage(acts="acts", probes=list(probes)))
+    made(run, "early", ProbeStage(acts="acts", layer=1, probes=list(probes)))
+    return run
+
+
+class Steered:
+    """The unit under test, and the parts it was made of, opened again."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        (self.unit,) = made(run, "steer", Steer(**SETTINGS))
+        sae, probe, _, _, recording = self.unit.needs
+        self.acts = Acts(run.folder(recording))
+        self.sae = open_sae(sae.given["sae"], run.folder(sae))
+        self.probe = open_probe(probe.given["probe"], run.folder(probe), task_of(self.acts))
+        self.backbone = recording.given["backbone"].build("cpu")
+        self.engine = Steering(self.backbone, self.sae, self.probe, 0, 2)
+        self.test = self.acts.of_split("test")
+
+    def sql(self, query: str) -> list[tuple[Any, ...]]:
+        with self.run.db() as db:
+            return db.execute(query.replace("$unit", f"'{self.unit.address}'")).fetchall()
+
+    def tokens(self, examples: Any) -> Tensor:
+        return torch.cat([x for _, x in self.acts.read("all", np.asarray(examples))])
+
+    def features(self, kind: str) -> dict[int, set[int]]:
+        """By target, the features of its edits, over all images."""
+        rows = self.sql(
+            "SELECT DISTINCT target, feature FROM edit JOIN edit_feature USING (unit, edit) "
+            f"WHERE unit = $unit AND chosen_by = '{kind}'"
+        )
+        return {target: {f for t, f in rows if t == target} for target, _ in rows}
+
+    def usable(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], Tensor]:
+        """Frequency, p99 and dense codes [e, p, s] of the train images, by numpy."""
+        train = self.acts.of_split("train")
+        x_epd = self.tokens(train)[:, 1:]
+        codes = self.sae.dense(x_epd.flatten(0, 1)).view(len(train), 16, -1)
+        flat = codes.flatten(0, 1).numpy()
+        p99 = np.array([np.percentile(c[c > 0], 99) if (c > 0).any() else 0 for c in flat.T])
+        return (flat > 0).mean(axis=0), p99, codes
+
+
+@pytest.fixture(scope="module")
+def steered(tmp_path_factory: pytest.TempPathFactory) -> Steered:
+    return Steered(pipeline(tmp_path_factory.mktemp("steer")))
+
+
+def test_the_best_sae_of_the_layer_and_the_surest_of_the_best_probes_are_picked(steered: Steered) -> None:
+    sae, probe, visuals, classes, recording = steered.unit.needs
+    assert sae.given["sae"].k == 3 and recording.content["layer"] == 0
+    assert probe.given["probe"].lr == 3e-2
+    assert visuals == classes and visuals.needs == (sae, recording)
+
+
+def test_every_image_role_kind_and_amount_is_one_edit(steered: Steered) -> None:
+    n = len(steered.test)
+    rows = steered.sql(
+        "SELECT edit, example, role, chosen_by, amount, target, place, mode FROM edit WHERE unit = $unit ORDER BY edit"
+    )
+    assert [row[0] for row in rows] == list(range(n * 2 * 4 * 3))
+    assert len({row[1:5] for row in rows}) == len(rows)
+    assert {row[1] for row in rows} == set(steered.test.tolist())
+    assert {row[6:] for row in rows} == {("patches", "set")}
+    labels = steered.acts.labels
+    assert all((row[5] == labels[row[1]]) == (row[2] == "own class") for row in rows)
+    other = [row[5] for row in rows if row[2:5] == ("other class", "effect", 1.0)]
+    assert np.ptp(np.bincount(other)) <= 1
+    n_logits = steered.sql("SELECT count(*) FROM edit_logit WHERE unit = $unit")[0][0]
+    assert n_logits == len(rows) * 3
+    with_features = steered.sql("SELECT chosen_by, count(*) FROM edit JOIN edit_feature USING (unit, edit) GROUP BY 1")
+    assert dict(with_features) == dict.fromkeys(("effect", "mass", "like features"), n * 2 * 3 * 2)
+
+
+def test_features_by_effect_are_those_of_finite_differences_on_train(steered: Steered) -> None:
+    frequency, p99, _ = steered.usable()
+    reading = steered.engine.reading(steered.tokens(steered.acts.of_split("train")))
+    assert len(reading.tokens_btd) > SETTINGS["n_effect"], "or the sample would not be one"
+    told = steered.features("effect")
+    for target, features in told.items():
+        # The sample of train images is not known here, so look at the mean over all: its best must be among the best.
+        shifts = []
+        for feature in range(steered.sae.d_sae):
+            up = steered.engine.edit(reading, {feature: ("add", float(1e-2 * p99[feature]))})
+            usable = 0 < frequency[feature] < 0.5
+            shifts.append(float((up - reading.logits_bc)[:, target].mean()) if usable else -np.inf)
+        ranked = np.argsort(shifts)[::-1]
+        assert features <= set(ranked[:5].tolist()) and len(features) == 2
+
+
+def test_features_by_mass_are_those_of_numpy_on_train(steered: Steered) -> None:
+    frequency, _, codes = steered.usable()
+    train = steered.acts.of_split("train")
+    labels = steered.acts.labels[train]
+    mass = codes.double().sum(dim=1).numpy()
+    fires = (codes > 0).any(dim=1).numpy()
+    for target, features in steered.features("mass").items():
+        share = mass[labels == target].sum(axis=0) / np.maximum(mass.sum(axis=0), 1e-12)
+        score = share * fires[labels == target].mean(axis=0)
+        score[(frequency == 0) | (frequency >= 0.5)] = -1
+        assert features == set(np.argsort(-score, kind="stable")[:2].tolist())
+
+
+def test_the_logits_follow_from_the_tables_alone(steered: Steered) -> None:
+    """One image at a time, the features and amounts of the tables give the logits of the tables."""
+    _, p99, _ = steered.usable()
+    rows = steered.sql(
+        "SELECT edit, any_value(example), list(feature), list(f.amount) "
+        "FROM edit JOIN edit_feature f USING (unit, edit) "
+        "WHERE unit = $unit AND chosen_by IN ('effect', 'mass') GROUP BY edit ORDER BY edit"
+    )
+    for edit, example, features, amounts in rows[::17]:
+        reading = steered.engine.reading(steered.tokens([example]))
+        edits = {f: ("set", a * float(p99[f])) for f, a in zip(features, amounts, strict=True)}
+        logits = steered.engine.edit(reading, edits)[0]
+        told = steered.sql(f"SELECT before, after FROM edit_logit WHERE unit = $unit AND edit = {edit} ORDER BY label")
+        np.testing.assert_allclose([row[0] for row in told], reading.logits_bc[0], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose([row[1] for row in told], logits, rtol=1e-3, atol=1e-3)
+
+
+def test_controls_share_norm_image_and_target_with_the_edit(steered: Steered) -> None:
+    pairs = steered.sql(
+        "SELECT e.norm, c.norm, c.chosen_by, e.norm = m.norm FROM edit e "
+        "JOIN edit c USING (unit, example, role, amount, target) JOIN edit m USING (unit, example, role, amount) "
+        "WHERE unit = $unit AND e.chosen_by = 'effect' AND m.chosen_by = 'mass' "
+        "AND c.chosen_by IN ('like features', 'random directions')"
+    )
+    assert len(pairs) == len(steered.test) * 2 * 3 * 2
+    for norm, control, kind, _ in pairs:
+        assert norm > 0
+        assert control == pytest.approx(norm, rel=1e-4), kind
+    assert not all(row[3] for row in pairs), "the norm of an edit by mass is its own"
+    like, chosen = steered.features("like features"), steered.features("effect")
+    assert all(not like[target] & chosen[target] for target in chosen)
+
+
+def test_metrics_are_those_of_sql(steered: Steered) -> None:
+    told = dict(steered.sql("SELECT name, value FROM final WHERE unit = $unit"))
+    shifts = steered.sql(
+        "SELECT chosen_by, avg(after - before) FROM edit JOIN edit_logit USING (unit, edit) "
+        "WHERE unit = $unit AND label = target AND role = 'other class' AND amount = 4 GROUP BY 1"
+    )
+    for kind, shift in shifts:
+        assert told[f"shift_{kind.replace(' ', '_')}"] == pytest.approx(shift, abs=1e-5)
+    assert told["n_images"] == len(steered.test) and told["n_edits"] == len(steered.test) * 24
+    assert 0 <= told["classes_above_controls"] <= 3
+    assert told["shift_effect"] > max(told["shift_like_features"], told["shift_random_directions"])
+
+
+def test_the_first_example_is_an_edit_of_the_tables(steered: Steered) -> None:
+    shown = json.loads((steered.run.folder(steered.unit) / "first.json").read_text())
+    ((example, role, kind, amount),) = steered.sql(
+        f"SELECT example, role, chosen_by, amount FROM edit WHERE unit = $unit AND edit = {shown['edit']}"
+    )
+    assert (shown["example"], role, kind, shown["amount"]) == (example, "other class", "effect", amount)
+    assert shown["key"] == steered.acts.keys[example]
+    assert shown["from"] == steered.acts.classes[steered.acts.labels[example]]
+    assert max(shown["before"], key=shown["before"].__getitem__) == shown["from"]
+    assert max(shown["after"], key=shown["after"].__getitem__) == shown["to"] != shown["from"]
+    logits = steered.sql(f"SELECT after FROM edit_logit WHERE edit = {shown['edit']} AND unit = $unit ORDER BY label")
+    wanted = torch.tensor([row[0] for row in logits]).softmax(dim=0)
+    np.testing.assert_allclose(list(shown["after"].values()), wanted, atol=1e-5)
+    features = steered.sql(f"SELECT feature FROM edit_feature WHERE unit = $unit AND edit = {shown['edit']}")
+    assert sorted(shown["features"]) == sorted(row[0] for row in features)
+
+
+def tables(folder: Path, order: str = "ALL") -> dict[str, dict[str, Any]]:
+    with duckdb.connect() as db:
+        return {
+            name: db.execute(f"SELECT * EXCLUDE (unit) FROM '{folder}/{name}.parquet' ORDER BY {order}").fetchnumpy()
+            for name in ("edit", "edit_feature", "edit_logit")
+        }
+
+
+def copied(steered: Steered, path: Path) -> Path:
+    """A folder in which all above steering is made already."""
+    shutil.copytree(steered.run.store.root, path / "runs", ignore=shutil.ignore_patterns("steer"))
+    return path
+
+
+class Stop(Exception):
+    """What ends a run in the middle."""
+
+
+class Stopper(Watcher):
+    """Ends the run when so many test images are done."""
+
+    def __init__(self) -> None:
+        self.after: int | None = None
+        self.told: list[tuple[int, str]] = []
+
+    def progressed(self, stage: str, done: int, total: int, what: str) -> None:
+        self.told.append((done, what))
+        if what == "images" and stage == "steer" and done == self.after:
+            raise Stop
+
+
+def test_a_run_that_was_stopped_goes_on_and_batches_do_not_matter(steered: Steered, tmp_path: Path) -> None:
+    stopper = Stopper()
+    run = pipeline(copied(steered, tmp_path), stopper)
+    stopper.after = 10
+    with pytest.raises(Stop):
+        made(run, "steer", Steer(**SETTINGS, batch_size=5))
+    stopper.after, stopper.told = None, []
+    started = sorted(run.store.begin(run.made_by("steer")[0]).glob("part-*"))
+    times = [path.stat().st_mtime_ns for path in started]
+    assert len(started) == 2
+    again = list(Steer(**SETTINGS, batch_size=5).units(run))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "keep", lambda unit: None)
+        unlink = Path.unlink
+        patch.setattr(Path, "unlink", lambda self, missing_ok=False: None if "part-" in self.name else unlink(self))
+        Steer(**SETTINGS, batch_size=5).make(again, run)
+    assert [path.stat().st_mtime_ns for path in started] == times, "images already done were done again"
+    assert "train images" not in {what for _, what in stopper.told}, "the gradient was taken again"
+    (unit,) = made(run, "steer", Steer(**SETTINGS, batch_size=5))
+    assert unit == steered.unit
+    assert not list(run.folder(unit).glob("part-*"))
+    ours, theirs = tables(run.folder(unit)), tables(steered.run.folder(steered.unit))
+    for name, columns in theirs.items():
+        for column, values in columns.items():
+            if values.dtype.kind == "f":
+                np.testing.assert_allclose(ours[name][column], values, rtol=1e-3, atol=1e-3)
+            else:
+                assert np.array_equal(ours[name][column], values), (name, column)
+
+
+def test_same_seed_same_bytes_and_another_seed_other_controls(steered: Steered, tmp_path: Path) -> None:
+    twin = Steered(pipeline(copied(steered, tmp_path)))
+    for name in ("edit.parquet", "edit_feature.parquet", "edit_logit.parquet", "metric.parquet", "first.json"):
+        one, two = steered.run.folder(steered.unit) / name, twin.run.folder(twin.unit) / name
+        assert one.read_bytes() == two.read_bytes(), name
+    (other,) = made(twin.run, "other", Steer(**SETTINGS, seed=1))
+    assert other != twin.unit
+    before, after = tables(twin.run.folder(twin.unit)), tables(twin.run.folder(other))
+    assert not np.array_equal(before["edit_feature"]["feature"], after["edit_feature"]["feature"])
+
+
+def test_a_probe_before_the_end_is_read_there(steered: Steered) -> None:
+    (unit,) = made(steered.run, "half", Steer(**{**SETTINGS, "probes": "early", "n_examples": 6, "mode": "add"}))
+    probe = open_probe(unit.needs[1].given["probe"], steered.run.folder(unit.needs[1]), task_of(steered.acts))
+    table = tables(steered.run.folder(unit), "1, 2")
+    edits, logits = table["edit"], table["edit_logit"]
+    assert sorted(steered.acts.labels[np.unique(edits["example"])]) == [0, 0, 1, 1, 2, 2]
+    tokens = steered.tokens([edits["example"][0]])
+    wanted = probe(steered.backbone.blocks[1](tokens)[:, 0])[0]
+    with duckdb.connect() as db:
+        path = steered.run.folder(unit) / "edit_logit.parquet"
+        (edit,) = {0}
+        told = db.execute(f"SELECT before FROM '{path}' WHERE edit = {edit} ORDER BY label").fetchall()
+    np.testing.assert_allclose([row[0] for row in told], wanted, rtol=1e-4, atol=1e-4)
+    assert len(logits["label"]) == len(edits["edit"]) * 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"sae": SaePick(layer=-1)},
+            "steer: the probe reads [CLS] after block 2, where patches edited after block 2 cannot have reached it; "
+            "choose an SAE of a layer below 2, or a probe of a layer above 2",
+        ),
+        ({"sae": SaePick(layer=1)}, "steer: sae: 'sweep' has no SAE of layer 1 (there are: 0, 2)"),
+        (
+            {"place": "cls"},
+            "steer: place: topk, tiny on tiny, layer 0 was trained on patches, but the edit is on cls; "
+            "choose another SAE, or say allow_off_distribution: true",
+        ),
+        ({"sae": SaePick(layer=0, below={"nmse": 0})}, "sweep: none of 2 has nmse <= 0"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(steered: Steered, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        list(Steer(**{**SETTINGS, **settings}).units(steered.run))
+    assert str(caught.value) == message
+
+
+def test_off_distribution_is_allowed_when_it_is_said(steered: Steered) -> None:
+    stage = Steer(**{**SETTINGS, "place": "cls", "allow_off_distribution": True, "n_examples": 3})
+    (unit,) = made(steered.run, "cls", stage)
+    assert set(tables(steered.run.folder(unit))["edit"]["place"]) == {"cls"}
+
+
+def test_more_features_than_there_are(steered: Steered) -> None:
+    stage = Steer(**{**SETTINGS, "n_features": 30})
+    with pytest.raises(UserError, match=r"an edit of 30 and its control need 60$"):
+        made(steered.run, "greedy", stage)
+
+
+def test_it_cannot_be_planned_before_the_sweep_is_made(tmp_path: Path) -> None:
+    run = tiny.desk(tmp_path, {"saes": {"topk": TopK(k=3)}, "probes": {"p": Linear()}})
+    run.listed("acts", list(Record(backbone="tiny", datasets=["tiny"], layers=[0, 2]).units(run)))
+    run.listed("sweep", list(Train(acts="acts", saes=["topk"], layers=[0]).units(run)))
+    with pytest.raises(NotYet, match="decided once sweep is made"):
+        list(Steer(**SETTINGS).units(run))
+
+
+def test_names_do_not_change_the_address(steered: Steered) -> None:
+    run = steered.run
+    for name in ("sweep", "probes", "visuals"):
+        run.listed(f"my {name}", run.made_by(name))
+    renamed = {**SETTINGS, "saes": "my sweep", "probes": "my probes", "visuals": "my visuals", "batch_size": 3}
+    (unit,) = Steer(**renamed).units(run)
+    assert unit.address == steered.unit.address
+    assert [hook() for hook in (steer.saefw_stages,)] == [[Steer]]
