@@ -137,7 +137,8 @@ class Catalog:
         try:
             self.manager.register(plugin, name=name)
         except pluggy.PluginValidationError as error:
-            self.manager.unregister(plugin)
+            if self.manager.is_registered(plugin):  # pluggy before 1.7 keeps half of it
+                self.manager.unregister(plugin)
             return [f"{who}: {', '.join(str(error).splitlines())}"]
         self._origins[name] = origin
         faults = [f"{who}: {text}" for text in self._hook_faults(plugin)]
@@ -260,8 +261,10 @@ def _import_file(path: Path) -> ModuleType:
         loaded = sys.modules.get(path.stem)
         spec = getattr(loaded, "__spec__", None) if loaded else importlib.util.find_spec(path.stem)
         holder = (getattr(loaded, "__file__", None) if loaded else None) or (spec.origin if spec else None)
-        if holder is None or not Path(holder).exists() or not path.samefile(holder):
-            raise UserError(f"the name '{path.stem}' is taken by {holder or path.stem}: rename {path.name}")
+        if not holder or not Path(holder).exists():
+            raise UserError(f"the name '{path.stem}' is taken by a module of Python: rename {path.name}")
+        if not path.samefile(holder):
+            raise UserError(f"the name '{path.stem}' is taken by {holder}: rename {path.name}")
         return importlib.import_module(path.stem)
     except BaseException:
         if added:

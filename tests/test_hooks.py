@@ -1,0 +1,190 @@
+"""One test a hook, each with a tiny plugin; every hook has one, and every hook is in the docs as it is."""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import pytest
+from torch import Tensor
+
+from saefw import hookspecs
+from saefw.catalog import Catalog
+from saefw.plugin import (
+    BackboneConfig,
+    Codes,
+    DatasetConfig,
+    FigureConfig,
+    ProbeConfig,
+    SaeConfig,
+    StageConfig,
+    Unit,
+    hookimpl,
+)
+
+HOOKS = [name for name in vars(hookspecs) if name.startswith("saefw_")]
+
+UNIT = Unit("train", {"k": 8})
+
+
+class Vit(BackboneConfig):
+    """A backbone."""
+
+    use: Literal["vit"] = "vit"
+
+
+class Set(DatasetConfig):
+    """A dataset."""
+
+    use: Literal["set"] = "set"
+
+
+class Topk(SaeConfig):
+    """An SAE variant."""
+
+    use: Literal["topk"] = "topk"
+
+
+class Linear(ProbeConfig):
+    """A probe."""
+
+    use: Literal["linear"] = "linear"
+
+
+class Write(StageConfig):
+    """A stage."""
+
+    use: Literal["write"] = "write"
+
+
+class Front(FigureConfig):
+    """A figure."""
+
+    use: Literal["front"] = "front"
+
+
+class Tokens:
+    """A metric: how many tokens there were."""
+
+    def __init__(self) -> None:
+        self.n = 0
+
+    def add(self, x_nd: Tensor, x_hat_nd: Tensor, codes: Codes) -> None:
+        self.n += len(x_nd)
+
+    def result(self) -> float:
+        return float(self.n)
+
+
+def plugin(**hooks: Any) -> ModuleType:
+    """Return a module with these functions, marked as hook implementations."""
+    module = ModuleType("tiny_plugin")
+    for name, function in hooks.items():
+        setattr(module, name, hookimpl(function))
+    return module
+
+
+def catalog(**hooks: Any) -> Catalog:
+    return Catalog([plugin(**hooks)], entry_points=False)
+
+
+def test_saefw_backbones() -> None:
+    assert catalog(saefw_backbones=lambda: [Vit]).lookup("backbones") == {"vit": Vit}
+
+
+def test_saefw_datasets() -> None:
+    assert catalog(saefw_datasets=lambda: [Set]).lookup("datasets") == {"set": Set}
+
+
+def test_saefw_saes() -> None:
+    assert catalog(saefw_saes=lambda: (cls for cls in [Topk])).lookup("saes") == {"topk": Topk}
+
+
+def test_saefw_probes() -> None:
+    assert catalog(saefw_probes=lambda: [Linear]).lookup("probes") == {"linear": Linear}
+
+
+def test_saefw_stages() -> None:
+    assert catalog(saefw_stages=lambda: [Write]).lookup("stages") == {"write": Write}
+
+
+def test_saefw_figures() -> None:
+    assert catalog(saefw_figures=lambda: (Front,)).lookup("figures") == {"front": Front}
+
+
+def test_saefw_metrics() -> None:
+    assert catalog(saefw_metrics=lambda: {"tokens": Tokens}).metrics == {"tokens": Tokens}
+
+
+def test_saefw_logged() -> None:
+    heard: list[object] = []
+
+    def saefw_logged(unit: Unit, step: int, values: Mapping[str, float]) -> None:
+        heard.append((unit, step, values))
+
+    catalog(saefw_logged=saefw_logged).hook.saefw_logged(unit=UNIT, step=3, values={"mse": 0.5})
+    assert heard == [(UNIT, 3, {"mse": 0.5})]
+
+
+def test_saefw_progressed() -> None:
+    heard: list[object] = []
+
+    def saefw_progressed(done: int, total: int) -> None:
+        """Take fewer arguments than there are."""
+        heard.append((done, total))
+
+    catalog(saefw_progressed=saefw_progressed).hook.saefw_progressed(stage="sweep", done=1, total=4, what="steps")
+    assert heard == [(1, 4)]
+
+
+def test_saefw_kept() -> None:
+    heard: list[object] = []
+
+    def saefw_kept(unit: Unit, folder: Path, seconds: float) -> None:
+        heard.append((unit, folder, seconds))
+
+    catalog(saefw_kept=saefw_kept).hook.saefw_kept(unit=UNIT, folder=Path("runs/train/abc"), seconds=0.0)
+    assert heard == [(UNIT, Path("runs/train/abc"), 0.0)]
+
+
+def test_an_object_can_be_a_plugin() -> None:
+    """The command line registers its progress printer so."""
+    heard: list[str] = []
+
+    class Listener:
+        """Hears what is kept."""
+
+        @hookimpl
+        def saefw_kept(self, unit: Unit) -> None:
+            heard.append(unit.address)
+
+    relay = Catalog([Listener()], entry_points=False).hook
+    relay.saefw_kept(unit=UNIT, folder=Path(), seconds=1.0)
+    assert heard == [UNIT.address]
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_every_hook_has_a_test(name: str) -> None:
+    assert f"test_{name}" in globals(), f"write test_{name}"
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_every_hook_is_documented_with_its_signature(name: str) -> None:
+    docs = (Path(__file__).parents[1] / "docs/plugins.md").read_text()
+    assert f"`{name}{_signature(getattr(hookspecs, name))}`" in docs
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_every_hook_says_in_one_sentence_what_it_is(name: str) -> None:
+    text = inspect.getdoc(getattr(hookspecs, name)) or ""
+    assert text.endswith(".") and "\n" not in text
+
+
+def _signature(function: Any) -> str:
+    """Return a signature as it is written, without the modules of its types."""
+    text = str(inspect.signature(function))
+    modules = ("collections.abc.", "pathlib.", "saefw.plugin.", "saefw.unit.", "saefw.sae.", "typing.")
+    for module in modules:
+        text = text.replace(module, "")
+    return text
