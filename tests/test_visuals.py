@@ -188,11 +188,11 @@ def test_stopped_and_started_again_it_makes_the_same_bytes(
 
 def test_what_does_not_fit_is_said(tmp_path: Path, seen: tuple[Run, list[Unit]]) -> None:
     run, _ = seen
-    with pytest.raises(UserError, match="include: feature 32 is not among the 32 of topk on tiny on tiny, layer 0"):
+    with pytest.raises(UserError, match="include: feature 32 is not among the 32 of topk"):
         made(run, include=[32])
     (sae,) = run.made_by("sweep")
     run.listed("elsewhere", list(Record(backbone="tiny", datasets=["tiny"], layers=[1]).units(run)))
-    with pytest.raises(UserError, match="'elsewhere' has no recording of the backbone and layer of topk on tiny on"):
+    with pytest.raises(UserError, match="'elsewhere' has no recording of the backbone and layer of topk"):
         list(Visuals(saes="sweep", acts="elsewhere").units(run))
     run.listed("cls", [Unit("train", {**sae.content, "tokens": "cls"}, sae.needs, "topk")])
     with pytest.raises(UserError, match="topk was trained on cls, which cover no patch"):
