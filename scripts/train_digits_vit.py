@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import PIL
 import sklearn
-import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import save_file
-from sklearn.datasets import load_digits
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from saefw.plugin import mend_torchvision
+from saefw_digits import Digits
 
 OUT = Path(__file__).resolve().parents[1] / "plugins" / "models" / "saefw_digits_vit"
 
@@ -47,33 +47,18 @@ ARCHITECTURE: dict[str, Any] = {
 
 
 def digits() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Returns images [N, 3, 32, 32] in [0, 1] and labels [N] of each split.
-
-    Within a class, the examples are ordered by a hash of their key; the first two ninths are test, the next ninth is
-    valid, the rest is train. So the split depends on no library's random numbers.
-    """
-    data = load_digits()
-    groups: dict[int, list[int]] = {c: [] for c in range(10)}
-    for i, c in enumerate(data.target):
-        groups[int(c)].append(i)
-    splits: dict[str, list[int]] = {"train": [], "valid": [], "test": []}
-    for members in groups.values():
-        members.sort(key=lambda i: hashlib.sha256(f"saefw-digits:digit-{i:04d}".encode()).hexdigest())
-        n_test, n_valid = round(len(members) * 2 / 9), round(len(members) / 9)
-        splits["test"] += members[:n_test]
-        splits["valid"] += members[n_test : n_test + n_valid]
-        splits["train"] += members[n_test + n_valid :]
-
-    def image(i: int) -> np.ndarray:
-        small = np.round(data.images[i] / 16 * 255).astype(np.uint8)
-        return np.asarray(Image.fromarray(small).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB"))
-
-    out = {}
-    for name, indices in splits.items():
-        indices.sort()
-        pixels = torch.from_numpy(np.stack([image(i) for i in indices])).permute(0, 3, 1, 2).float() / 255
-        out[name] = pixels.contiguous(), torch.tensor([int(data.target[i]) for i in indices])
-    return out
+    """Returns images [N, 3, 32, 32] in [0, 1] and labels [N] of each split, as the `digits` plugin has them."""
+    dataset = Digits().build(Path())
+    pixels: dict[str, list[np.ndarray[Any, Any]]] = {"train": [], "valid": [], "test": []}
+    labels: dict[str, list[int]] = {"train": [], "valid": [], "test": []}
+    for i in range(len(dataset)):
+        example = dataset[i]
+        pixels[example.split].append(np.asarray(example.load()))
+        labels[example.split].append(example.label)
+    return {
+        name: (torch.from_numpy(np.stack(pixels[name])).permute(0, 3, 1, 2).float() / 255, torch.tensor(labels[name]))
+        for name in pixels
+    }
 
 
 def prepare(pixels: torch.Tensor) -> torch.Tensor:
@@ -100,10 +85,10 @@ def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 @torch.no_grad()
-def accuracy(model: VisionTransformer, pixels: torch.Tensor, labels: torch.Tensor) -> float:
+def accuracy(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor) -> float:
     """Returns the share of images whose highest logit is their label's."""
     model.eval()
-    return (model(prepare(pixels)).argmax(dim=1) == labels).double().mean().item()
+    return float((model(prepare(pixels)).argmax(dim=1) == labels).double().mean())
 
 
 def train(
@@ -113,11 +98,13 @@ def train(
     lr: float,
     decay: float,
     seed: int,
-) -> VisionTransformer:
+) -> nn.Module:
     """Fits a model to the train split: AdamW, one learning-rate cycle, cross-entropy with smoothed labels."""
+    from timm.models.vision_transformer import VisionTransformer
+
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model = VisionTransformer(**ARCHITECTURE)
+    model: nn.Module = VisionTransformer(**ARCHITECTURE)
     pixels, labels = splits["train"]
     steps = len(pixels) // batch_size
     groups = [
@@ -158,6 +145,8 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.use_deterministic_algorithms(True)
+    mend_torchvision()
+    import timm
 
     splits = digits()
     start = time.perf_counter()
