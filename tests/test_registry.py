@@ -3,12 +3,15 @@
 import itertools
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import kinds
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from saefw.catalog import Catalog
 from saefw.entry import KINDS
@@ -249,6 +252,7 @@ BAD = {
     ),
     "not finite": (SAE + "{use: relu, l1: .inf}\n", "3:18: saes.a.l1: Input should be a finite number (got inf)"),
     "settings that do not fit together": (SAE + "{use: topk, k: 65}\n", "3:3: saes.a: k 65 is over 64"),
+    "a validator that speaks as the rest does": (SAE + "{use: topk, k: 1013}\n", "3:3: saes.a: k is not 1013"),
     "a long value": (
         SAE + f"{{use: topk, k: {'x' * 99}}}\n",
         f"3:18: saes.a.k: Input should be a valid integer, unable to parse string as an integer (got '{'x' * 56}...)",
@@ -355,6 +359,17 @@ def test_files_that_cannot_be_read(tmp_path: Path, catalog: Catalog) -> None:
     assert message(tmp_path) == f"{tmp_path}: cannot be read: Is a directory"
     path.write_bytes("saefw: 1\n# caf\u00e9 \u00fc".encode("latin-1"))
     assert message(path) == f"{path}:2:6: not UTF-8 (byte 0xe9)"
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    text=st.text("ab:-[]{}&*!<|>'\"#%@, \n\t01$\x00\u00e9", max_size=40),
+    block=st.sampled_from(["saes", "stages", "datasets", "plugins", "store", "device"]),
+)
+def test_no_text_ends_in_a_traceback(load: File, text: str, block: str) -> None:
+    for whole in (text, f"saefw: 1\n{block}: {text}", f"saefw: 1\nsaes:\n  a: {{use: topk, vary: {text}}}"):
+        with suppress(UserError):
+            load(whole)
 
 
 def test_a_byte_order_mark_is_no_character(load: File) -> None:

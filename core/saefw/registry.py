@@ -6,15 +6,16 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import models_json_schema
 
 from saefw.catalog import WORD, Catalog
 from saefw.entry import KINDS, Entry, Member, Place, expand
-from saefw.errors import Faults, UserError, did_you_mean
+from saefw.errors import Faults, UserError
 from saefw.places import Fault, Spot, load
+from saefw.wording import got, listed, near, or_listed, sentence
 
 VERSION = 1
 """The version of the format, which a file states as `saefw: 1`."""
@@ -81,6 +82,12 @@ def read(path: Path, catalog: Catalog) -> Registry:
     return registry
 
 
+def _vary(settings: Any) -> Mapping[str, Any]:
+    """Return the `vary` of an entry, as far as it is one."""
+    vary = settings.get("vary") if isinstance(settings, dict) else None
+    return vary if isinstance(vary, dict) else {}
+
+
 class _Reader:
     """Checks one file and collects its faults."""
 
@@ -103,18 +110,18 @@ class _Reader:
         """Check everything; what is returned is good only if no fault was found."""
         data = self.root.value
         if not isinstance(data, dict):
-            got = " (it is empty)" if data is None else _got(data)
-            raise UserError(f"{self.path}:1:1: a registry is a mapping that begins with `saefw: {VERSION}`{got}")
+            what = " (it is empty)" if data is None else got(data)
+            raise UserError(f"{self.path}:1:1: a registry is a mapping that begins with `saefw: {VERSION}`{what}")
         if "saefw" not in data:
             self.fault((), f"saefw: is required: write `saefw: {VERSION}`, the version of the format")
         elif data["saefw"] != VERSION or isinstance(data["saefw"], bool):
             # Another version may mean anything by its other keys: no word about them.
             spot = self.root.items["saefw"]
-            text = f"saefw: must be {VERSION}, the version that this saefw reads{_got(data['saefw'])}"
+            text = f"saefw: must be {VERSION}, the version that this saefw reads{got(data['saefw'])}"
             raise Faults([Fault(spot.line, spot.column, text).show(self.path)])
         for key in data:
             if key not in (*HEADER, *KINDS):
-                self.fault((key,), f"unknown key{_or_listed(key, (*HEADER, *KINDS))}")
+                self.fault((key,), f"unknown key{or_listed(key, (*HEADER, *KINDS))}")
         self._plugins(data.get("plugins"))
         blocks = {kind: self._block(kind, data.get(kind)) for kind in KINDS}
         self.names = {kind: set(block) for kind, block in blocks.items()}
@@ -136,12 +143,12 @@ class _Reader:
         if files is None:
             return
         if not isinstance(files, list):
-            self.fault(("plugins",), f"must be a list of plugin files{_got(files)}")
+            self.fault(("plugins",), f"must be a list of plugin files{got(files)}")
             return
         for i, file in enumerate(files):
             try:
                 if not isinstance(file, str) or not file:
-                    raise UserError(f"must be the path of a plugin file{_got(file)}")
+                    raise UserError(f"must be the path of a plugin file{got(file)}")
                 self.catalog.add_files([Place(file).open(self.base)])
             except UserError as error:
                 self.plugins_failed = True
@@ -150,7 +157,7 @@ class _Reader:
 
     def _store(self, text: Any) -> Path:
         if not isinstance(text, str) or not text:
-            self.fault(("store",), f"must be the path of a folder{_got(text)}")
+            self.fault(("store",), f"must be the path of a folder{got(text)}")
             return self.base
         try:
             return Place(text).open(self.base)
@@ -160,7 +167,7 @@ class _Reader:
 
     def _device(self, text: Any) -> str:
         if not isinstance(text, str) or not DEVICE.fullmatch(text):
-            self.fault(("device",), f"must be auto, cpu, cuda, cuda:N or mps{_got(text)}")
+            self.fault(("device",), f"must be auto, cpu, cuda, cuda:N or mps{got(text)}")
         return str(text)
 
     # The blocks
@@ -170,7 +177,7 @@ class _Reader:
         if block is None:
             return {}
         if not isinstance(block, dict):
-            self.fault((kind,), f"must be a mapping of names to entries{_got(block)}")
+            self.fault((kind,), f"must be a mapping of names to entries{got(block)}")
             return {}
         for name in block:
             if not WORD.fullmatch(name):
@@ -182,7 +189,7 @@ class _Reader:
         here = (kind, name)
         try:
             if not isinstance(settings, dict):
-                self.fault(here, f"must be a mapping with `use` and settings{_got(settings)}")
+                self.fault(here, f"must be a mapping with `use` and settings{got(settings)}")
                 return ()
             cls = self._class(kind, name, settings)
             if cls is None:
@@ -201,21 +208,21 @@ class _Reader:
         brought = self.catalog.lookup(kind)
         use = settings.get("use")
         if "use" not in settings:
-            self.fault(loc, f"is required{_listed(brought)}")
+            self.fault(loc, f"is required{listed(brought)}")
         elif not isinstance(use, str):
-            self.fault(loc, f"must be the name that a plugin brings{_listed(brought)}{_got(use)}")
+            self.fault(loc, f"must be the name that a plugin brings{listed(brought)}{got(use)}")
         elif use in brought:
             return brought[use]
         elif not self.plugins_failed:
             # A plugin that failed may have brought it; that fault is the one to mend.
-            self.fault(loc, f"no plugin brings '{use}'{_near(use, brought)}{_listed(brought)}")
+            self.fault(loc, f"no plugin brings '{use}'{near(use, brought)}{listed(brought)}")
         return None
 
     def _checked_vary(self, here: Loc, settings: dict[str, Any]) -> dict[str, list[Any]]:
         """Return `vary` without what is wrong in it."""
         vary = settings.get("vary", {})
         if not isinstance(vary, dict):
-            self.fault((*here, "vary"), f"must be a mapping of settings to lists of values{_got(vary)}")
+            self.fault((*here, "vary"), f"must be a mapping of settings to lists of values{got(vary)}")
             return {}
         good: dict[str, list[Any]] = {}
         for key, values in vary.items():
@@ -223,7 +230,7 @@ class _Reader:
             if key in ("use", "vary"):
                 self.fault(loc, f"'{key}' cannot vary")
             elif not isinstance(values, list) or not values:
-                self.fault(loc, f"must be a list of values, at least one{_got(values)}")
+                self.fault(loc, f"must be a list of values, at least one{got(values)}")
             else:
                 good[key] = values
                 if key in settings:
@@ -246,6 +253,8 @@ class _Reader:
                 entries.append((choice, cls.model_validate(settings)))
             except ValidationError as error:
                 faults = self._sentences(here, cls, error, choice) | faults
+            except UserError as error:  # from a validator of the plugin
+                faults.setdefault(here, str(error))
         for loc, text in faults.items():
             self.fault(loc, text)
         doubled = self._doubles(here, vary, entries)
@@ -258,7 +267,7 @@ class _Reader:
     ) -> dict[Loc, str]:
         """Return what pydantic found, one sentence a place."""
         texts: dict[Loc, dict[str, None]] = {}
-        got: dict[Loc, str] = {}
+        inputs: dict[Loc, str] = {}
         branches: set[Loc] = set()
         for detail in error.errors(include_url=False):
             kind, loc = detail["type"], detail["loc"]
@@ -267,16 +276,16 @@ class _Reader:
                 loc = ("vary", loc[0], *(() if unknown else (choice[str(loc[0])],)), *loc[1:])
             _, taken = self.root.walk((*here, *loc))
             place = (*taken, *loc[-1:]) if kind == "missing" else tuple(taken)
-            texts.setdefault(place, {})[_sentence(cls, detail)] = None
+            texts.setdefault(place, {})[sentence(cls, detail)] = None
             of_value = kind not in ("missing", "extra_forbidden") and len(place) > len(here)
-            got[place] = _got(detail["input"]) if of_value else ""
+            inputs[place] = got(detail["input"]) if of_value else ""
             if len(taken) < len(here) + len(loc):
                 branches.add(place)
         # Of a union, the member that the value was meant to be is the one with faults further inside.
         for place in branches:
             if any(other[: len(place)] == place and len(other) > len(place) for other in texts):
                 texts.pop(place)
-        return {place: " or ".join(texts[place]) + got[place] for place in texts}
+        return {place: " or ".join(texts[place]) + inputs[place] for place in texts}
 
     def _doubles(self, here: Loc, vary: dict[str, list[Any]], entries: list[tuple[dict[str, int], Entry]]) -> bool:
         """Report values that stand in a list of `vary` twice, also if written differently (4e-4, 0.0004)."""
@@ -290,7 +299,7 @@ class _Reader:
             for i, text in texts.items():
                 if text in seen:
                     found = True
-                    self.fault((*here, "vary", key, i), f"is in the list already{_got(values[i])}")
+                    self.fault((*here, "vary", key, i), f"is in the list already{got(values[i])}")
                 seen.add(text)
         return found
 
@@ -312,72 +321,13 @@ class _Reader:
         elif isinstance(value, str):
             if kind == "stages" and loc[0] == "stages":
                 if value not in self.above:
-                    near = "" if value in self.names[kind] else _or_listed(value, self.above)
-                    self.fault(loc, f"'{value}' is not one of the stages above it{near}")
+                    hint = "" if value in self.names[kind] else or_listed(value, self.above)
+                    self.fault(loc, f"'{value}' is not one of the stages above it{hint}")
             elif value not in self.names[kind]:
-                self.fault(loc, f"'{value}' is not one of the {kind}{_or_listed(value, self.names[kind])}")
+                self.fault(loc, f"'{value}' is not one of the {kind}{or_listed(value, self.names[kind])}")
 
 
-# Words
-
-
-def _got(value: Any) -> str:
-    """Return ` (got …)`, the value as short as it can be told."""
-    if value is None:
-        return " (got nothing)"
-    text = repr(value)
-    return f" (got {text if len(text) <= 60 else text[:57] + '...'})"
-
-
-def _near(word: str, allowed: Iterable[str]) -> str:
-    """Return the nearest allowed word; of very many none, as the search takes long."""
-    words = list(allowed)
-    return did_you_mean(word, words) if len(words) <= 1000 else ""
-
-
-def _listed(words: Iterable[str]) -> str:
-    listed = sorted(words)
-    more = ", ..." if len(listed) > 20 else ""
-    return f" (there are: {', '.join(listed[:20])}{more})" if listed else " (there are none)"
-
-
-def _or_listed(word: str, allowed: Iterable[str]) -> str:
-    """Return the nearest allowed word, or else all of them."""
-    words = list(allowed)
-    return _near(word, words) or _listed(words)
-
-
-def _vary(settings: Any) -> Mapping[str, Any]:
-    """Return the `vary` of an entry, as far as it is one."""
-    vary = settings.get("vary") if isinstance(settings, dict) else None
-    return vary if isinstance(vary, dict) else {}
-
-
-def _sentence(cls: type[Entry], detail: Mapping[str, Any]) -> str:
-    """Say what pydantic found, in our words where they are better."""
-    if detail["type"] == "missing":
-        return "is required"
-    if detail["type"] == "extra_forbidden":
-        loc = [step for step in detail["loc"] if isinstance(step, str)]
-        return f"no such setting{_or_listed(loc[-1], _settings(cls, loc[:-1]))}"
-    text = str(detail["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    allowed = re.findall("'([^']*)'", str(detail.get("ctx", {}).get("expected", "")))
-    return text + (_near(detail["input"], allowed) if isinstance(detail["input"], str) else "")
-
-
-def _settings(cls: type[BaseModel], steps: list[str]) -> list[str]:
-    """Return the settings of an entry, or of a model inside it."""
-    if steps and steps[0] in cls.model_fields:
-        models = _models(cls.model_fields[steps[0]].annotation)
-        return [name for model in models for name in _settings(model, steps[1:])]
-    return [name for name in cls.model_fields if name != "use"] if not steps else [name for name in _settings(cls, steps[1:])]
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    """Return the models in a type such as `list[Pick] | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for part in get_args(annotation) for model in _models(part)]
+# Labels
 
 
 def _labelled(name: str, entries: list[tuple[dict[str, int], Entry]]) -> Iterator[Member]:
