@@ -252,7 +252,7 @@ class Training:
 
     def __init__(self, unit: Unit, d_model: int, stats: Stats, n_steps: int, device: str) -> None:
         """Start at step 0 with fresh weights, drawn by the entry's own seed."""
-        self.unit, self.n_steps, self.step = unit, n_steps, 0
+        self.unit, self.n_steps, self.step, self.device = unit, n_steps, 0, device
         self.config: SaeConfig = unit.given["sae"]
         with seeded(self.config.seed, 0):
             self.sae = self.config.build(d_model)
@@ -272,7 +272,7 @@ class Training:
         lr, dead_s = learning_rate(self.config, self.step, self.n_steps), self.since_s >= dead_after
         for group in self.adam.param_groups:
             group["lr"] = lr
-        with seeded(self.config.seed, self.step + 1):
+        with seeded(self.config.seed, self.step + 1, self.device):
             loss = self.sae.loss(x_nd, dead_s)
         total = torch.stack(list(loss.terms.values())).sum()
         self.adam.zero_grad()
@@ -382,11 +382,19 @@ def renormalise(W_dec: Parameter) -> None:
 
 
 @contextmanager
-def seeded(seed: int, step: int) -> Iterator[None]:
-    """Seed torch's generator by an SAE's seed and a step, and put it back: nothing depends on who trains beside."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(((seed << 32) + step) % 2**63)
+def seeded(seed: int, step: int, device: str = "cpu") -> Iterator[None]:
+    """Seed torch's generators by an SAE's seed and a step, so that nothing depends on who trains beside.
+
+    That of the CPU is put back. (`torch.manual_seed` would do, but takes longer than a step of a small SAE.)
+    """
+    number, before = ((seed << 32) + step) % 2**63, torch.get_rng_state()
+    torch.default_generator.manual_seed(number)
+    if (kind := torch.device(device).type) != "cpu":
+        getattr(torch, kind).manual_seed(number)
+    try:
         yield
+    finally:
+        torch.set_rng_state(before)
 
 
 # Files
