@@ -79,7 +79,7 @@ class Sums(StageConfig):
         """Add up what lies in the folders."""
         for unit in units:
             total = sum(int((run.folder(need) / "number.txt").read_text()) for need in unit.needs)
-            (run.folder(unit) / "sum.txt").write_text(str(total))
+            (run.folder(unit) / "number.txt").write_text(str(total))
             with (run.base / MADE).open("a") as file:
                 file.write(f"{unit.label}\n")
             run.keep(unit)

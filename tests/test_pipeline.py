@@ -95,8 +95,8 @@ def test_the_order_of_the_file_and_nothing_twice(go: Go, tmp_path: Path) -> None
         ("numbers", 3, 3, []), ("all", 1, 1, []), ("best", 1, 1, []),
     ]  # fmt: skip
     store = Store(tmp_path / "runs")
-    assert (store.folder(done[1].units[0]) / "sum.txt").read_text() == "6"
-    assert (store.folder(done[2].units[0]) / "sum.txt").read_text() == "3"
+    assert (store.folder(done[1].units[0]) / "number.txt").read_text() == "6"
+    assert (store.folder(done[2].units[0]) / "number.txt").read_text() == "3"
     index = tmp_path / "runs" / "saefw.duckdb"
     before = index.stat()
     assert go() == done

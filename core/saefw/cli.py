@@ -77,16 +77,32 @@ class Commands(TyperGroup):
         return Plugged(points[0]) if points else own
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command; of the user's errors print the text alone."""
-        signal.signal(signal.SIGTERM, _stop)
+        """Run a command; of the user's errors print the text alone, and treat SIGTERM like Ctrl-C."""
+        stopped = False
+
+        def stop(number: int, frame: object) -> None:
+            nonlocal stopped
+            stopped = True
+            raise KeyboardInterrupt
+
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, stop)
         try:
             return super().invoke(ctx)
-        except UserError as error:
-            print(error, file=sys.stderr)
-            raise typer.Exit(1) from error
-        except KeyboardInterrupt as error:
-            print(STOPPED if ctx.invoked_subcommand == "run" else "stopped", file=sys.stderr)
-            raise typer.Exit(130) from error
+        except (Exception, KeyboardInterrupt) as error:
+            # DuckDB, for one, makes an error of its own of an interrupted query.
+            if stopped:
+                print(STOPPED if ctx.invoked_subcommand == "run" else "stopped", file=sys.stderr)
+                raise typer.Exit(130) from error
+            if isinstance(error, UserError):
+                print(error, file=sys.stderr)
+                raise typer.Exit(1) from error
+            raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 app = typer.Typer(
@@ -106,17 +122,22 @@ def main() -> None:
     app()
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"saefw {saefw.__version__}")
+        raise typer.Exit
+
+
 @app.callback(epilog=EXAMPLES)
 def _options(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Sparse autoencoders that explain and control vision transformers.
 
     One file, registry.yaml, says what to make; `saefw run` makes what is missing.
     """
-    if version:
-        print(f"saefw {saefw.__version__}")
-        raise typer.Exit
 
 
 @app.command()
@@ -260,7 +281,8 @@ def sql(
                 for part in tables.found(db, console.width):
                     console.print(part)
         except duckdb.Error as error:
-            raise UserError(str(error)) from error
+            # What follows names our files: DuckDB adds it where a value needs a module that is missing.
+            raise UserError(str(error).split("\nTraceback")[0]) from error
 
 
 @app.command()
@@ -273,11 +295,6 @@ def index(registry: Of = REGISTRY) -> None:
         raise UserError(f"{store.root}: there is no such folder; `saefw run` makes it")
     n = store.rebuild()
     print(f"{store.root / INDEX}: {n} unit{'' if n == 1 else 's'}")
-
-
-def _stop(number: int, frame: object) -> None:
-    """Treat SIGTERM like Ctrl-C."""
-    raise KeyboardInterrupt
 
 
 def _header(registry: Path) -> dict[str, Any]:

@@ -118,6 +118,8 @@ def plan(registry: Registry, catalog: Catalog, only: str | None = None, run: Run
 
 def disk(registry: Registry, run: Run, planned: StagePlan) -> dict[Unit, int]:
     """Return about how many bytes each missing unit of a planned stage will take; 0 where the stage cannot say."""
+    if not planned.missing:
+        return {}
     _, members = _list(registry, planned.name, run)
     return {unit: stage.disk(unit, run) for stage, units in members for unit in units if unit in set(planned.missing)}
 

@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 ROWS = 200
 """Rows of a query that are shown; a script takes all with --csv or --json."""
 
-NARROW = 7
-"""Columns, with their gaps, that need fewer characters each than this are shown as records instead."""
+NARROW = 12
+"""Rows with a column that would be cut shorter than this are shown as records, one value a line."""
+
+GAP = 3
+"""Characters between two columns."""
 
 
 def console(stderr: bool = False) -> Console:
@@ -152,17 +155,16 @@ def found(db: "DuckDBPyConnection", width: int) -> Iterator[Table | str]:
     names = [column[0] for column in db.description or []]
     rows = db.fetchmany(ROWS)
     cells = [[_cell(value) for value in row] for row in rows]
-    if len(names) * NARROW > width:
+    natural = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
+    widths = _shared(natural, width - GAP * (len(names) - 1))
+    if any(given < min(wanted, NARROW) for given, wanted in zip(widths, natural, strict=True)):
         yield from _records(names, cells)
-    else:
+    elif names:
         shown = table(*names)
-        for column, values in zip(shown.columns, zip(*rows, strict=True) if rows else [()] * len(names), strict=True):
-            right = bool(values) and all(isinstance(value, int | float | None) for value in values)
-            column.justify = "right" if right else "left"
+        for i, column in enumerate(shown.columns):
+            right = any(row[i] is not None for row in rows) and all(_number(row[i]) for row in rows)
+            column.justify, column.width = "right" if right else "left", widths[i]
             column.no_wrap, column.overflow = True, "ellipsis"
-            # Short values stay whole; long texts share what is left.
-            longest = max((len(_cell(value)) for value in values), default=0)
-            column.min_width = min(longest, 12)
         for row in cells:
             shown.add_row(*row)
         yield shown
@@ -170,6 +172,14 @@ def found(db: "DuckDBPyConnection", width: int) -> Iterator[Table | str]:
         yield f"the first {ROWS} rows; --csv and --json give all"
     elif not rows:
         yield "no rows"
+
+
+def _shared(wanted: Sequence[int], width: int) -> list[int]:
+    """Cut the widest columns to one width, so that all fit."""
+    cap = max(wanted, default=0)
+    while cap > 0 and sum(min(want, cap) for want in wanted) > width:
+        cap -= 1
+    return [min(want, cap) for want in wanted]
 
 
 def _records(names: Sequence[str], cells: Sequence[Sequence[str]]) -> Iterator[Table]:
@@ -211,6 +221,10 @@ def _plain(value: Any, parse: bool) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item, False) for item in value]
     return value.isoformat() if isinstance(value, datetime) else value
+
+
+def _number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def _cell(value: Any) -> str:

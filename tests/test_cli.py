@@ -1,0 +1,331 @@
+"""What the command line prints and how it exits."""
+
+import csv
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fakes
+import pytest
+from typer.testing import CliRunner
+
+from saefw import __version__
+from saefw.cli import app
+from saefw.store import Store
+
+FILE = f"""
+saefw: 1
+plugins: [{fakes.__file__}]
+figures: {{dots: {{use: dots}}}}
+stages:
+  numbers: {{use: numbers}}
+  best: {{use: sums, of: numbers, pick: {{lowest: nmse}}}}
+  figures: {{use: draw, figures: [dots]}}
+"""
+
+
+class Saefw:
+    """The command line, called in a folder."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+
+    def __call__(self, *args: str, exit_code: int = 0) -> str:
+        """Return what a call prints; its errors, if it is to fail."""
+        result = CliRunner(env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}).invoke(app, args)
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == exit_code, result.output
+        text = result.stderr if exit_code else result.stdout
+        assert "\x1b" not in text
+        return "\n".join(line.rstrip() for line in text.splitlines())
+
+    def write(self, text: str = FILE) -> None:
+        (self.base / "registry.yaml").write_text(text)
+
+    def address(self, stage: str) -> str:
+        return min(path.name for path in (self.base / "runs" / stage).iterdir())
+
+
+@pytest.fixture
+def saefw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Saefw:
+    monkeypatch.chdir(tmp_path)
+    # The draw of the tests takes the place of the real one.
+    monkeypatch.setenv("SAEFW_BLOCK", "figures")
+    called = Saefw(tmp_path)
+    called.write()
+    return called
+
+
+def seconds_as_s(text: str) -> str:
+    return re.sub(r"\d+\.\d s", "S s", text)
+
+
+def test_help_imports_next_to_nothing() -> None:
+    code = """if True:
+        import sys
+        from saefw.cli import main
+        sys.argv = ["saefw", "--help"]
+        try:
+            main()
+        except SystemExit as end:
+            assert not end.code
+        heavy = {"torch", "numpy", "duckdb", "pydantic", "yaml", "pluggy", "saefw_steering"} & set(sys.modules)
+        assert not heavy, heavy
+    """
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    for word in ("run", "check", "plugins", "schema", "init", "sql", "index", "serve", "Examples:", "Exit codes:"):
+        assert f" {word} " in f"{out} ".replace("\n", " ")
+    assert max(map(len, out.splitlines())) <= 80 and "\x1b" not in out
+
+
+def test_version(saefw: Saefw) -> None:
+    assert saefw("--version") == f"saefw {__version__}"
+
+
+def test_run_twice(saefw: Saefw) -> None:
+    first = saefw("run")
+    assert (
+        seconds_as_s(first)
+        == f"""\
+stage     units   kept   to make
+───────────────────────────────────────────────────────────────
+numbers       3      0         3
+best                               decided once numbers is made
+figures       1      0         1
+numbers: 3 units to make, 0 kept
+  number 1                                      nmse 0.5, l0 8
+  number 2                                      nmse 0.333, l0 8
+  number 3                                      nmse 0.25, l0 8
+numbers  3 made, 0 kept, S s
+best: 1 unit to make, 0 kept
+  sum of numbers
+best     1 made, 0 kept, S s
+figures: 1 unit to make, 0 kept
+  dots
+figures  1 made, 0 kept, S s
+
+Made 5 units in S s; 0 were there.
+pictures  runs/draw/{saefw.address("draw")}/dots.png
+tables    saefw sql "FROM pareto"
+page      saefw serve"""
+    )
+    assert (
+        saefw("run")
+        == """\
+Nothing to make: 5 units kept in runs.
+Pictures: runs/draw. Tables: saefw sql "FROM pareto". Page: saefw serve"""
+    )
+
+
+def test_run_of_another_file(saefw: Saefw) -> None:
+    (saefw.base / "registry.yaml").rename(saefw.base / "other.yaml")
+    assert saefw("run", "other.yaml", "--stage", "numbers").endswith(
+        """
+tables  saefw sql "FROM pareto" --registry other.yaml
+page    saefw serve other.yaml"""
+    )
+    assert saefw("run", exit_code=1) == "registry.yaml: no such file"
+
+
+def test_dry(saefw: Saefw) -> None:
+    assert (
+        saefw("run", "--dry")
+        == """\
+stage     unit           what                                     disk
+──────────────────────────────────────────────────────────────────────
+numbers   faae90296342   number 1                       to make   1 MB
+          3548c2f3ea9f   number 2                       to make   2 MB
+          a6e71fee52b1   number 3                       to make   3 MB
+best                     decided once numbers is made
+figures   c046a5f3a792   dots                           to make
+4 units to make, about 6 MB; 0 kept. Those decided later are not counted."""
+    )
+    assert not (saefw.base / "runs").exists()
+
+
+def test_trace(saefw: Saefw) -> None:
+    result = CliRunner().invoke(app, ["run", "--trace", "--stage", "numbers"])
+    assert result.exit_code == 0 and "saefw_kept [hook]" in result.stderr and "saefw_kept" not in result.stdout
+
+
+def test_check(saefw: Saefw) -> None:
+    assert saefw("check").splitlines()[-1] == "registry.yaml: fine; 1 figure, 3 stages"
+    assert not (saefw.base / "runs").exists()
+    saefw.write(FILE.replace("lowest: nmse", "lowst: nmse").replace("figures: [dots]", "figures: [dts]"))
+    assert saefw("check", exit_code=1).splitlines() == [
+        "registry.yaml:7:41: stages.best.pick.lowst: no such setting; did you mean 'lowest'?",
+        "registry.yaml:8:34: stages.figures.figures.0: 'dts' is not one of the figures; did you mean 'dots'?",
+    ]
+    saefw.write(FILE.replace("{use: numbers}", "{use: numbers, fault: units}"))
+    assert saefw("check", exit_code=1) == "registry.yaml:6:3: stages.numbers: these numbers do not fit"
+
+
+def test_faults_of_a_run(saefw: Saefw) -> None:
+    saefw.write(FILE.replace("{use: numbers}", "{use: numbers, fault: make}"))
+    assert saefw("run", exit_code=1).splitlines() == [
+        "registry.yaml:6:3: stages.numbers: the second is too large",
+        "registry.yaml:6:3: stages.numbers: and too blue",
+    ]
+    assert saefw("run", "--stage", "numbrs", exit_code=1) == (
+        "registry.yaml: there is no stage 'numbrs'; did you mean 'numbers'?"
+    )
+    saefw.write(FILE.replace("{use: numbers}", "{use: numbers, fault: bug}"))
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        saefw("run")
+
+
+def test_wrong_usage(saefw: Saefw) -> None:
+    assert "No such option" in saefw("run", "--drie", exit_code=2)
+    assert "No such command" in saefw("rnu", exit_code=2)
+
+
+def test_plugins(saefw: Saefw) -> None:
+    lines = saefw("plugins").splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(re.fullmatch(r"figures +dots +Dots on a line\. +fakes\.py", line) for line in lines)
+    assert [line.split()[0] for line in lines if line and not line.startswith((" ", "─"))] == [
+        "kind", "backbones", "datasets", "saes", "probes", "figures", "stages", "metrics",
+    ]  # fmt: skip
+
+
+def test_the_settings_of_a_plugin(saefw: Saefw) -> None:
+    assert (
+        saefw("plugins", "dots")
+        == f"""\
+dots, one of the figures, of {fakes.__file__}
+Dots on a line.
+
+setting   type         default   what it is
+───────────────────────────────────────────
+size      float        1.5       In points.
+colour    red | blue   red       Of the dots.
+
+In registry.yaml:
+
+figures:
+  my-dots:
+    use: dots
+    size: 1.5
+    colour: red
+""".rstrip("\n")
+        or "\n"
+    )
+    assert saefw("plugins", "dts", exit_code=1) == "no plugin brings 'dts'; did you mean 'dots'?"
+
+
+def test_every_example_is_an_entry(saefw: Saefw) -> None:
+    import yaml
+
+    from saefw.catalog import Catalog
+    from saefw.entry import KINDS
+    from saefw.tables import example
+
+    catalog = Catalog()
+    for kind in KINDS:
+        for use, cls in catalog.lookup(kind).items():
+            ((name, settings),) = yaml.safe_load(example(kind, cls))[kind].items()
+            assert name == f"my-{use}"
+            if "..." not in settings.values():
+                assert cls.model_validate(settings).content() == cls.model_validate({}).content()
+
+
+def test_schema(saefw: Saefw) -> None:
+    schema = json.loads(saefw("schema"))
+    assert "numbers" in schema["properties"]["stages"]["additionalProperties"]["discriminator"]["mapping"]
+
+
+def test_init(saefw: Saefw) -> None:
+    assert saefw("init", exit_code=1) == "registry.yaml: is there already; nothing was written"
+    assert saefw("init", "new/study") == "new/study/registry.yaml: written. Next: cd new/study; saefw run"
+    top = Path(__file__).parents[1] / "registry.yaml"
+    assert (saefw.base / "new/study/registry.yaml").read_text() == top.read_text()
+    assert saefw("init", "registry.yaml/x", exit_code=1) == (
+        "registry.yaml/x/registry.yaml: cannot be written (Not a directory)"
+    )
+
+
+def test_sql(saefw: Saefw) -> None:
+    assert saefw("sql", "FROM unit", exit_code=1) == (
+        "runs/saefw.duckdb: there is no index yet; `saefw run` makes one, `saefw index` rebuilds it"
+    )
+    saefw("run", "--stage", "numbers")
+    assert (
+        saefw("sql", "SELECT label, name, step, value FROM metric JOIN unit USING (unit) ORDER BY ALL LIMIT 2")
+        == """\
+label      name   step   value
+──────────────────────────────
+number 1   l0        1       8
+number 1   nmse      1     0.5"""
+    )
+    assert saefw("sql", "FROM acts").endswith("no rows")
+    assert saefw("sql", "FROM unti", exit_code=1).startswith("Catalog Error: Table with name unti does not exist!")
+    assert "read-only" in saefw("sql", "DELETE FROM unit", exit_code=1)
+
+
+def test_wide_rows_become_records(saefw: Saefw) -> None:
+    saefw("run", "--stage", "numbers")
+    columns = ", ".join(f"'{'x' * 30}' AS column_{i}" for i in range(8))
+    out = saefw("sql", f"SELECT {columns}")
+    assert max(map(len, out.splitlines())) <= 80 and out.count("x" * 30) == 8
+    long = saefw("sql", f"SELECT '{'y' * 200}' AS long, 1 AS short")
+    assert long.splitlines()[-1] == "y" * 71 + "…" + "       1"
+
+
+def test_sql_for_scripts(saefw: Saefw) -> None:
+    saefw("run", "--stage", "numbers")
+    query = (
+        "SELECT label, content, value, 'nan'::DOUBLE AS x, NULL AS y FROM metric JOIN unit USING (unit)"
+        " WHERE name = 'nmse' ORDER BY ALL LIMIT 2"
+    )
+    rows = json.loads(saefw("sql", "--json", query))
+    assert rows == [
+        {"label": "number 1", "content": {"n": 1}, "value": 0.5, "x": None, "y": None},
+        {"label": "number 2", "content": {"n": 2}, "value": 1 / 3, "x": None, "y": None},
+    ]
+    assert list(csv.reader(io.StringIO(saefw("sql", "--csv", query)))) == [
+        ["label", "content", "value", "x", "y"],
+        ["number 1", '{"n":1}', "0.5", "nan", ""],
+        ["number 2", '{"n":2}', str(1 / 3), "nan", ""],
+    ]
+    assert len(json.loads(saefw("sql", "--json", "SELECT range AS n FROM range(30000)"))) == 30_000
+    assert json.loads(saefw("sql", "--json", "SELECT 1 WHERE false")) == []
+    assert "not both" in saefw("sql", "--csv", "--json", query, exit_code=2)
+
+
+def test_many_rows(saefw: Saefw) -> None:
+    saefw("run", "--stage", "numbers")
+    lines = saefw("sql", "FROM range(1000)").splitlines()
+    assert lines[-2:] == ["  199", "the first 200 rows; --csv and --json give all"]
+
+
+def test_index(saefw: Saefw) -> None:
+    assert saefw("index", exit_code=1) == "runs: there is no such folder; `saefw run` makes it"
+    saefw("run", "--stage", "numbers")
+    (saefw.base / "runs/saefw.duckdb").unlink()
+    assert saefw("index") == "runs/saefw.duckdb: 3 units"
+    path = min((saefw.base / "runs/numbers").glob("*/metric.parquet"))
+    path.write_bytes(b"")
+    err = saefw("index", exit_code=1)
+    assert err.startswith(f"{path.relative_to(saefw.base)}: damaged (")
+    assert err.endswith(f"delete the folder {path.parent.relative_to(saefw.base)} to make it again")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped(saefw: Saefw, number: int) -> None:
+    saefw.write(FILE.replace("{use: numbers}", "{use: numbers, seconds: 0.5}"))
+    command = [sys.executable, "-c", "from saefw.cli import main; main()", "run"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        while not Store(saefw.base / "runs").kept() and run.poll() is None:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        run.send_signal(number)
+        _, err = run.communicate()
+    assert (err, run.returncode) == ("stopped; what is kept stays, and the next run goes on from there\n", 130)
+    with Store(saefw.base / "runs").db() as db:
+        assert db.execute("SELECT label FROM unit").fetchall() == [("number 1",)]
