@@ -1,1 +1,80 @@
-"""To come."""
+"""Draws figures from the store alone, all in one style."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from saefw.plugin import FigureConfig, Names, Run, StageConfig, Unit, UserError, hookimpl
+from saefw.store import write_atomically
+from saefw.style import rendered, styled
+
+log = logging.getLogger("saefw")
+
+
+class Draw(StageConfig):
+    """Draws figures as PNG and SVG; the same store gives the same bytes."""
+
+    use: Literal["draw"] = "draw"
+
+    figures: Annotated[list[str], Names("figures")] = Field(min_length=1)
+    """The figures to draw."""
+
+    of: Annotated[list[str], Names("stages")] = Field(min_length=1)
+    """The stages above whose units they are drawn from."""
+
+    def units(self, run: Run) -> Iterator[Unit]:
+        """List one unit for each figure that finds something to be drawn from.
+
+        Raises:
+            NotYet: a stage cannot list its units yet.
+
+        """
+        made = [unit for stage in self.of for unit in run.made_by(stage)]
+        listed: dict[Unit, None] = {}
+        for member in run.family("figures", self.figures):
+            figure = member.entry
+            assert isinstance(figure, FigureConfig)
+            needs = tuple(dict.fromkeys(unit for unit in made if unit.stage in figure.wants))
+            if needs:
+                content = {"figure": figure.content()}
+                listed[Unit("draw", content, needs, label=member.label, given={"figure": figure})] = None
+            else:
+                wanted = " or ".join(figure.wants)
+                log.warning("figure '%s' is not drawn: no unit of %s is among `of`", member.label, wanted)
+        yield from listed
+
+    def make(self, units: Sequence[Unit], run: Run) -> None:
+        """Draw each unit.
+
+        Raises:
+            UserError: some could not be drawn; the others are.
+
+        """
+        failed = []
+        with run.db() as db:
+            for i, unit in enumerate(units):
+                folders: dict[str, list[Path]] = {}
+                for need in unit.needs:
+                    folders.setdefault(need.stage, []).append(run.store.folder(need))
+                figure: FigureConfig = unit.given["figure"]
+                try:
+                    with styled():
+                        files = rendered(figure.draw(db, folders))
+                except UserError as error:
+                    failed.append(f"figure '{unit.label}' cannot be drawn: {error}")
+                    continue
+                for kind, data in files.items():
+                    write_atomically(run.folder(unit) / f"{figure.content()['use']}.{kind}", data)
+                run.keep(unit)
+                run.progress(i + 1, len(units), "figures")
+        if failed:
+            raise UserError("\n".join(failed))
+
+
+@hookimpl
+def saefw_stages() -> list[type[StageConfig]]:
+    """One: draw."""
+    return [Draw]

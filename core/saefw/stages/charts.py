@@ -1,0 +1,272 @@
+"""Charts of the numbers: SAEs, probes, steering.
+
+Each is read off the index alone.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from saefw.outcome import KINDS, ROLES, interval
+from saefw.plugin import FigureConfig, UserError, hookimpl
+from saefw.style import FAINT, WIDTH, ZERO, panels, plain_ticks
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Array = np.ndarray[Any, Any]
+Units = Mapping[str, Sequence[Path]]
+
+LOOK: Mapping[str, tuple[str, str, str, str]] = {
+    "effect": ("class features, by predicted effect", "#0072B2", "o", "-"),
+    "mass": ("class features, by mass", "#56B4E9", "s", "-"),
+    "like features": ("control: features of like frequency and norm", "#D55E00", "^", "--"),
+    "random directions": ("control: random directions of like norm", "#707580", "v", ":"),
+}
+"""Of each kind of edit: its name, colour, marker and line."""
+
+
+class Pareto(FigureConfig):
+    """Normalised MSE against L0 of every SAE: how much each keeps, and how sparse it is."""
+
+    use: Literal["pareto"] = "pareto"
+    wants: ClassVar[tuple[str, ...]] = ("train",)
+
+    def draw(self, db: "DuckDBPyConnection", units: Units) -> "Figure":
+        """Draw a panel for each recording that SAEs were trained on."""
+        rows = db.execute(
+            "SELECT s.acts, u.label, p.layer, p.variant, s.config, p.l0, p.nmse, p.dead, f.value FROM pareto p "
+            "JOIN sae s ON s.unit = p.sae JOIN unit u ON u.unit = s.acts "
+            "LEFT JOIN final f ON f.unit = p.sae AND f.name = 'n_valid_tokens' "
+            "WHERE list_contains(?, p.sae) AND isfinite(p.l0) AND isfinite(p.nmse) ORDER BY p.l0, p.nmse",
+            [_addresses(units["train"])],
+        ).fetchall()
+        if not rows:
+            raise UserError("no SAE has both nmse and l0")
+        recordings = list(dict.fromkeys((row[0], row[1]) for row in sorted(rows, key=lambda row: (row[2], row[1]))))
+        figure, all_axes = panels(len(recordings), height=3.6)
+        for (acts, label), axes in zip(recordings, all_axes, strict=True):
+            here = [row for row in rows if row[0] == acts]
+            for variant in sorted({row[3] for row in here}):
+                ours = [row for row in here if row[3] == variant]
+                changing = _changing(json.loads(row[4]) for row in ours)
+                axes.plot([row[5] for row in ours], [row[6] for row in ours], marker="o", label=variant)
+                for row in ours:
+                    config = json.loads(row[4])
+                    said = ", ".join(f"{key} {config[key]:g}" for key in changing if key in config)
+                    dead = f"{row[7]:.0%} dead" if row[7] is not None and row[7] >= 0.005 else ""
+                    axes.annotate(
+                        "\n".join(filter(None, (said, dead))), (row[5], row[6]), (6, 4), textcoords="offset points",
+                        fontsize=7, color=FAINT,
+                    )  # fmt: skip
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            plain_ticks(axes)
+            axes.margins(x=0.12, y=0.12)
+            n = next((f", N = {row[8]:,.0f} valid tokens" for row in here if row[8]), "")
+            axes.set(xlabel="L0: features that fire on a token, mean", ylabel=f"normalised MSE{n}", title=label)
+            axes.legend(loc="upper right")
+        return figure
+
+
+class ProbeGrid(FigureConfig):
+    """Accuracy of every probe of a sweep on valid, the chosen one marked, its accuracy on test."""
+
+    use: Literal["probe-grid"] = "probe-grid"
+    wants: ClassVar[tuple[str, ...]] = ("probe",)
+
+    chosen_by: Literal["valid_loss", "valid_accuracy"] = "valid_loss"
+    """What the marked probe is best in; name what `steer` picks by."""
+
+    def draw(self, db: "DuckDBPyConnection", units: Units) -> "Figure":
+        """Draw a panel for each recording that probes were fitted on."""
+        rows = db.execute(
+            "SELECT p.acts, u.label, p.config, map_from_entries(list((f.name, f.value))) FROM probe p "
+            "JOIN unit u ON u.unit = p.acts JOIN final f ON f.unit = p.unit WHERE list_contains(?, p.unit) "
+            "GROUP BY ALL ORDER BY u.label, p.acts, p.config",
+            [_addresses(units["probe"])],
+        ).fetchall()
+        if not rows:
+            raise UserError("no probe was measured")
+        recordings = list(dict.fromkeys((row[0], row[1]) for row in rows))
+        figure, all_axes = panels(len(recordings), height=3.3)
+        for (acts, label), axes in zip(recordings, all_axes, strict=True):
+            self._panel(axes, label, [(json.loads(row[2]), row[3]) for row in rows if row[0] == acts])
+        return figure
+
+    def _panel(self, axes: "Axes", label: str, probes: list[tuple[dict[str, Any], dict[str, float]]]) -> None:
+        sign = -1 if self.chosen_by == "valid_accuracy" else 1
+        best = min(probes, key=lambda probe: sign * probe[1][self.chosen_by])
+        changing = _changing(config for config, _ in probes)
+        # The two settings with most values span the grid; a cell shows the best of all others.
+        keys = sorted(changing, key=lambda key: -len({config.get(key) for config, _ in probes}))[:2]
+        values: list[list[Any]] = [_ordered(config.get(key) for config, _ in probes) for key in keys]
+        values += [[None]] * (2 - len(values))
+        accuracy = np.full((len(values[1]), len(values[0])), np.nan)
+        places = []
+        for config, measured in probes:
+            x, y = (values[i].index(config.get(keys[i])) if i < len(keys) else 0 for i in range(2))
+            accuracy[y, x] = np.fmax(accuracy[y, x], 100 * measured["valid_accuracy"])
+            places.append((x, y))
+        image = axes.imshow(accuracy, cmap="cividis", aspect="auto", origin="lower")
+        middle = (np.nanmin(accuracy) + np.nanmax(accuracy)) / 2
+        if accuracy.size <= 80:
+            for (y, x), value in np.ndenumerate(accuracy):
+                if np.isfinite(value):
+                    colour = "white" if value < middle else "black"
+                    axes.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=7.5, color=colour)
+        else:
+            axes.figure.colorbar(image, ax=axes, label="accuracy on valid, %")
+        from matplotlib.patches import Rectangle
+
+        x, y = places[probes.index(best)]
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="#D55E00", linewidth=2.4, zorder=5))
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        axes.set_xticks(range(len(values[0])), [_number(value) for value in values[0]])
+        axes.set_yticks(range(len(values[1])), [_number(value) for value in values[1]])
+        axes.set(xlabel=_words(keys[0]) if keys else "", ylabel=_words(keys[1]) if len(keys) > 1 else "")
+        told = best[1]
+        axes.set_title(
+            f"{label}: {told['test_accuracy']:.1%} on test (N = {told['n_test']:,.0f})\n"
+            f"cells: accuracy on valid, % (N = {told['n_valid']:,.0f}); framed: best {_words(self.chosen_by)}"
+        )
+
+
+class DoseResponse(FigureConfig):
+    """What an edit does to the logit of its target: class features against both controls, by amount."""
+
+    use: Literal["dose-response"] = "dose-response"
+    wants: ClassVar[tuple[str, ...]] = ("steer",)
+
+    classes: int = Field(20, ge=0)
+    """With at most so many classes, a panel shows each by itself, at the largest amount."""
+
+    def draw(self, db: "DuckDBPyConnection", units: Units) -> "Figure":
+        """Draw a row of panels for each steered dataset."""
+        from matplotlib.figure import Figure
+
+        steered = sorted(units["steer"], key=lambda path: path.name)
+        figure = Figure(figsize=(WIDTH, 5.6 * len(steered)))
+        parts = figure.subfigures(len(steered), squeeze=False)[:, 0]
+        for folder, part in zip(steered, parts, strict=True):
+            shifts = _shifts(db, folder.name)
+            names = dict(
+                db.execute(
+                    "SELECT DISTINCT c.label, c.name FROM edit e JOIN class c ON c.unit = e.acts WHERE e.unit = ? "
+                    "ORDER BY 1",
+                    [folder.name],
+                ).fetchall()
+            )
+            targets = sorted(set(shifts["target"].tolist()))
+            by_class = 1 < len(targets) <= self.classes
+            grid = part.add_gridspec(2 if by_class else 1, 2, height_ratios=(1.15, 1) if by_class else None)
+            left = None
+            for column, role in enumerate(reversed(ROLES)):
+                axes = part.add_subplot(grid[0, column], sharey=left)
+                left = left or axes
+                self._by_amount(axes, shifts, role)
+                n = len(set(shifts["example"][shifts["role"] == role].tolist()))
+                axes.set(
+                    title=f"target: {'another' if role == ROLES[1] else 'the image’s own'} class, N = {n:,} images"
+                )
+                axes.set_xlabel("amount, as a multiple of each feature’s p99")
+                if column == 0:
+                    axes.set_ylabel("change of the target’s logit")
+            if by_class:
+                self._by_class(part.add_subplot(grid[1, :]), shifts, targets, names)
+            handles, labels = left.get_legend_handles_labels() if left else ([], [])
+            part.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
+        return figure
+
+    def _by_amount(self, axes: "Axes", shifts: Mapping[str, Array], role: str) -> None:
+        axes.axhline(0, color=ZERO, linewidth=0.8)
+        for kind in KINDS:
+            name, colour, marker, line = LOOK[kind]
+            here = (shifts["role"] == role) & (shifts["chosen_by"] == kind)
+            amounts = sorted(set(shifts["amount"][here].tolist()))
+            of = [shifts["shift"][here & (shifts["amount"] == amount)] for amount in amounts]
+            if not amounts:
+                continue
+            low, high = np.array([interval(values) for values in of]).T
+            axes.plot(amounts, [values.mean() for values in of], color=colour, marker=marker, ls=line, label=name)
+            axes.fill_between(amounts, low, high, color=colour, alpha=0.2, linewidth=0)
+
+    def _by_class(self, axes: "Axes", shifts: Mapping[str, Array], targets: list[int], names: dict[int, str]) -> None:
+        amount = shifts["amount"].max()
+        axes.axhline(0, color=ZERO, linewidth=0.8)
+        counts = []
+        for i, kind in enumerate(KINDS):
+            _, colour, marker, _ = LOOK[kind]
+            here = (shifts["role"] == ROLES[1]) & (shifts["chosen_by"] == kind) & (shifts["amount"] == amount)
+            for x, target in enumerate(targets):
+                values = shifts["shift"][here & (shifts["target"] == target)]
+                if not len(values):
+                    continue
+                counts.append(len(values))
+                low, high = interval(values)
+                place = x + (i - 1.5) * 0.16
+                axes.plot([place, place], [low, high], color=colour, linewidth=2)
+                axes.plot(place, values.mean(), color=colour, marker=marker, markersize=4.5)
+        axes.set_xticks(range(len(targets)), [names.get(target, str(target)) for target in targets])
+        axes.grid(axis="x", visible=False)
+        fewest, most = min(counts), max(counts)
+        n = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+        axes.set(
+            title=f"towards each other class, amount {amount:g}; mean and 95 % interval, {n} images each",
+            xlabel="target", ylabel="change of its logit",
+        )  # fmt: skip
+
+
+def _shifts(db: "DuckDBPyConnection", unit: str) -> dict[str, Array]:
+    """Return a row for each edit of a steer unit: role, chosen_by, amount, target, example, shift of its logit."""
+    found = db.execute(
+        "SELECT e.role, e.chosen_by, e.amount, e.target, e.example, avg(l.after - l.before) AS shift FROM edit e "
+        "JOIN edit_logit l ON l.unit = e.unit AND l.edit = e.edit AND l.label = e.target WHERE e.unit = ? "
+        "GROUP BY ALL ORDER BY ALL",
+        [unit],
+    ).fetchnumpy()
+    if not len(found["shift"]):
+        raise UserError("nothing was steered")
+    return {name: np.asarray(column) for name, column in found.items()}
+
+
+def _addresses(folders: Sequence[Path]) -> list[str]:
+    return [folder.name for folder in folders]
+
+
+def _changing(configs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the settings that differ among entries, or that only some of them have."""
+    texts = [{key: json.dumps(value) for key, value in config.items()} for config in configs]
+    keys = dict.fromkeys(key for text in texts for key in text)
+    return [key for key in keys if len({text.get(key) for text in texts}) > 1]
+
+
+def _ordered(values: Iterable[Any]) -> list[Any]:
+    """Return the different values, numbers by size, anything else after them by name."""
+    number = (int, float)
+    return sorted(
+        set(values),
+        key=lambda value: (not isinstance(value, number), value if isinstance(value, number) else str(value)),
+    )
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float | int) and not isinstance(value, bool) else str(value)
+
+
+def _words(key: str) -> str:
+    return {"lr": "learning rate"}.get(key, key.replace("_", " "))
+
+
+@hookimpl
+def saefw_figures() -> list[type[FigureConfig]]:
+    """Three: pareto, probe-grid, dose-response."""
+    return [Pareto, ProbeGrid, DoseResponse]

@@ -1,0 +1,275 @@
+"""Pictures of the findings: what features stand for, and what editing them does to one image.
+
+Each is read off the index and the unit folders.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+from pydantic import Field
+
+from saefw import pictures
+from saefw.plugin import FigureConfig, UserError, hookimpl
+from saefw.style import FAINT, WIDTH
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Array = np.ndarray[Any, Any]
+Units = Mapping[str, Sequence[Path]]
+
+BEFORE, AFTER = "#b4b8c1", "#0072B2"
+
+
+class FeatureGrid(FigureConfig):
+    """Features with their strongest images, the patches lit on which they fire."""
+
+    use: Literal["feature-grid"] = "feature-grid"
+    wants: ClassVar[tuple[str, ...]] = ("visuals",)
+
+    rows: int = Field(10, gt=0)
+    """How many features: the best detector of each class, or the strongest features where there are no classes."""
+
+    images: int = Field(8, gt=0)
+    """How many images of each."""
+
+    def draw(self, db: "DuckDBPyConnection", units: Units) -> "Figure":
+        """Draw the SAE that has most pure features."""
+        from matplotlib.figure import Figure
+
+        unit, label, pure, live = db.execute(
+            "SELECT u.unit, u.label, p.value, l.value FROM unit u "
+            "LEFT JOIN final p ON p.unit = u.unit AND p.name = 'n_pure' "
+            "LEFT JOIN final l ON l.unit = u.unit AND l.name = 'n_live' "
+            "WHERE list_contains(?, u.unit) ORDER BY p.value DESC NULLS LAST, l.value DESC, u.unit LIMIT 1",
+            [[folder.name for folder in units["visuals"]]],
+        ).fetchall()[0]
+        (folder,) = (path for path in units["visuals"] if path.name == unit)
+        chosen = self._chosen(db, unit)
+        if not chosen:
+            raise UserError(f"no feature of {label} fires")
+        side, gap, left = 88, 6, 168
+        strips = [_strip(db, folder, feature, self.images, side, gap) for feature, _ in chosen]
+        height, width = len(chosen) * (side + gap), left + max(strip.image.shape[1] for strip in strips)
+        scale = WIDTH / width
+        figure = Figure(figsize=(WIDTH, height * scale + 0.42))
+        axes = figure.add_subplot()
+        axes.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
+        axes.axis("off")
+        for i, ((feature, name), strip) in enumerate(zip(chosen, strips, strict=True)):
+            top = i * (side + gap)
+            axes.imshow(strip.image, extent=(left, left + strip.image.shape[1], top + side, top))
+            axes.text(0, top + 0.33 * side, name or f"feature {feature}", fontsize=9.5, va="center")
+            said = [f"feature {feature}"] if name else []
+            said += [strip.purity] if strip.purity else []
+            axes.text(0, top + 0.68 * side, "\n".join(said), fontsize=7, va="center", color=FAINT, linespacing=1.4)
+        told = f"{pure:.0f} of {live:.0f} live features are pure" if pure is not None else f"{live:.0f} live features"
+        figure.suptitle(f"{label}: {told}", x=0.01, ha="left", fontsize=9.5)
+        return figure
+
+    def _chosen(self, db: "DuckDBPyConnection", unit: str) -> list[tuple[int, str]]:
+        """Return features, each with the class it detects best of all features, in the order of the classes."""
+        pairs = db.execute(
+            "SELECT t.label, c.name, t.feature FROM class_feature t JOIN class c ON c.unit = t.acts AND "
+            "c.label = t.label WHERE t.unit = ? ORDER BY t.ap DESC, t.label, t.feature",
+            [unit],
+        ).fetchall()
+        taken: dict[int, tuple[str, int]] = {}
+        for label, name, feature in pairs:
+            if len(taken) < self.rows and label not in taken and feature not in (f for _, f in taken.values()):
+                taken[label] = name, feature
+        if taken:
+            return [(feature, name) for _, (name, feature) in sorted(taken.items())]
+        strongest = db.execute(
+            "SELECT feature FROM feature WHERE unit = ? AND frequency > 0 ORDER BY max DESC, feature LIMIT ?",
+            [unit, self.rows],
+        ).fetchall()
+        return [(feature, "") for (feature,) in strongest]
+
+
+class BeforeAfter(FigureConfig):
+    """One steered image: the features that were edited, and what the probe said before and after."""
+
+    use: Literal["before-after"] = "before-after"
+    wants: ClassVar[tuple[str, ...]] = ("steer", "visuals")
+
+    images: int = Field(6, gt=0)
+    """How many of its strongest images show what a feature stands for."""
+
+    classes: int = Field(10, gt=0)
+    """At most so many classes are shown, the likeliest before or after."""
+
+    def draw(self, db: "DuckDBPyConnection", units: Units) -> "Figure":
+        """Draw the first example of the first steered dataset that has one."""
+        for folder in units.get("steer", ()):
+            case = _case(db, folder)
+            if case is not None:
+                return self._drawn(db, units, case)
+        raise UserError("no edit turned an image into another class")
+
+    def _drawn(self, db: "DuckDBPyConnection", units: Units, case: "Case") -> "Figure":
+        from matplotlib.figure import Figure
+
+        tables = [path for path in units.get("visuals", ()) if path.name in case.seen]
+        strips = [_strip(db, tables[0], feature, self.images, 72, 5) for feature in case.features] if tables else []
+        figure = Figure(figsize=(WIDTH, 2.9))
+        wide = [1.15, 2.2, 1.6] if strips else [1, 1.6]
+        grid = figure.add_gridspec(1, len(wide), width_ratios=wide)
+        _show_image(figure.add_subplot(grid[0]), case, tables)
+        if strips:
+            inner = grid[1].subgridspec(len(strips), 1)
+            for i, (feature, strip) in enumerate(zip(case.features, strips, strict=True)):
+                axes = figure.add_subplot(inner[i])
+                axes.imshow(strip.image)
+                axes.axis("off")
+                title = f"feature {feature}" + (f": {strip.purity}" if strip.purity else "")
+                axes.set_title(title, fontsize=7.5, color=FAINT, pad=3)
+        axes = figure.add_subplot(grid[-1])
+        shown = np.sort(np.argsort(-np.maximum(case.before, case.after), kind="stable")[: self.classes])
+        y = np.arange(len(shown))
+        axes.barh(y - 0.2, case.before[shown], 0.38, color=BEFORE, label="before")
+        axes.barh(y + 0.2, case.after[shown], 0.38, color=AFTER, label="after")
+        axes.set_yticks(y, [case.names[i] for i in shown])
+        axes.invert_yaxis()
+        axes.set(xlim=(0, 1.0), xlabel="probability", title="what the probe says")
+        axes.grid(axis="y", visible=False)
+        axes.legend(loc="center right", fontsize=7.5)
+        done = {"set": "set to {} × p99", "add": "raised by {} × p99", "scale": "multiplied by {}"}[case.mode]
+        told = f"{len(case.features)} features {done.format(f'{case.amount:g}')} on every patch"
+        figure.suptitle(
+            f"{case.source} → {case.target}: {told}",
+            x=0.01, ha="left", fontsize=10,
+        )  # fmt: skip
+        return figure
+
+
+# Reading
+
+
+class Strip(NamedTuple):
+    """The strongest images of a feature side by side."""
+
+    image: Array
+    """uint8 [height, width, 3]."""
+
+    purity: str
+    """`14 of 16: seven`; empty without classes."""
+
+
+def _strip(db: "DuckDBPyConnection", folder: Path, feature: int, n: int, side: int, gap: int) -> Strip:
+    from safetensors import safe_open
+
+    rows = db.execute(
+        "SELECT t.rank, t.example, c.name FROM top_example t JOIN example e ON e.unit = t.acts AND "
+        "e.example = t.example LEFT JOIN class c ON c.unit = e.unit AND c.label = e.label "
+        "WHERE t.unit = ? AND t.feature = ? ORDER BY t.rank",
+        [folder.name, feature],
+    ).fetchall()
+    (grid,) = db.execute(
+        "SELECT a.grid_h, a.grid_w FROM acts a JOIN need n ON n.needs = a.unit WHERE n.unit = ?", [folder.name]
+    ).fetchall()
+    with safe_open(folder / "maps.safetensors", "np") as file:
+        maps_tp = file.get_slice("maps")[feature]
+    views = pictures.read(folder / "picture.parquet", [example for _, example, _ in rows[:n]])
+    tiles = [
+        np.asarray(pictures.lit(views[example], maps_tp[rank].reshape(grid), side)) for rank, example, _ in rows[:n]
+    ]
+    height = max((tile.shape[0] for tile in tiles), default=side)
+    strip = np.full((height, n * (side + gap) - gap, 3), 255, dtype=np.uint8)
+    for i, tile in enumerate(tiles):
+        strip[: tile.shape[0], i * (side + gap) : i * (side + gap) + tile.shape[1]] = tile
+    names = [name for _, _, name in rows if name is not None]
+    commonest = max(dict.fromkeys(names), key=names.count) if names else ""
+    return Strip(strip, f"{names.count(commonest)} of {len(rows)}: {commonest}" if names else "")
+
+
+class Case(NamedTuple):
+    """One edit that turned an image into another class."""
+
+    folder: Path
+    example: int
+    source: str
+    target: str
+    amount: float
+    mode: str
+    features: list[int]
+    names: list[str]
+    before: Array
+    """Probabilities by name."""
+
+    after: Array
+    seen: set[str]
+    """The visuals units that say what its features stand for."""
+
+
+def _case(db: "DuckDBPyConnection", folder: Path) -> Case | None:
+    """Return the first example of a steer unit: the one that it names, else the surest by the tables."""
+    told = folder / "first.json"
+    found = db.execute(
+        "WITH read AS (SELECT edit, arg_max(label, before) AS was, arg_max(label, after) AS became, "
+        "sum(exp(after)) AS total FROM edit_logit WHERE unit = $unit GROUP BY edit) "
+        "SELECT e.edit, e.sae, e.acts, e.example, o.name, t.name, e.amount, e.mode FROM edit e JOIN read USING (edit) "
+        "JOIN edit_logit l ON l.unit = e.unit AND l.edit = e.edit AND l.label = e.target "
+        "JOIN example x ON x.unit = e.acts AND x.example = e.example "
+        "JOIN class o ON o.unit = e.acts AND o.label = x.label JOIN class t ON t.unit = e.acts AND t.label = e.target "
+        "WHERE e.unit = $unit AND CASE WHEN $edit IS NULL THEN e.chosen_by = 'effect' AND e.role = 'other class' "
+        "AND was = x.label AND became = e.target ELSE e.edit = $edit END "
+        "ORDER BY exp(l.after) / total DESC, e.edit LIMIT 1",
+        {"unit": folder.name, "edit": json.loads(told.read_text())["edit"] if told.exists() else None},
+    ).fetchall()
+    if not found:
+        return None
+    edit, sae, acts, example, source, target, amount, mode = found[0]
+    features = db.execute(
+        "SELECT feature FROM edit_feature WHERE unit = ? AND edit = ? AND feature IS NOT NULL ORDER BY rowid",
+        [folder.name, edit],
+    ).fetchall()
+    logits = db.execute(
+        "SELECT c.name, l.before, l.after FROM edit_logit l JOIN class c ON c.unit = ? AND c.label = l.label "
+        "WHERE l.unit = ? AND l.edit = ? ORDER BY l.label",
+        [acts, folder.name, edit],
+    ).fetchall()
+    seen = db.execute("SELECT DISTINCT unit FROM feature WHERE sae = ? AND acts = ?", [sae, acts]).fetchall()
+    names, before, after = zip(*logits, strict=True)
+    return Case(
+        folder, example, source, target, amount, mode, [feature for (feature,) in features], list(names),
+        _softmax(before), _softmax(after), {unit for (unit,) in seen},
+    )  # fmt: skip
+
+
+def _show_image(axes: "Axes", case: Case, tables: Sequence[Path]) -> None:
+    """Show the image that was edited, as the model saw it, or say that nobody kept it."""
+    from PIL import Image
+
+    kept = case.folder / "first.png"
+    if kept.exists():
+        with Image.open(kept) as image:
+            view = pictures.enlarged(image, 256)
+    else:
+        found = [pictures.read(path / "picture.parquet", [case.example]) for path in tables]
+        views = [views[case.example] for views in found if case.example in views]
+        if not views:
+            axes.text(0.5, 0.5, f"image {case.example}\n(no picture is kept)", ha="center", va="center", color=FAINT)
+            axes.axis("off")
+            return
+        view = pictures.enlarged(views[0], 256)
+    axes.imshow(np.asarray(view))
+    axes.set_title(f"the image: {case.source}")
+    axes.axis("off")
+
+
+def _softmax(logits: Sequence[float]) -> Array:
+    powers = np.exp(np.array(logits) - max(logits))
+    shares: Array = powers / powers.sum()
+    return shares
+
+
+@hookimpl
+def saefw_figures() -> list[type[FigureConfig]]:
+    """Two: feature-grid, before-after."""
+    return [FeatureGrid, BeforeAfter]

@@ -1,0 +1,97 @@
+"""How figures look: colours, sizes, and how they become files.
+
+Importing it draws in nothing of matplotlib.
+"""
+
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's colours, told apart by all kinds of sight (jfly.uni-koeln.de/color)."""
+
+INK, FAINT, RULE, ZERO = "#1d1f24", "#707580", "#e3e5ea", "#a9adb6"
+
+WIDTH = 7.2
+"""Of every figure, in inches: as wide as a README shows without scaling much."""
+
+STYLE: dict[str, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": ZERO,
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "axes.titlesize": 9.5,
+    "figure.constrained_layout.use": True,
+    "figure.facecolor": "white",
+    "figure.titlesize": 11,
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "grid.color": RULE,
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5.5,
+    "savefig.dpi": 170,
+    "svg.hashsalt": "saefw",
+    "text.color": INK,
+    "text.usetex": False,
+    "xtick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "xtick.major.width": 0.8,
+    "ytick.color": FAINT,
+    "ytick.labelcolor": INK,
+    "ytick.major.width": 0.8,
+}
+"""Settings of matplotlib under which every figure is drawn; a figure may go beyond them."""
+
+
+def styled() -> Any:
+    """Return a context in which matplotlib draws in the style of all figures, whatever the user's own settings are."""
+    from cycler import cycler
+    from matplotlib import rc_context, rcParamsDefault
+
+    kept = ("backend", "interactive")
+    plain: dict[str, Any] = {key: value for key, value in rcParamsDefault.items() if not key.startswith(kept)}
+    settings: dict[Any, Any] = {**plain, **STYLE, "axes.prop_cycle": cycler(color=PALETTE)}
+    return rc_context(settings)
+
+
+def rendered(figure: "Figure") -> dict[str, bytes]:
+    """Return a figure as the bytes of a `png` and an `svg` file, without the time or matplotlib's version in them."""
+    metadata: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
+    files = {}
+    for kind, told in metadata.items():
+        file = BytesIO()
+        figure.savefig(file, format=kind, metadata=told)
+        files[kind] = file.getvalue()
+    return files
+
+
+def panels(n: int, height: float) -> "tuple[Figure, list[Axes]]":
+    """Return a figure with n panels, two in a row; a single one takes the whole width."""
+    from matplotlib.figure import Figure
+
+    columns = min(n, 2)
+    rows = -(-n // columns)
+    figure = Figure(figsize=(WIDTH, height * rows))
+    grid = figure.add_gridspec(rows, columns)
+    return figure, [figure.add_subplot(grid[divmod(i, columns)]) for i in range(n)]
+
+
+def plain_ticks(axes: "Axes") -> None:
+    """Label both logarithmic axes with plain numbers, and the places between the powers where there are few."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter(NullFormatter())
