@@ -179,8 +179,8 @@ class Steering:
             p99_s: each feature's p99, in the units of codes.
 
         """
-        W_dec_sd = self.sae.W_dec.detach().double().cpu() * float(self.sae.scale)
-        return (W_dec_sd @ gradient_cd.double().cpu().T) * p99_s.double().cpu()[:, None]
+        W_dec_sd = self.sae.W_dec.detach().cpu().double() * float(self.sae.scale)
+        return (W_dec_sd @ gradient_cd.cpu().double().T) * p99_s.cpu().double()[:, None]
 
 
 def check_reach(layer: int, probe_layer: int, place: str) -> None:
