@@ -70,12 +70,12 @@ def summary(read: Readout, amount: int) -> dict[str, float]:
 
 def interval(values: NDArray[Any]) -> tuple[float, float]:
     """Return the 95 % interval of a mean by Student's t; without bounds for fewer than two values."""
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     n = len(values)
     if n < 2:
         return -np.inf, np.inf
-    half = t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)
+    half = stdtrit(n - 1, 0.975) * values.std(ddof=1) / np.sqrt(n)
     return float(values.mean() - half), float(values.mean() + half)
 
 
