@@ -119,11 +119,14 @@ class Sae(nn.Module):
         """Return the dense codes [n, s] of recorded activations."""
         return self.activate(self.pre(self.normalise(x_nd)))
 
+    def rebuild(self, indices_nk: Tensor, values_nk: Tensor) -> Tensor:
+        """Return the normalised reconstruction [n, d] of sparse codes."""
+        # A gather of decoder rows would hold [n, k, d]; the bag sums them as it reads.
+        return embedding_bag(indices_nk, self.W_dec, per_sample_weights=values_nk, mode="sum") + self.b_dec
+
     def decode(self, codes: Codes) -> Tensor:
         """Return the reconstruction [n, d] of sparse codes, in the units of the activations."""
-        # A gather of decoder rows would hold [n, k, d]; the bag sums them as it reads.
-        x_nd = embedding_bag(codes.indices, self.W_dec, per_sample_weights=codes.values, mode="sum") + self.b_dec
-        return x_nd * self.scale + self.mean
+        return self.rebuild(codes.indices, codes.values) * self.scale + self.mean
 
     def forward(self, x_nd: Tensor) -> Tensor:
         """Return the reconstruction of recorded activations, in their own units."""

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from saefw.plugin import SaeConfig, UserError, hookimpl
-from saefw.sae import Loss, Sae, fired
+from saefw.sae import Loss, Sae
 
 
 class TopK(SaeConfig):
@@ -57,10 +57,12 @@ class TopKSae(Sae):
     def loss(self, x_nd: Tensor, dead_s: Tensor) -> Loss:
         """Return the mean square error of normalised tokens and, while features are dead, AuxK."""
         pre_ns = self.pre(x_nd)
-        codes_ns = self.activate(pre_ns)
-        error_nd = x_nd - self.reconstruct(codes_ns)
+        indices_nk, values_nk = self.select(pre_ns)
+        error_nd = x_nd - self.rebuild(indices_nk, values_nk)
         aux = self.auxk(pre_ns[:, dead_s], error_nd, dead_s) if self.aux and dead_s.any() else error_nd.new_zeros(())
-        return Loss({"mse": error_nd.square().mean(), "aux": self.aux * aux}, fired(codes_ns))
+        fired_s = torch.zeros_like(dead_s, dtype=torch.int64)
+        fired_s.scatter_add_(0, indices_nk.flatten(), (values_nk > 0).long().flatten())
+        return Loss({"mse": error_nd.square().mean(), "aux": self.aux * aux}, fired_s)
 
     def auxk(self, pre_na: Tensor, error_nd: Tensor, dead_s: Tensor) -> Tensor:
         """Return how badly the dead features rebuild the error, relative to its variance over the batch, a scalar.
