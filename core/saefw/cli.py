@@ -4,6 +4,7 @@ Imports what a command needs inside it: `saefw --help` loads neither torch nor a
 """
 
 import ast
+import errno
 import signal
 import sys
 from importlib.metadata import EntryPoint, entry_points
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 REGISTRY = Path("registry.yaml")
 
-STOPPED = "stopped; what is kept stays, and the next run goes on from there"
+KEPT = "what is kept stays, and the next run goes on from there"
 
 EXAMPLES = """Examples:
 
@@ -94,10 +95,13 @@ class Commands(TyperGroup):
         except (Exception, KeyboardInterrupt) as error:
             # DuckDB, for one, makes an error of its own of an interrupted query.
             if stopped:
-                print(STOPPED if ctx.invoked_subcommand == "run" else "stopped", file=sys.stderr)
+                print(f"stopped; {KEPT}" if ctx.invoked_subcommand == "run" else "stopped", file=sys.stderr)
                 raise typer.Exit(130) from error
             if isinstance(error, UserError):
                 print(error, file=sys.stderr)
+                raise typer.Exit(1) from error
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                print(f"{error.filename or 'writing'}: {error.strerror}; {KEPT}", file=sys.stderr)
                 raise typer.Exit(1) from error
             raise
         finally:

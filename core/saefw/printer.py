@@ -90,7 +90,7 @@ class Printer(Observer):
         """Remember what was measured last."""
         self._measured.setdefault(unit.address, {}).update(values)
         if self._bar and self._live:
-            self._bar.note = f"{unit.label}: {numbers(values)}"
+            self._bar.note = f"{numbers(values)}: {unit.label}"
 
     @hookimpl
     def saefw_progressed(self, stage: str, done: int, total: int, what: str) -> None:
@@ -214,16 +214,16 @@ class Bar:
         return (self.done - self._first) / seconds if seconds > 0 else 0.0
 
     def times(self) -> str:
-        """The rate and the time left, as far as they are known."""
-        rate = self.rate
+        """The rate and the time left or, as long as they are not known, the time gone by."""
+        rate, gone = self.rate, time.monotonic() - self._start
         if not rate:
-            return span(time.monotonic() - self._start)
+            return span(gone) if gone >= 1 else ""
         return f"{brief(rate)}/s, {span((self.total - self.done) / rate)} left"
 
     def text(self) -> str:
         """A line for a log."""
         share = f" ({100 * self.done // self.total} %)" if self.total else ""
-        return f"{self.stage}: {self.done:,} of {self.total:,} {self.what}{share}, {self.times()}"
+        return f"{self.stage}: {self.done:,} of {self.total:,} {self.what}{share}, {self.times()}".removesuffix(", ")
 
     def __rich__(self) -> RenderableType:
         """A line for a terminal, and below it what was measured last."""
@@ -231,9 +231,10 @@ class Bar:
         line.add_column(no_wrap=True)
         line.add_column(ratio=1)
         line.add_column(no_wrap=True, justify="right")
-        count = f"{brief(self.done)}/{brief(self.total)} {self.what}, " if self.total else ""
+        count = f"{brief(self.done)}/{brief(self.total)} {self.what}" if self.total else ""
+        right = ", ".join(filter(None, [count, self.times()]))
         bar = ProgressBar(self.total or None, self.done, pulse=not self.total)
-        line.add_row(Text(self.stage, style="bold"), bar, f"{count}{self.times()}")
+        line.add_row(Text(self.stage, style="bold"), bar, right)
         return (
             Group(line, Text(f"  {self.note}", style="dim", overflow="ellipsis", no_wrap=True)) if self.note else line
         )
