@@ -274,9 +274,9 @@ def test_the_summary_counts_as_one_would_by_hand() -> None:
     assert told["classes_above_controls_by_mass"] == 1
 
 
-def test_the_first_example_is_the_purest_then_the_surest() -> None:
+def test_the_first_example_is_clear_then_easily_named_then_small() -> None:
     read, before, after, target = outcome()
-    place = first(read, np.array([0.1, 0.9, 0.5]))
+    place = first(read, np.array([0.1, 0.9, 0.5]), np.array([1.0, 1.0]))
     assert place is not None
     powers = np.exp(after[:, 1, 0])
     sure = powers / powers.sum(axis=-1, keepdims=True)
@@ -290,7 +290,7 @@ def test_the_first_example_is_the_purest_then_the_surest() -> None:
     assert place == (best[1], 1, 0, best[2])
     assert read.probabilities(place)[1][1] == pytest.approx(best[0], rel=1e-5)
     unmoved = Readout(read.label, read.before, read.before, read.target_er)
-    assert first(unmoved, np.ones(3)) is None
+    assert first(unmoved, np.ones(3), np.ones(2)) is None
 
 
 def test_of_many_classes_the_telling_logits_are_kept() -> None:

@@ -79,20 +79,24 @@ def interval(values: NDArray[Any]) -> tuple[float, float]:
     return float(values.mean() - half), float(values.mean() + half)
 
 
-def first(read: Readout, rank_c: NDArray[np.float64]) -> tuple[int, int, int, int] | None:
+def first(read: Readout, rank_c: NDArray[np.float64], amounts: NDArray[np.float64]) -> tuple[int, int, int, int] | None:
     """Choose the example to show first: an edit by effect that turns a right answer into another class.
 
-    Of these the one whose target ranks highest in `rank_c`, then the one most probable after. Returns its image, role,
-    kind and amount by number; None if no edit does that.
+    Clear ones go first: sure before (0.9) and after (0.8), while neither control of the same image, target and amount
+    turns it. Then those whose target ranks highest in `rank_c`, then smaller amounts, then the surest. Returns its
+    image, role, kind and amount by number; None if no edit turns an answer.
     """
     own_e1, target_e1 = read.target_er[:, :1], read.target_er[:, 1:]
-    turned_ea = (read.predicted_before[:, 1, 0] == own_e1) & (read.predicted_after[:, 1, 0] == target_e1)
-    turned_ea &= own_e1 != target_e1
+    turned_eka = read.predicted_after[:, 1] == target_e1[..., None]
+    turned_ea = (read.predicted_before[:, 1, 0] == own_e1) & turned_eka[:, 0] & (own_e1 != target_e1)
     places = [(int(e), 1, 0, int(a)) for e, a in np.argwhere(turned_ea)]
 
-    def rank(place: tuple[int, int, int, int]) -> tuple[float, float]:
-        target = int(target_e1[place[0], 0])
-        return float(rank_c[target]), read.probabilities(place)[1][target]
+    def rank(place: tuple[int, int, int, int]) -> tuple[bool, float, float, float]:
+        e, _, _, a = place
+        own, target = int(own_e1[e, 0]), int(target_e1[e, 0])
+        before, after = read.probabilities(place)
+        clear = before[own] > 0.9 and after[target] > 0.8 and not turned_eka[e, 2:, a].any()
+        return clear, float(rank_c[target]), -abs(float(amounts[a])), after[target]
 
     return max(places, key=rank, default=None)
 

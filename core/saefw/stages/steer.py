@@ -23,6 +23,7 @@ from torch import Tensor
 from saefw import controls
 from saefw.blocks import resolve
 from saefw.controls import Ints
+from saefw.facts import Name, facts, names
 from saefw.outcome import KINDS, ROLES, Readout, first, summary
 from saefw.plugin import Knob, Names, Pick, Run, StageConfig, Unit, UserError, hookimpl
 from saefw.shards import Acts
@@ -225,7 +226,8 @@ class Steer(StageConfig):
                 purpose = "class features are chosen" if split == "train" else "steering is measured"
                 raise UserError(f"{name}: no labelled image is in the {split} split, on which {purpose}")
         train, test = labelled["train"], labelled["test"]
-        tables = _tables(unit, run, steering.sae.d_sae, n_classes)
+        with run.db() as db:
+            tables = facts(db, unit.needs[2].address, unit.needs[3].address, steering.sae.d_sae, n_classes)
         usable_s = (tables.frequency_s > 0) & (tables.frequency_s < self.max_frequency) & (tables.p99_s > 0)
         if usable_s.sum() < 2 * self.n_features:
             raise UserError(
@@ -349,14 +351,18 @@ class Steer(StageConfig):
         )
         read = Readout(made["label"], made["before"], made["after"], plan.target_er)
         run.log(unit, 0, **summary(read, int(np.argmax(amounts))), n_images=e, n_edits=edit_erka.size)
-        purity = _purity(unit, run)
-        rank_c = np.array([min(purity.get(int(f), 0.0) for f in features) for features in plan.by_effect_cf])
-        if (place := first(read, rank_c)) is not None:
-            told = self._told(read, plan, acts, purity, place)
+        classes = unit.needs[3]
+        with run.db() as db:
+            named = names(db, classes.address, classes.content["top"], acts.grid)
+        nowhere = Name(0.0, 0.0)
+        rank_c = np.array([min(max(named.get(int(f), nowhere)) for f in chosen) for chosen in plan.by_effect_cf])
+        if (place := first(read, rank_c, amounts)) is not None:
+            told = self._told(read, plan, acts, named, place)
             write_atomically(run.folder(unit) / "first.json", json.dumps(told, indent=1).encode())
+            write_atomically(run.folder(unit) / "first.png", _picture(recording, run, told["example"]))
 
     def _told(
-        self, read: Readout, plan: "Plan", acts: Acts, purity: Mapping[int, float], place: tuple[int, int, int, int]
+        self, read: Readout, plan: "Plan", acts: Acts, named: Mapping[int, Name], place: tuple[int, int, int, int]
     ) -> dict[str, Any]:
         """Return what first.json says of an edit; before and after are probabilities (with many classes, shares)."""
         (e, r, _, a), example = place, int(plan.examples[place[0]])
@@ -369,7 +375,8 @@ class Steer(StageConfig):
             "from": acts.classes[plan.target_er[e, 0]],
             "to": acts.classes[plan.target_er[e, r]],
             "features": features,
-            "purity": [purity.get(feature, 0.0) for feature in features],
+            "purity": [named[feature].purity for feature in features],
+            "place": [named[feature].place for feature in features],
             "amount": self.amounts[a],
             "before": before,
             "after": after,
@@ -392,41 +399,14 @@ class Plan(NamedTuple):
 # Details
 
 
-class _Tables(NamedTuple):
-    """What the tables say of each feature and class."""
+def _picture(recording: Unit, run: Run, example: int) -> bytes:
+    """Return what the model sees of an image, as PNG."""
+    from io import BytesIO
 
-    frequency_s: NDArray[np.float64]
-    p99_s: NDArray[np.float64]
-    rate_sc: NDArray[np.float64]
-    share_sc: NDArray[np.float64]
-
-
-def _tables(unit: Unit, run: Run, d_sae: int, n_classes: int) -> _Tables:
-    _, _, own, classes, _ = unit.needs
-    frequency_s, p99_s = np.zeros(d_sae), np.zeros(d_sae)
-    rate_sc, share_sc = np.zeros((d_sae, n_classes)), np.zeros((d_sae, n_classes))
-    with run.db() as db:
-        told = db.execute("SELECT feature, frequency, p99 FROM feature WHERE unit = ?", [own.address]).fetchnumpy()
-        rows = db.execute(
-            "SELECT feature, label, rate, share FROM class_feature WHERE unit = ?", [classes.address]
-        ).fetchnumpy()
-    frequency_s[told["feature"]] = np.nan_to_num(np.ma.filled(told["frequency"], 0))
-    p99_s[told["feature"]] = np.nan_to_num(np.ma.filled(told["p99"], 0))
-    rate_sc[rows["feature"], rows["label"]] = np.nan_to_num(np.ma.filled(rows["rate"], 0))
-    share_sc[rows["feature"], rows["label"]] = np.nan_to_num(np.ma.filled(rows["share"], 0))
-    return _Tables(frequency_s, p99_s, rate_sc, share_sc)
-
-
-def _purity(unit: Unit, run: Run) -> dict[int, float]:
-    """Return of each feature the share of its commonest class among its strongest images."""
-    classes = unit.needs[3]
-    with run.db() as db:
-        rows = db.execute(
-            "SELECT feature, max(n) FROM (SELECT feature, label, count(*) AS n FROM top_example t JOIN example e "
-            "ON e.unit = t.acts AND e.example = t.example WHERE t.unit = ? AND label >= 0 GROUP BY ALL) GROUP BY ALL",
-            [classes.address],
-        ).fetchall()
-    return {feature: n / classes.content["top"] for feature, n in rows}
+    image = recording.given["dataset"].build(run.base)[example].load()
+    file = BytesIO()
+    recording.given["backbone"].build("cpu").view(image).save(file, "PNG")
+    return file.getvalue()
 
 
 def _kept(before_ec: Tensor, after_erkac: Tensor, target_er: Tensor) -> Tensor:
