@@ -159,8 +159,7 @@ class Train(StageConfig):
     def _train(self, run: Run, recording: Unit, units: Sequence[Unit], part: tuple[int, int]) -> list[str]:
         """Train units on one recording, keep those that end well, and return what is to be said of the others."""
         acts = Acts(run.folder(recording))
-        train, valid = acts.of_split("train"), acts.of_split("valid")
-        if not len(valid):
+        if not len(acts.of_split("valid")):
             raise UserError(
                 f"{recording.label}: no image is in the valid split, on which SAEs are measured; give the dataset one"
             )
@@ -178,7 +177,7 @@ class Train(StageConfig):
 
         # A stop can leave some a checkpoint ahead of others: the stream starts with the last, the rest join in turn.
         first = min(training.step for training in trainings)
-        stream = acts.shuffled(self.tokens, train, self.batch_size, self.seed)
+        stream = acts.shuffled(self.tokens, acts.of_split("train"), self.batch_size, self.seed)
         stream.seek(first)
         saving, telling = Clock(self.checkpoint_every), Clock(PAUSE)
         for step in range(first, n_steps):
@@ -205,25 +204,24 @@ class Train(StageConfig):
             if not trainings:
                 return failed
 
-        measured = measure(acts, valid, self.tokens, [training.sae for training in trainings], run)
+        self._finish(run, acts, trainings)
+        return failed
+
+    def _finish(self, run: Run, acts: Acts, trainings: Sequence["Training"]) -> None:
+        """Measure, write and keep SAEs that are trained."""
+        measured = measure(acts, acts.of_split("valid"), self.tokens, [training.sae for training in trainings], run)
         for training, values in zip(trainings, measured, strict=True):
-            unit, folder = training.unit, run.folder(training.unit)
-            about = {"acts": recording.address, "layer": acts.layer, "tokens": self.tokens}
-            training.write(folder, {**about, "n_tokens": n_steps * self.batch_size, "d_model": acts.d_model})
-            config = training.config
+            unit, config, address = training.unit, training.config, training.unit.needs[0].address
+            about = {"acts": address, "layer": acts.layer, "tokens": self.tokens, "d_model": acts.d_model}
+            training.write(run.folder(unit), {**about, "n_tokens": training.n_steps * self.batch_size})
+            variant, n_features = config.content()["use"], training.sae.d_sae
             run.put(
-                unit,
-                "sae",
-                acts=recording.address,
-                variant=config.content()["use"],
-                n_features=training.sae.d_sae,
-                config=canonical(settings(config)),
+                unit, "sae", acts=address, variant=variant, n_features=n_features, config=canonical(settings(config))
             )
-            run.log(unit, n_steps, **values)
+            run.log(unit, training.n_steps, **values)
         for training in trainings:
             (run.folder(training.unit) / CHECKPOINT).unlink(missing_ok=True)
         run.keep(*(training.unit for training in trainings))
-        return failed
 
 
 def _depth(acts: Unit) -> int:
@@ -259,7 +257,8 @@ class Training:
         self.sae.mean.copy_(stats.mean)
         self.sae.scale.fill_(stats.scale)
         self.sae.to(device).train()
-        self.adam = torch.optim.Adam(self.sae.parameters(), lr=self.config.lr, fused=True)
+        fused = torch.device(device).type in ("cpu", "cuda")
+        self.adam = torch.optim.Adam(self.sae.parameters(), lr=self.config.lr, fused=fused)
         self.since_s = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=device)
         self.total = torch.zeros(())
 
@@ -288,7 +287,7 @@ class Training:
         self.since_s = torch.where(loss.fired_s > 0, 0, self.since_s + len(x_nd))
         self.step += 1
         terms = {f"train_{name}": term.detach() for name, term in loss.terms.items()}
-        return {**terms, "train_l0": loss.fired_s.sum() / len(x_nd), "train_dead": dead_s.double().mean(), "lr": lr}
+        return {**terms, "train_l0": loss.fired_s.sum() / len(x_nd), "train_dead": dead_s.float().mean(), "lr": lr}
 
     def healthy(self) -> bool:
         """Whether the last loss and all weights are finite."""
