@@ -188,7 +188,7 @@ def test_wrong_usage(saefw: Saefw) -> None:
 def test_plugins(saefw: Saefw) -> None:
     lines = saefw("plugins").splitlines()
     assert max(map(len, lines)) <= 80
-    assert any(re.fullmatch(r"figures +dots +Dots on a line\. +fakes\.py", line) for line in lines)
+    assert any(re.search(r" dots +Dots on a line\. +fakes\.py$", line) for line in lines)
     assert [line.split()[0] for line in lines if line and not line.startswith((" ", "─"))] == [
         "kind", "backbones", "datasets", "saes", "probes", "figures", "stages", "metrics",
     ]  # fmt: skip
