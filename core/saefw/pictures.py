@@ -4,6 +4,7 @@ What the model saw is drawn grey; where a feature fires, the patch glows. Patche
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -96,8 +97,8 @@ def lit(view: "Image", patches: Bytes, side: int) -> "Image":
     off_hw3 = (0.10 + 0.42 * grey_hw1) * np.ones(3, dtype=np.float32)
     colour_hw3 = _glow(value_hw1[..., 0])
     # Dark strokes stay dark and bright ones bright under the colour, so that what lies there can be read.
-    on_hw3 = colour_hw3 * (0.45 + 0.55 * grey_hw1) + 0.25 * grey_hw1 * (1 - colour_hw3)
-    cover_hw1 = np.where(value_hw1 > 0, 0.35 + 0.65 * value_hw1**0.5, 0)
+    on_hw3 = colour_hw3 * (0.62 + 0.38 * grey_hw1) + 0.25 * grey_hw1 * (1 - colour_hw3)
+    cover_hw1 = np.where(value_hw1 > 0, 0.15 + 0.85 * value_hw1**0.6, 0)
     shown_hw3 = off_hw3 * (1 - cover_hw1) + on_hw3 * cover_hw1
     return Image.fromarray((shown_hw3.clip(0, 1) * 255).round().astype(np.uint8))
 
@@ -138,6 +139,7 @@ def fitted(text: str, width: int, size: int) -> str:
     return text.rstrip() + "…"
 
 
+@lru_cache
 def _font(size: int) -> "FreeTypeFont":
     from matplotlib import get_data_path
     from PIL import ImageFont

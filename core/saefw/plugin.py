@@ -289,7 +289,7 @@ class FigureConfig(Entry):
     """A figure drawn from the store alone."""
 
     wants: ClassVar[tuple[str, ...]] = ()
-    """The stages (their `use`) whose units it is drawn from; without any of them it is skipped."""
+    """The stages (their `use`) whose units it is drawn from; where one of them is missing it is skipped."""
 
     def draw(self, db: "DuckDBPyConnection", units: Mapping[str, Sequence[Path]]) -> "Figure":
         """Draw it.

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import duckdb
 from pydantic import Field
@@ -19,6 +19,9 @@ from saefw.unit import Unit
 
 LOG = "metric.jsonl"
 """What a unit logged so far, one JSON list [step, {name: value}] a line; becomes its metric table when kept."""
+
+
+T = TypeVar("T")
 
 
 class Pick(Entry):
@@ -36,8 +39,8 @@ class Pick(Entry):
     above: dict[str, float] = Field(default_factory=dict)
     """Metrics that must be at least so much."""
 
-    def choose(self, label: str, metrics: Mapping[Unit, Mapping[str, float]]) -> Unit:
-        """Return the unit that fits best; of equals the first.
+    def choose(self, label: str, metrics: Mapping[T, Mapping[str, float]]) -> T:
+        """Return the unit (or what stands for it) that fits best; of equals the first.
 
         Raises:
             UserError: no unit fits, or none has the metric.

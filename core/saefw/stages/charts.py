@@ -12,8 +12,8 @@ import numpy as np
 from pydantic import Field
 
 from saefw.outcome import KINDS, ROLES, interval
-from saefw.plugin import FigureConfig, UserError, hookimpl
-from saefw.style import FAINT, WIDTH, ZERO, panels, plain_ticks
+from saefw.plugin import FigureConfig, Pick, UserError, hookimpl
+from saefw.style import FAINT, PALETTE, WIDTH, ZERO, panels, plain_ticks
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -81,15 +81,15 @@ class ProbeGrid(FigureConfig):
     use: Literal["probe-grid"] = "probe-grid"
     wants: ClassVar[tuple[str, ...]] = ("probe",)
 
-    chosen_by: Literal["valid_loss", "valid_accuracy"] = "valid_loss"
-    """What the marked probe is best in; name what `steer` picks by."""
+    probe: Pick = Pick(highest="valid_accuracy")
+    """Which probe is framed, on each recording: say the same as the stage that uses it."""
 
     def draw(self, db: "DuckDBPyConnection", units: Units) -> "Figure":
         """Draw a panel for each recording that probes were fitted on."""
         rows = db.execute(
-            "SELECT p.acts, u.label, p.config, map_from_entries(list((f.name, f.value))) FROM probe p "
+            "SELECT p.acts, u.label, p.config, map(list(f.name), list(f.value)) FROM probe p "
             "JOIN unit u ON u.unit = p.acts JOIN final f ON f.unit = p.unit WHERE list_contains(?, p.unit) "
-            "GROUP BY ALL ORDER BY u.label, p.acts, p.config",
+            "GROUP BY p.unit, p.acts, u.label, p.config ORDER BY u.label, p.acts, p.config, p.unit",
             [_addresses(units["probe"])],
         ).fetchall()
         if not rows:
@@ -101,42 +101,51 @@ class ProbeGrid(FigureConfig):
         return figure
 
     def _panel(self, axes: "Axes", label: str, probes: list[tuple[dict[str, Any], dict[str, float]]]) -> None:
-        sign = -1 if self.chosen_by == "valid_accuracy" else 1
-        best = min(probes, key=lambda probe: sign * probe[1][self.chosen_by])
+        from matplotlib.colors import LinearSegmentedColormap
+        from matplotlib.patches import Rectangle
+
+        chosen = self.probe.choose(f"figure {self.use}", {i: measured for i, (_, measured) in enumerate(probes)})
         changing = _changing(config for config, _ in probes)
         # The two settings with most values span the grid; a cell shows the best of all others.
         keys = sorted(changing, key=lambda key: -len({config.get(key) for config, _ in probes}))[:2]
         values: list[list[Any]] = [_ordered(config.get(key) for config, _ in probes) for key in keys]
         values += [[None]] * (2 - len(values))
-        accuracy = np.full((len(values[1]), len(values[0])), np.nan)
+        accuracy_yx, loss_yx = np.full((2, len(values[1]), len(values[0])), np.nan)
         places = []
         for config, measured in probes:
             x, y = (values[i].index(config.get(keys[i])) if i < len(keys) else 0 for i in range(2))
-            accuracy[y, x] = np.fmax(accuracy[y, x], 100 * measured["valid_accuracy"])
+            accuracy_yx[y, x] = np.fmax(accuracy_yx[y, x], 100 * measured["valid_accuracy"])
+            loss_yx[y, x] = np.fmin(loss_yx[y, x], measured.get("valid_loss", np.nan))
             places.append((x, y))
-        image = axes.imshow(accuracy, cmap="cividis", aspect="auto", origin="lower")
-        middle = (np.nanmin(accuracy) + np.nanmax(accuracy)) / 2
-        if accuracy.size <= 80:
-            for (y, x), value in np.ndenumerate(accuracy):
+        # A range of five points at least, so that one image more or less is no contrast.
+        most = np.nanmax(accuracy_yx)
+        colours = LinearSegmentedColormap.from_list("", ["#f4f6f9", "#6aaede"])
+        image = axes.imshow(
+            accuracy_yx, cmap=colours, vmin=min(np.nanmin(accuracy_yx), most - 5), vmax=most, aspect="auto",
+            origin="lower",
+        )  # fmt: skip
+        small = accuracy_yx.size <= 80
+        if small:
+            for (y, x), value in np.ndenumerate(accuracy_yx):
                 if np.isfinite(value):
-                    colour = "white" if value < middle else "black"
-                    axes.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=7.5, color=colour)
+                    axes.text(x, y + 0.14, f"{value:.1f}", ha="center", va="center", fontsize=8)
+                    loss = f"{loss_yx[y, x]:.3g}" if np.isfinite(loss_yx[y, x]) else ""
+                    axes.text(x, y - 0.22, loss, ha="center", va="center", fontsize=6.5, color="#4b505a")
         else:
             axes.figure.colorbar(image, ax=axes, label="accuracy on valid, %")
-        from matplotlib.patches import Rectangle
-
-        x, y = places[probes.index(best)]
-        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="#D55E00", linewidth=2.4, zorder=5))
+        x, y = places[chosen]
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=PALETTE[1], lw=2.4, clip_on=False))
         axes.grid(False)
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
         axes.set_xticks(range(len(values[0])), [_number(value) for value in values[0]])
         axes.set_yticks(range(len(values[1])), [_number(value) for value in values[1]])
         axes.set(xlabel=_words(keys[0]) if keys else "", ylabel=_words(keys[1]) if len(keys) > 1 else "")
-        told = best[1]
+        told = probes[chosen][1]
         axes.set_title(
             f"{label}: {told['test_accuracy']:.1%} on test (N = {told['n_test']:,.0f})\n"
-            f"cells: accuracy on valid, % (N = {told['n_valid']:,.0f}); framed: best {_words(self.chosen_by)}"
+            f"cells: accuracy on valid in %{', below it the loss' if small else ''} (N = {told['n_valid']:,.0f}); "
+            f"framed: {_criterion(self.probe)}"
         )
 
 
@@ -167,6 +176,8 @@ class DoseResponse(FigureConfig):
             )
             targets = sorted(set(shifts["target"].tolist()))
             by_class = 1 < len(targets) <= self.classes
+            ((label,),) = db.execute("SELECT label FROM unit WHERE unit = ?", [folder.name]).fetchall()
+            part.suptitle(label, x=0.012, ha="left", fontsize=9.5)
             grid = part.add_gridspec(2 if by_class else 1, 2, height_ratios=(1.15, 1) if by_class else None)
             left = None
             for column, role in enumerate(reversed(ROLES)):
@@ -174,9 +185,8 @@ class DoseResponse(FigureConfig):
                 left = left or axes
                 self._by_amount(axes, shifts, role)
                 n = len(set(shifts["example"][shifts["role"] == role].tolist()))
-                axes.set(
-                    title=f"target: {'another' if role == ROLES[1] else 'the image’s own'} class, N = {n:,} images"
-                )
+                whose = "another" if role == ROLES[1] else "the image’s own"
+                axes.set_title(f"target: {whose} class; mean and 95 % interval, N = {n:,}")
                 axes.set_xlabel("amount, as a multiple of each feature’s p99")
                 if column == 0:
                     axes.set_ylabel("change of the target’s logit")
@@ -260,6 +270,12 @@ def _ordered(values: Iterable[Any]) -> list[Any]:
 
 def _number(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float | int) and not isinstance(value, bool) else str(value)
+
+
+def _criterion(pick: Pick) -> str:
+    """Say what a pick goes by: `lowest valid loss`."""
+    name = pick.lowest or pick.highest
+    return f"{'lowest' if pick.lowest else 'highest'} {_words(name)}" if name else "the first that fits"
 
 
 def _words(key: str) -> str:

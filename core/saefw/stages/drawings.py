@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from saefw import pictures
-from saefw.plugin import FigureConfig, UserError, hookimpl
+from saefw.plugin import FigureConfig, Pick, UserError, hookimpl
 from saefw.style import FAINT, WIDTH
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ class FeatureGrid(FigureConfig):
     use: Literal["feature-grid"] = "feature-grid"
     wants: ClassVar[tuple[str, ...]] = ("visuals",)
 
+    sae: Pick = Pick(highest="n_pure")
+    """Which SAE, by its own metrics (nmse, l0, dead) or those of its features (n_pure, n_live)."""
+
     rows: int = Field(10, gt=0)
     """How many features: the best detector of each class, or the strongest features where there are no classes."""
 
@@ -39,17 +42,11 @@ class FeatureGrid(FigureConfig):
     """How many images of each."""
 
     def draw(self, db: "DuckDBPyConnection", units: Units) -> "Figure":
-        """Draw the SAE that has most pure features."""
+        """Draw the SAE that is picked."""
         from matplotlib.figure import Figure
 
-        unit, label, pure, live = db.execute(
-            "SELECT u.unit, u.label, p.value, l.value FROM unit u "
-            "LEFT JOIN final p ON p.unit = u.unit AND p.name = 'n_pure' "
-            "LEFT JOIN final l ON l.unit = u.unit AND l.name = 'n_live' "
-            "WHERE list_contains(?, u.unit) ORDER BY p.value DESC NULLS LAST, l.value DESC, u.unit LIMIT 1",
-            [[folder.name for folder in units["visuals"]]],
-        ).fetchall()[0]
-        (folder,) = (path for path in units["visuals"] if path.name == unit)
+        folder, label, measured = self._picked(db, units["visuals"])
+        unit = folder.name
         chosen = self._chosen(db, unit)
         if not chosen:
             raise UserError(f"no feature of {label} fires")
@@ -68,9 +65,26 @@ class FeatureGrid(FigureConfig):
             said = [f"feature {feature}"] if name else []
             said += [strip.purity] if strip.purity else []
             axes.text(0, top + 0.68 * side, "\n".join(said), fontsize=7, va="center", color=FAINT, linespacing=1.4)
-        told = f"{pure:.0f} of {live:.0f} live features are pure" if pure is not None else f"{live:.0f} live features"
+        told = f"{measured['n_live']:.0f} features fire"
+        if "n_pure" in measured:
+            told += f"; the strongest images of {measured['n_pure']:.0f} are of one class"
         figure.suptitle(f"{label}: {told}", x=0.01, ha="left", fontsize=9.5)
         return figure
+
+    def _picked(self, db: "DuckDBPyConnection", folders: Sequence[Path]) -> tuple[Path, str, dict[str, float]]:
+        """Return the folder of the picked SAE's tables, its label, and its metrics."""
+        rows = db.execute(
+            "SELECT u.unit, u.label, f.name, f.value FROM unit u JOIN need n ON n.unit = u.unit "
+            "JOIN final f ON f.unit IN (u.unit, n.needs) WHERE list_contains(?, u.unit) ORDER BY u.label, u.unit",
+            [[folder.name for folder in folders]],
+        ).fetchall()
+        metrics: dict[tuple[str, str], dict[str, float]] = {}
+        for unit, label, name, value in rows:
+            metrics.setdefault((unit, label), {})[name] = value
+        unlabelled = self.sae == Pick(highest="n_pure") and not any("n_pure" in known for known in metrics.values())
+        pick = Pick(highest="n_live") if unlabelled else self.sae
+        unit, label = pick.choose(f"figure {self.use}", metrics)
+        return next(folder for folder in folders if folder.name == unit), label, metrics[unit, label]
 
     def _chosen(self, db: "DuckDBPyConnection", unit: str) -> list[tuple[int, str]]:
         """Return features, each with the class it detects best of all features, in the order of the classes."""
@@ -98,7 +112,7 @@ class BeforeAfter(FigureConfig):
     use: Literal["before-after"] = "before-after"
     wants: ClassVar[tuple[str, ...]] = ("steer", "visuals")
 
-    images: int = Field(6, gt=0)
+    images: int = Field(5, gt=0)
     """How many of its strongest images show what a feature stands for."""
 
     classes: int = Field(10, gt=0)
@@ -114,21 +128,25 @@ class BeforeAfter(FigureConfig):
 
     def _drawn(self, db: "DuckDBPyConnection", units: Units, case: "Case") -> "Figure":
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
 
         tables = [path for path in units.get("visuals", ()) if path.name in case.seen]
         strips = [_strip(db, tables[0], feature, self.images, 72, 5) for feature in case.features] if tables else []
-        figure = Figure(figsize=(WIDTH, 2.9))
-        wide = [1.15, 2.2, 1.6] if strips else [1, 1.6]
+        figure = Figure(figsize=(WIDTH, 3.0), layout=ConstrainedLayoutEngine(wspace=0.04))
+        wide = [1.2, 2.1, 1.5] if strips else [1.2, 1.5]
         grid = figure.add_gridspec(1, len(wide), width_ratios=wide)
         _show_image(figure.add_subplot(grid[0]), case, tables)
         if strips:
-            inner = grid[1].subgridspec(len(strips), 1)
+            axes = figure.add_subplot(grid[1])
+            head = 26
+            height, width = strips[0].image.shape[:2]
+            axes.set(xlim=(0, width), ylim=(len(strips) * (height + head), 0), aspect="equal", anchor="N")
+            axes.axis("off")
             for i, (feature, strip) in enumerate(zip(case.features, strips, strict=True)):
-                axes = figure.add_subplot(inner[i])
-                axes.imshow(strip.image)
-                axes.axis("off")
-                title = f"feature {feature}" + (f": {strip.purity}" if strip.purity else "")
-                axes.set_title(title, fontsize=7.5, color=FAINT, pad=3)
+                top = i * (height + head) + head
+                axes.imshow(strip.image, extent=(0, width, top + height, top))
+                axes.text(0, top - 6, f"feature {feature}, {strip.purity}".rstrip(", "), fontsize=7.5, color=FAINT)
+            axes.set_title("the features: their strongest images")
         axes = figure.add_subplot(grid[-1])
         shown = np.sort(np.argsort(-np.maximum(case.before, case.after), kind="stable")[: self.classes])
         y = np.arange(len(shown))
@@ -259,7 +277,7 @@ def _show_image(axes: "Axes", case: Case, tables: Sequence[Path]) -> None:
             return
         view = pictures.enlarged(views[0], 256)
     axes.imshow(np.asarray(view))
-    axes.set_title(f"the image: {case.source}")
+    axes.set(title=f"the image: {case.source}", anchor="N")
     axes.axis("off")
 
 

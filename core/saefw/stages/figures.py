@@ -38,12 +38,12 @@ class Draw(StageConfig):
             figure = member.entry
             assert isinstance(figure, FigureConfig)
             needs = tuple(dict.fromkeys(unit for unit in made if unit.stage in figure.wants))
-            if needs:
+            lacking = [stage for stage in figure.wants if stage not in {unit.stage for unit in needs}]
+            if not lacking:
                 content = {"figure": figure.content()}
                 listed[Unit("draw", content, needs, label=member.label, given={"figure": figure})] = None
             else:
-                wanted = " or ".join(figure.wants)
-                log.warning("figure '%s' is not drawn: no unit of %s is among `of`", member.label, wanted)
+                log.warning("figure '%s' is not drawn: `of` names no %s stage", member.label, " and no ".join(lacking))
         yield from listed
 
     def make(self, units: Sequence[Unit], run: Run) -> None:
