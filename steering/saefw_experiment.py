@@ -59,20 +59,18 @@ def choices(path: Path) -> list[Choice]:
         UserError: the registry cannot be read, or there is none; the text says what to do.
 
     """
-    # Always the same file, from wherever the server was started.
-    path = path.resolve()
     catalog = Catalog()
     read = registry.read(path, catalog)
     names = [name for name, members in read.families["stages"].items() if isinstance(members[0].entry, Steer)]
     if not names:
         raise UserError(
-            f"{path.name} has no stage with use: steer, which this page shows; add one and run `saefw run {path.name}`."
+            f"{path} has no stage with use: steer, which this page shows; add one and run `saefw run {path}`."
         )
     run = pipeline.desk(read, catalog)
     plans = [plan for plan in pipeline.plan(read, catalog, only=names[-1], run=run) if plan.name in names]
-    made = [Choice(path, read.store, unit, run) for plan in plans for unit in plan.kept]
+    made = [Choice(path.resolve(), read.store, unit, run) for plan in plans for unit in plan.kept]
     if not made:
-        raise UserError(f"Nothing is made yet that could be steered: run `saefw run {path.name}` first.")
+        raise UserError(f"Nothing is made yet that could be steered: run `saefw run {path}` first.")
     return made
 
 

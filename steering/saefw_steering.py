@@ -3,12 +3,13 @@
 `page` builds it in a Bokeh document, one session each; `serve` is the command `saefw serve`.
 """
 
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
@@ -21,6 +22,9 @@ import saefw_steering_style as style
 from saefw.errors import UserError
 from saefw_experiment import Choice, Experiment, choices, opened
 from saefw_steering_views import Bars, Facts, FeatureRow, Picture, Ways, div, verdict
+
+if TYPE_CHECKING:
+    from bokeh.server.server import Server
 
 ROWS = 3
 """Features of a group: of the image's class, of another class, of the image."""
@@ -35,8 +39,8 @@ def page(doc: Document, path: Path) -> None:
         parts = _parts(choices(path))
     except UserError as error:
         # A registry may have many faults; each is a line.
-        said = "".join(f"<pre>{escape(line)}</pre>" for line in str(error).splitlines())
-        parts = [_card(div(f"<h1>Steering</h1>{said}"), name="nothing")]
+        lines = [re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(line)) for line in str(error).splitlines()]
+        parts = [_card(div("<h1>Steering</h1>" + "".join(f"<p>{line}</p>" for line in lines)), name="nothing")]
     whole = GlobalInlineStyleSheet(css=style.WHOLE)
     doc.add_root(Column(children=parts, name="page", stylesheets=[whole, style.PAGE], sizing_mode="stretch_width"))
 
@@ -47,26 +51,35 @@ def serve(
     show: Annotated[bool, typer.Option(help="Open the page in the browser.")] = False,
 ) -> None:
     """Serve the steering page of an experiment, to this machine alone."""
-    from bokeh.application import Application
-    from bokeh.application.handlers.function import FunctionHandler
-    from bokeh.server.server import Server
-
     if not registry.is_file():
         raise UserError(f"there is no file {registry}; name a registry, or write one by `saefw init`")
     with suppress(UserError):  # the page says it
         opened(choices(registry)[0])  # so that nobody waits for the models
+    listening = server(registry, port)
+    typer.echo(f"The steering page is at http://localhost:{port}/steering (stop it with Ctrl-C).")
+    if show:
+        listening.io_loop.add_callback(listening.show, "/steering")
+    listening.run_until_shutdown()
+
+
+def server(registry: Path, port: int) -> "Server":
+    """Return a server of the page that listens on this machine's loopback alone.
+
+    Raises:
+        UserError: the port is taken.
+
+    """
+    from bokeh.application import Application
+    from bokeh.application.handlers.function import FunctionHandler
+    from bokeh.server.server import Server
+
     app = Application(FunctionHandler(partial(page, path=registry)))
     # Only pages that this server sent may talk to it: another site in the same browser may not.
     origins = [f"{host}:{port}" for host in ("localhost", "127.0.0.1")]
     try:
-        server = Server({"/steering": app}, address="127.0.0.1", port=port, allow_websocket_origin=origins)
+        return Server({"/steering": app}, address="127.0.0.1", port=port, allow_websocket_origin=origins)
     except OSError as error:
         raise UserError(f"cannot listen on port {port} ({error.strerror}); name another: --port {port + 1}") from error
-    url = f"http://localhost:{port}/steering"
-    typer.echo(f"The steering page is at {url} (stop it with Ctrl-C).")
-    if show:
-        server.io_loop.add_callback(server.show, "/steering")
-    server.run_until_shutdown()
 
 
 def _parts(found: Sequence[Choice]) -> list[Any]:
@@ -300,7 +313,7 @@ class Session:
         self.picture.show(
             experiment.view(self.example), None if values is None else values.astype(np.float64), f"{self.lit} at"
         )
-        self.light.label = f"Light the patches where {self.lit} fires"
+        self.light.label = f"Light where {self.lit} fires"
         for row in self._rows():
             row.highlight(self.lit if on else None)
 
@@ -312,13 +325,10 @@ class Session:
         after_c = experiment.edit(self.example, edits, self.mode, patches) if edits else before_c
         n, of = len(edits), experiment.acts.grid[0] * experiment.acts.grid[1]
         where = "all patches" if not chosen else f"{len(chosen)} of {of} patches"
+        hint = "tap patches, or drag over them, to edit only these" if not chosen else "tap them again to let them go"
         if experiment.place == "cls":
-            where = "[CLS]"
-        self.about_patches.text = f"<p class=faint>Edits are made on {where}.</p>"
-        if experiment.place == "patches" and not chosen:
-            self.about_patches.text = (
-                "<p class=faint>Edits are made on all patches; tap patches, or drag over them, to edit only these.</p>"
-            )
+            where, hint = "[CLS]", "which the patches are not part of"
+        self.about_patches.text = f"<p class='faint patches'>Edits are made on {where}; {hint}.</p>"
         self.all_patches.disabled = not chosen
         self.bars.show(before_c, after_c)
         done = f"{n} feature{'s' * (n > 1)} edited on {where}" if n else ""

@@ -36,18 +36,18 @@ BUTTONS = ":host { gap: 8px !important; flex-wrap: wrap; align-items: center; }"
 TEXT = f"""
 :host {{ color: {INK}; font-size: 13px; line-height: 1.4; }}
 .bk-clearfix {{ width: 100%; }}
-h1 {{ font-size: 19px; font-weight: 650; margin: 0 0 2px; letter-spacing: -0.01em; }}
+h1 {{ font-size: 19px; font-weight: 650; margin: 0 0 4px; letter-spacing: -0.01em; }}
 h2 {{ font-size: 13px; font-weight: 650; margin: 0; }}
 h2 small, .faint {{ font-size: 12px; font-weight: 400; color: {FAINT}; }}
 p {{ margin: 0; }}
-code, pre {{ font: 12px/1.5 ui-monospace, Menlo, Consolas, 'Liberation Mono', monospace; }}
+code {{ font: 12px/1.5 ui-monospace, Menlo, Consolas, 'Liberation Mono', monospace; }}
 code {{ background: #eef0f3; border-radius: 4px; padding: 1px 4px; }}
-pre {{ white-space: pre-wrap; margin: 0; }}
 .name {{ font-weight: 600; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }}
 .strip {{ display: flex; gap: 4px; }}
 .strip img {{ width: 42px; height: 42px; border-radius: 4px; object-fit: contain; background: #16171a; }}
 .state {{ font-size: 12px; color: {FAINT}; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }}
 .state.edited {{ color: {AFTER}; font-weight: 600; }}
+.patches {{ min-height: 4.2em; }}
 .brand {{ float: right; font-size: 12px; color: {FAINT}; padding-top: 6px; }}
 .key i {{ display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin: 0 5px 0 0; }}
 .key {{ float: right; font-size: 12px; font-weight: 400; color: {FAINT}; }}
@@ -138,5 +138,5 @@ SLIDER = f"""
 
 CHECK = f"""
 :host {{ font-size: 13px; color: {INK}; }}
-input {{ accent-color: {INK}; margin: 0 6px 0 0; }}
+input {{ accent-color: {INK}; margin: 0 6px 0 0 !important; }}
 """

@@ -99,6 +99,7 @@ class FeatureRow:
             step=0.05,
             title=None,
             show_value=False,
+            tooltips=False,
             margin=0,
             name=f"slider-{name}",
             css_classes=["slider"],
@@ -183,7 +184,8 @@ class FeatureRow:
             self._ask(new)
 
     def _ask(self, amount: float | None) -> None:
-        self.set(amount if amount is None or math.isfinite(amount) else None)
+        # A slider counts in binary: 2.5000000000000004 is nobody's wish.
+        self.set(round(amount, 6) if amount is not None and math.isfinite(amount) else None)
         self._changed()
 
 

@@ -1,0 +1,339 @@
+"""The steering page without a browser: its documents, what its callbacks do, and who may reach its server."""
+
+import asyncio
+import socket
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from bokeh.document import Document
+from bokeh.events import ButtonClick, SelectionGeometry, Tap
+from bokeh.models.widgets import Div
+
+from saefw import pipeline, registry
+from saefw.catalog import Catalog
+from saefw.errors import UserError
+from saefw_experiment import Choice, choices, opened, probabilities
+from saefw_steering import page, server
+
+ODD = '''
+"""The tiny images under names that HTML would take for its own."""
+
+from typing import Literal
+
+from saefw.plugin import DatasetConfig, hookimpl
+from tiny import TinyImages, TinySet
+
+
+class OddSet(TinySet):
+    """The tiny images."""
+
+    use: Literal["odd-set"] = "odd-set"
+
+    def build(self, base):
+        return OddImages(self.n, self.seed, frozenset())
+
+
+class OddImages(TinyImages):
+    """With odd names."""
+
+    classes = ("<b>red</b>", "green & co", "<script>blue()</script>")
+
+    def __getitem__(self, index):
+        example = super().__getitem__(index)
+        return example._replace(key=f"<i>{example.key}</i>")
+
+
+@hookimpl
+def saefw_datasets():
+    """One: odd-set."""
+    return [OddSet]
+'''
+
+REGISTRY = f"""
+saefw: 1
+plugins: [{Path(tiny.__file__)}, odd.py]
+device: cpu
+backbones: {{tiny: {{use: tiny-vit}}}}
+datasets: {{odd: {{use: odd-set}}, other: {{use: tiny-set, n: 30, seed: 3}}}}
+saes: {{topk: {{use: topk, k: 4, expansion: 2, lr: 0.003}}}}
+probes: {{linear: {{use: linear, lr: 0.01}}}}
+stages:
+  acts: {{use: record, backbone: tiny, datasets: [odd, other], layers: [0, -1]}}
+  sweep: {{use: train, acts: acts, saes: [topk], layers: [0], n_tokens: 4096, batch_size: 256}}
+  looks: {{use: visuals, saes: sweep, acts: acts, top: 6, n_features: 0}}
+  probes: {{use: probe, acts: acts, probes: [linear]}}
+  steer: {{use: steer, saes: sweep, probes: probes, visuals: looks, amounts: [1, 8], max_frequency: 2}}
+"""
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A registry on images with odd names, with everything made."""
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "odd.py").write_text(ODD)
+    (folder / "registry.yaml").write_text(REGISTRY)
+    catalog = Catalog()
+    pipeline.run(registry.read(folder / "registry.yaml", catalog), catalog)
+    return folder / "registry.yaml"
+
+
+def html(doc: Document) -> str:
+    divs: Any = doc.select({"type": Div})
+    return "".join(div.text for div in divs)
+
+
+class Visitor:
+    """Somebody who looks at a page and uses what is on it."""
+
+    def __init__(self, path: Path, choice: Choice) -> None:
+        self.doc, self.choice, self.experiment = Document(), choice, opened(choice)
+        page(self.doc, path)
+
+    def __getitem__(self, name: str) -> Any:
+        found = self.doc.select_one({"name": name})
+        assert found is not None, name
+        return found
+
+    def press(self, name: str) -> None:
+        self[name]._trigger_event(ButtonClick(self[name]))
+
+    def bars(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        data = self["bars"].renderers[0].data_source.data
+        return np.array(data["before"]), np.array(data["after"])
+
+    def html(self) -> str:
+        return html(self.doc)
+
+
+@pytest.fixture(scope="module")
+def choice(path: Path) -> Choice:
+    return choices(path)[0]
+
+
+@pytest.fixture(scope="module")
+def page_of_all(path: Path, choice: Choice) -> Visitor:
+    return Visitor(path, choice)
+
+
+@pytest.fixture
+def visitor(page_of_all: Visitor) -> Visitor:
+    """The first example, untouched; the page is that of the tests before."""
+    page_of_all["light"].active = False
+    page_of_all.press("first")
+    page_of_all.press("reset-all")
+    return page_of_all
+
+
+def test_the_page_begins_with_the_first_example_untouched(page_of_all: Visitor) -> None:
+    visitor = page_of_all
+    first = visitor.experiment.first
+    assert first is not None
+    assert visitor["image"].value == str(first.example)
+    assert visitor["target"].value == str(first.target)
+    before, after = visitor.bars()
+    assert np.array_equal(before, after)
+    assert before.sum() == pytest.approx(1)
+    assert before.argmax() == first.own
+    assert visitor["number-target-0"].value is None
+
+
+def test_the_first_example_turns_one_class_into_another(visitor: Visitor) -> None:
+    first = visitor.experiment.first
+    assert first is not None
+    visitor.press("next")
+    visitor.press("first")
+    before, after = visitor.bars()
+    assert [before.argmax(), after.argmax()] == [first.own, first.target]
+    # Row by row what is edited is what was stored, and the stage measured what the page shows.
+    rows = [visitor[f"pick-target-{i}"].label for i in range(len(first.features))]
+    assert rows == [str(feature) for feature in first.features]
+    assert [visitor[f"number-target-{i}"].value for i in range(len(rows))] == [first.amount] * len(rows)
+    with visitor.choice.run.store.db() as db:
+        stored = db.execute(
+            "SELECT label, before, after FROM edit_logit JOIN edit USING (unit, edit) WHERE unit = ? AND example = ? "
+            "AND role = 'other class' AND chosen_by = 'effect' AND amount = ? AND target = ? ORDER BY label",
+            [visitor.experiment.unit.address, first.example, first.amount, first.target],
+        ).fetchnumpy()
+    for shown, logits in ((before, stored["before"]), (after, stored["after"])):
+        powers = np.exp(np.asarray(logits, dtype=np.float64))
+        np.testing.assert_allclose(shown, powers / powers.sum(), atol=1e-5)
+    visitor.press("reset-all")
+    assert np.array_equal(*visitor.bars())
+
+
+def test_a_slider_changes_what_is_read_and_its_reset_takes_it_back(visitor: Visitor) -> None:
+    before, _ = visitor.bars()
+    slider, number = visitor["slider-own-0"], visitor["number-own-0"]
+    rest = slider.value
+    slider.value = slider.end
+    assert number.value == slider.end
+    again, after = visitor.bars()
+    assert np.array_equal(before, again)
+    assert np.abs(after - before).max() > 1e-4
+    assert "1 feature edited on all patches" in visitor.html()
+    number.value = None  # as when somebody empties the field
+    assert slider.value == rest
+    assert np.array_equal(*visitor.bars())
+    number.value = 1.5
+    assert slider.value == 1.5
+    visitor.press("reset-own-0")
+    assert (slider.value, number.value) == (rest, None)
+    assert np.array_equal(*visitor.bars())
+
+
+@pytest.mark.parametrize(("mode", "neutral"), [(1, 0.0), (2, 1.0)])
+def test_the_neutral_amount_of_a_mode_changes_nothing(visitor: Visitor, mode: int, neutral: float) -> None:
+    visitor["mode"].active = mode
+    assert visitor["slider-image-0"].value == neutral
+    visitor["slider-image-0"].value = 2.0
+    before, after = visitor.bars()
+    assert np.abs(after - before).max() > 1e-4
+    visitor["number-image-0"].value = neutral
+    before, after = visitor.bars()
+    np.testing.assert_allclose(after, before, atol=1e-7)
+
+
+def test_edits_are_those_of_the_engine_on_the_patches_chosen(visitor: Visitor) -> None:
+    experiment, picture = visitor.experiment, visitor["picture"]
+    visitor["number-image-0"].value = 3.0
+    everywhere = visitor.bars()[1]
+    picture._trigger_event(Tap(picture, x=0.5, y=3.5))  # the first patch: row 0 is at the top
+    corner: Any = {"type": "rect", "x0": 1.2, "x1": 2.8, "y0": 0.1, "y1": 1.9}
+    picture._trigger_event(SelectionGeometry(picture, geometry=corner, final=True))
+    chosen = [0, 9, 10, 13, 14]
+    feature, example = int(visitor["pick-image-0"].label), int(visitor["image"].value)
+    edits = {feature: ("set", 3.0 * experiment.about[feature].p99)}
+    engine = experiment.steering.edit(experiment.seen(example).reading, edits, chosen)
+    after = visitor.bars()[1]
+    np.testing.assert_allclose(after, probabilities(engine[0]), atol=1e-12)
+    assert np.abs(after - everywhere).max() > 1e-6
+    assert "5 of 16 patches" in visitor.html()
+    picture._trigger_event(Tap(picture, x=0.5, y=3.5))
+    assert "4 of 16 patches" in visitor.html()
+    visitor.press("all-patches")
+    np.testing.assert_array_equal(visitor.bars()[1], everywhere)
+
+
+def test_images_are_gone_through_and_edits_in_sight_stay(visitor: Visitor) -> None:
+    ours = [value for value, _ in visitor["image"].options]
+    started, label = visitor["image"].value, visitor["class"].value
+    visitor["number-target-1"].value = 2.0
+    visitor.press("next")
+    assert visitor["image"].value == ours[(ours.index(started) + 1) % len(ours)]
+    assert visitor["number-target-1"].value == 2.0
+    visitor.press("previous")
+    assert visitor["image"].value == started
+    other = next(value for value, _ in visitor["class"].options if value != label)
+    visitor["class"].value = other
+    assert visitor["image"].value not in ours
+    assert visitor["target"].value != other
+    visitor.press("random")
+    assert int(visitor["image"].value) in visitor.experiment.test
+
+
+def test_the_picture_is_lit_where_a_feature_fires(visitor: Visitor) -> None:
+    image = visitor["picture"].renderers[0].data_source
+    plain = image.data["image"][0].copy()
+    visitor.press("pick-image-0")
+    assert visitor["light"].active
+    assert not np.array_equal(image.data["image"][0], plain)
+    texts = visitor["picture"].renderers[1].data_source.data["value"]
+    values = visitor.experiment.seen(int(visitor["image"].value)).patch_ps[:, int(visitor["pick-image-0"].label)]
+    assert [text.endswith(" 0.00") for text in texts] == [f"{v:.2f}" == "0.00" for v in values / values.max()]
+    visitor["light"].active = False
+    assert np.array_equal(image.data["image"][0], plain)
+
+
+def test_names_from_files_are_text_and_never_html(visitor: Visitor) -> None:
+    visitor.press("first")
+    shown = visitor.html()
+    for name in visitor.experiment.classes:
+        assert name not in shown or name == escape(name)
+    assert "<i>tiny-" not in shown
+    assert escape(visitor.experiment.classes[0]) in shown
+    assert escape("<i>tiny-") in shown
+
+
+def test_two_visitors_share_the_models_and_nothing_else(path: Path, choice: Choice, visitor: Visitor) -> None:
+    one, two = visitor, Visitor(path, choice)
+    assert opened(choices(path)[0]) is one.experiment
+    untouched = two.bars()[1]
+    one.press("first")
+    assert np.array_equal(two.bars()[1], untouched)
+    two.press("next")
+    two["number-own-0"].value = 3.0
+    edited = one.bars()[1]
+    one.press("reset-all")
+    one.press("first")
+    assert np.array_equal(one.bars()[1], edited)
+
+
+def test_another_dataset_is_another_experiment(path: Path, choice: Choice) -> None:
+    visitor = Visitor(path, choice)
+    select = visitor["experiments"]
+    assert len(select.options) == 2
+    select.value = "1"
+    assert [name for _, name in visitor["class"].options] == list(tiny.TinyImages.classes)
+    assert np.array_equal(*visitor.bars())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (REGISTRY.replace("\n  steer:", "\n  #"), "has no stage with use: steer"),
+        (REGISTRY, "run <code>saefw run {path}</code> first"),
+        (
+            REGISTRY.replace("use: topk", "use: '<b>topk'"),
+            "no plugin brings &#x27;&lt;b&gt;topk&#x27;; did you mean &#x27;topk&#x27;?",
+        ),
+        (None, "{path}"),
+    ],
+)
+def test_where_there_is_nothing_to_steer_the_page_says_what_to_do(tmp_path: Path, text: str | None, said: str) -> None:
+    if text is not None:
+        (tmp_path / "registry.yaml").write_text(text.replace(", odd.py", "").replace("odd-set", "tiny-set"))
+    doc = Document()
+    page(doc, tmp_path / "registry.yaml")
+    assert doc.select_one({"name": "nothing"}) is not None
+    shown = html(doc)
+    assert said.replace("{path}", str(tmp_path / "registry.yaml")) in shown
+    assert "<b>" not in shown
+    assert not (tmp_path / "runs").exists()
+
+
+# Tornado drops the socket that finds its port taken.
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning")
+def test_the_server_is_for_this_machine_and_its_own_pages_alone(path: Path) -> None:
+    from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
+    from tornado.websocket import websocket_connect
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ours = server(path, port)
+    ours.start()
+
+    async def visit() -> None:
+        answer = await AsyncHTTPClient().fetch(f"http://127.0.0.1:{port}/steering")
+        text = answer.body.decode()
+        assert "saefw steering" in text
+        assert "static/js/bokeh" in text
+        assert "https://" not in text
+        request = HTTPRequest(f"ws://127.0.0.1:{port}/steering/ws", headers={"Origin": "http://elsewhere.example"})
+        with pytest.raises(HTTPClientError, match="403"):
+            await websocket_connect(request)
+        # All of 127/8 is this machine: a server that listens everywhere would answer here.
+        with pytest.raises(OSError):
+            await asyncio.wait_for(asyncio.open_connection("127.0.0.2", port), 5)
+
+    try:
+        ours.io_loop.run_sync(visit)
+        with pytest.raises(UserError, match=f"cannot listen on port {port} .*--port {port + 1}"):
+            server(path, port)
+    finally:
+        ours.stop()
+        ours.io_loop.close(all_fds=True)
