@@ -42,7 +42,7 @@ class Tile(NamedTuple):
 def png(image: "Image") -> bytes:
     """Return an image as the bytes of a PNG file; equal images give equal bytes."""
     file = BytesIO()
-    image.save(file, format="PNG")
+    image.save(file, format="PNG", compress_level=3)
     return file.getvalue()
 
 

@@ -119,7 +119,7 @@ class ProbeGrid(FigureConfig):
             places.append((x, y))
         # A range of five points at least, so that one image more or less is no contrast.
         most = np.nanmax(accuracy_yx)
-        colours = LinearSegmentedColormap.from_list("", ["#f4f6f9", "#6aaede"])
+        colours = LinearSegmentedColormap.from_list("", ["#f4f6f9", "#8ec2e6"])
         image = axes.imshow(
             accuracy_yx, cmap=colours, vmin=min(np.nanmin(accuracy_yx), most - 5), vmax=most, aspect="auto",
             origin="lower",
@@ -134,8 +134,13 @@ class ProbeGrid(FigureConfig):
         else:
             axes.figure.colorbar(image, ax=axes, label="accuracy on valid, %")
         x, y = places[chosen]
-        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=PALETTE[1], lw=2.4, clip_on=False))
+        axes.add_patch(
+            Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=PALETTE[1], lw=2.4, zorder=5, clip_on=False)
+        )
         axes.grid(False)
+        for edges, line in ((axes.get_xlim(), axes.axvline), (axes.get_ylim(), axes.axhline)):
+            for edge in np.arange(edges[0] + 1, edges[1]):
+                line(edge, color="white", linewidth=2)
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
         axes.set_xticks(range(len(values[0])), [_number(value) for value in values[0]])
@@ -186,10 +191,10 @@ class DoseResponse(FigureConfig):
                 self._by_amount(axes, shifts, role)
                 n = len(set(shifts["example"][shifts["role"] == role].tolist()))
                 whose = "another" if role == ROLES[1] else "the image’s own"
-                axes.set_title(f"target: {whose} class; mean and 95 % interval, N = {n:,}")
+                axes.set_title(f"target: {whose} class, N = {n:,} images")
                 axes.set_xlabel("amount, as a multiple of each feature’s p99")
                 if column == 0:
-                    axes.set_ylabel("change of the target’s logit")
+                    axes.set_ylabel("change of the target’s logit,\nmean and 95 % interval")
             if by_class:
                 self._by_class(part.add_subplot(grid[1, :]), shifts, targets, names)
             handles, labels = left.get_legend_handles_labels() if left else ([], [])

@@ -65,10 +65,10 @@ class FeatureGrid(FigureConfig):
             said = [f"feature {feature}"] if name else []
             said += [strip.purity] if strip.purity else []
             axes.text(0, top + 0.68 * side, "\n".join(said), fontsize=7, va="center", color=FAINT, linespacing=1.4)
-        told = f"{measured['n_live']:.0f} features fire"
+        told = f"{measured['n_live']:.0f} live features"
         if "n_pure" in measured:
-            told += f"; the strongest images of {measured['n_pure']:.0f} are of one class"
-        figure.suptitle(f"{label}: {told}", x=0.01, ha="left", fontsize=9.5)
+            told = f"{measured['n_pure']:.0f} of {told} are pure (at least 80 % of their top images of one class)"
+        figure.suptitle(f"{label}: {told}", x=0.006, ha="left", fontsize=9)
         return figure
 
     def _picked(self, db: "DuckDBPyConnection", folders: Sequence[Path]) -> tuple[Path, str, dict[str, float]]:

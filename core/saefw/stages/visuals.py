@@ -4,7 +4,7 @@ Shapes: e images, p patches, d d_model, s d_sae, t top.
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -183,8 +183,10 @@ class Visuals(StageConfig):
         gallery.write(job.folder / PICTURES, unit, np.unique(found.top["example"]))
         chosen = self.choose(found.features["frequency"], found.features["mean"])
         (job.folder / "features").mkdir(exist_ok=True)
+        shown = found.top["example"][np.isin(found.top["feature"], chosen)]
+        views = pictures.read(job.folder / PICTURES, np.unique(shown).tolist())
         for i, feature in enumerate(chosen):
-            drawn = self._sheet(feature, found, acts, job.folder / PICTURES)
+            drawn = self._sheet(feature, found, acts, views)
             write_atomically(job.folder / "features" / f"{feature}.png", pictures.png(drawn))
             run.progress(i + 1, len(chosen), "sheets")
         for name in (CHECKPOINT, PAIRS):
@@ -195,11 +197,10 @@ class Visuals(StageConfig):
         run.log(unit, 0, **measured)
         run.keep(unit)
 
-    def _sheet(self, feature: int, found: "Findings", acts: Acts, path: Path) -> "Image":
+    def _sheet(self, feature: int, found: "Findings", acts: Acts, views: Mapping[int, "Image"]) -> "Image":
         """Draw the contact sheet of a feature."""
         rows = found.top["feature"] == feature
         examples = found.top["example"][rows].tolist()
-        views = pictures.read(path, examples)
         tiles = [
             Tile(
                 views[example],

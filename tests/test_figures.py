@@ -1,0 +1,288 @@
+"""The figures, drawn from tables written by hand, and the stage that draws them."""
+
+import json
+import logging
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tiny import desk
+
+from saefw.outcome import KINDS, ROLES
+from saefw.pictures import png
+from saefw.plugin import FigureConfig, Pick, Run, Unit, UserError
+from saefw.stages.charts import DoseResponse, Pareto, ProbeGrid
+from saefw.stages.drawings import BeforeAfter, FeatureGrid
+from saefw.stages.figures import Draw
+from saefw.style import STYLE, rendered, styled
+
+CLASSES = ("cat", "dog & <co>", "eel")
+FIGURES: dict[str, FigureConfig] = {
+    "pareto": Pareto(),
+    "grid": FeatureGrid(rows=3, images=4),
+    "probes": ProbeGrid(),
+    "doses": DoseResponse(),
+    "case": BeforeAfter(),
+}
+
+
+def recorded(run: Run) -> Unit:
+    unit = Unit("record", {"layer": 1}, label="vit on pets, layer 1")
+    run.store.begin(unit)
+    run.put(unit, "acts", layer=1, grid_h=2, grid_w=3, backbone="b", dataset="d", n_examples=12)
+    run.put(unit, "example", example=np.arange(12), label=np.arange(12) % 3, key=[f"k{i}" for i in range(12)])
+    run.put(unit, "class", label=[0, 1, 2], name=list(CLASSES))
+    run.keep(unit)
+    return unit
+
+
+def trained(run: Run, acts: Unit, variant: str, **settings: float) -> Unit:
+    unit = Unit("train", {"variant": variant, **settings}, (acts,), label=f"{variant} {settings}")
+    run.store.begin(unit)
+    run.put(unit, "sae", acts=acts.address, variant=variant, n_features=4, config=json.dumps(settings))
+    size = float(settings.get("k", 20))
+    run.log(unit, 9, nmse=1 / size, l0=size, dead=0.1, n_valid_tokens=1234)
+    run.keep(unit)
+    return unit
+
+
+def looked_at(run: Run, sae: Unit, acts: Unit, labelled: bool = True) -> Unit:
+    """Four features; the first three each fire on one class, the last never."""
+    unit = Unit("visuals", {"labelled": labelled}, (sae, acts), label=sae.label)
+    folder = run.store.begin(unit)
+    whose: dict[str, Any] = {"sae": sae.address, "acts": acts.address}
+    feature, rank = (index.ravel() for index in np.indices((3, 4)))
+    run.put(unit, "feature", **whose, feature=np.arange(4), frequency=[0.1, 0.2, 0.3, 0], max=[1.0, 3, 2, 0])
+    run.put(unit, "top_example", **whose, feature=feature, rank=rank, example=rank * 3 + feature, token=0, value=1.0)
+    if labelled:
+        label, of = (index.ravel() for index in np.indices((3, 3)))
+        ap = np.where(label == of, 0.9, 0.4)
+        run.put(unit, "class_feature", **whose, label=label, feature=of, ap=ap)
+        run.log(unit, 0, n_pure=3)
+    run.log(unit, 0, n_live=3)
+    maps = torch.randint(0, 255, (4, 4, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    save_file({"maps": maps}, folder / "maps.safetensors")
+    pictures = {
+        "unit": np.full(12, unit.address, dtype=object),
+        "example": np.arange(12),
+        "png": np.array([png(Image.new("RGB", (30, 20), (20 * i, 90, 90))) for i in range(12)], dtype=object),
+    }
+    with duckdb.connect() as db:
+        db.register("pictures", pictures)
+        db.execute(f"COPY (FROM pictures) TO '{folder / 'picture.parquet'}' (FORMAT parquet)")
+    run.keep(unit)
+    return unit
+
+
+def probed(run: Run, acts: Unit, lr: float, weight_decay: float) -> Unit:
+    unit = Unit("probe", {"lr": lr, "weight_decay": weight_decay}, (acts,), label=f"lr {lr}")
+    run.store.begin(unit)
+    config = json.dumps({"lr": lr, "weight_decay": weight_decay, "steps": 100})
+    run.put(unit, "probe", acts=acts.address, variant="linear", config=config)
+    good = 0.9 - abs(lr - 0.1) - weight_decay / 10
+    run.log(unit, 0, valid_accuracy=good, valid_loss=1 - good, test_accuracy=good - 0.01, n_valid=50, n_test=60)
+    run.keep(unit)
+    return unit
+
+
+def steered(run: Run, sae: Unit, probe: Unit, seen: Unit, acts: Unit, flips: bool = True) -> Unit:
+    """Six images, both roles, all kinds, two amounts; features chosen by effect shift the target by 3 an amount."""
+    unit = Unit("steer", {"flips": flips}, (sae, probe, seen), label="steered")
+    run.store.begin(unit)
+    example, role, kind, amount = (index.ravel() for index in np.indices((6, 2, 4, 2)))
+    edit = np.arange(len(example))
+    target = (example + role) % 3
+    run.put(
+        unit, "edit", sae=sae.address, acts=acts.address, edit=edit, example=example, mode="set",
+        role=np.array(ROLES)[role], chosen_by=np.array(KINDS)[kind], amount=amount + 1.0, target=target,
+    )  # fmt: skip
+    run.put(unit, "edit_feature", edit=np.repeat(edit, 2), feature=np.tile([1, 2], len(edit)), amount=1.0)
+    label = np.tile(np.arange(3), len(edit))
+    before = np.where(label == np.repeat(example % 3, 3), 2.0, 0.0)
+    shift = np.where(kind == 0, (3 if flips else 0.1) * (amount + 1) + example / 100, 0.0)
+    after = before + np.where(label == np.repeat(target, 3), np.repeat(shift, 3), 0)
+    run.put(unit, "edit_logit", edit=np.repeat(edit, 3), label=label, before=before, after=after)
+    run.keep(unit)
+    return unit
+
+
+def stocked(path: Path) -> Run:
+    """A desk with units of every stage, made from tables."""
+    run = desk(path, {"figures": FIGURES})
+    acts = recorded(run)
+    saes = [trained(run, acts, "topk", k=4), trained(run, acts, "topk", k=8), trained(run, acts, "relu", l1=0.1)]
+    seen = [looked_at(run, sae, acts) for sae in saes[:2]]
+    probes = [probed(run, acts, lr, decay) for lr in (0.01, 0.1, 1.0) for decay in (0.0, 1.0)]
+    run.listed("sweep", saes)
+    run.listed("seen", seen)
+    run.listed("probes", probes)
+    run.listed("steer", [steered(run, saes[0], probes[0], seen[0], acts)])
+    run.publish()
+    return run
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return stocked(tmp_path_factory.mktemp("figures"))
+
+
+def folders(run: Run, *stages: str) -> dict[str, Sequence[Path]]:
+    units = [unit for stage in stages for unit in run.made_by(stage)]
+    return {stage: [run.store.folder(u) for u in units if u.stage == stage] for stage in {u.stage for u in units}}
+
+
+def drawn(run: Run, figure: FigureConfig, *stages: str) -> Any:
+    with run.db() as db, styled():
+        return figure.draw(db, folders(run, *stages))
+
+
+def texts(figure: Any) -> str:
+    from matplotlib.text import Text
+
+    return "\n".join(text.get_text() for text in figure.findobj(Text))
+
+
+def test_the_stage_draws_each_figure_as_png_and_svg(stock: Run) -> None:
+    stage = Draw(figures=list(FIGURES), of=["sweep", "seen", "probes", "steer"])
+    units = list(stage.units(stock))
+    assert [unit.label for unit in units] == list(FIGURES)
+    assert [unit.needs for unit in units] == [
+        tuple(stock.made_by("sweep")),
+        tuple(stock.made_by("seen")),
+        tuple(stock.made_by("probes")),
+        tuple(stock.made_by("steer")),
+        (*stock.made_by("seen"), *stock.made_by("steer")),
+    ]
+    stage.make(units, stock)
+    for unit, figure in zip(units, FIGURES.values(), strict=True):
+        use = figure.content()["use"]
+        folder = stock.store.folder(unit)
+        with Image.open(folder / f"{use}.png") as image:
+            assert 1100 < image.width < 1300
+            assert len(np.unique(np.asarray(image.convert("L")))) > 20
+        svg = (folder / f"{use}.svg").read_text()
+        assert "<svg" in svg and "dc:date" not in svg
+        if unit.label in ("pareto", "case"):
+            with stock.db() as db, styled():
+                again = rendered(figure.draw(db, folders(stock, "sweep", "seen", "steer")))
+            assert again["png"] == (folder / f"{use}.png").read_bytes()
+            assert again["svg"].decode() == svg
+
+
+def test_a_figure_without_its_units_is_skipped_with_a_sentence(stock: Run, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        units = list(Draw(figures=["pareto", "doses", "case"], of=["sweep", "seen"]).units(stock))
+    assert [unit.label for unit in units] == ["pareto"]
+    assert caplog.messages == [
+        "figure 'doses' is not drawn: `of` names no steer stage",
+        "figure 'case' is not drawn: `of` names no steer stage",
+    ]
+
+
+def test_one_that_cannot_be_drawn_does_not_keep_the_others_from_it(tmp_path: Path) -> None:
+    run = desk(tmp_path, {"figures": FIGURES})
+    acts = recorded(run)
+    sae, probe = trained(run, acts, "topk", k=4), probed(run, acts, 0.1, 0.0)
+    seen = looked_at(run, sae, acts)
+    run.listed("all", [seen, steered(run, sae, probe, seen, acts, flips=False)])
+    stage = Draw(figures=["case", "doses"], of=["all"])
+    units = list(stage.units(run))
+    with pytest.raises(UserError, match="figure 'case' cannot be drawn: no edit turned an image into another class"):
+        stage.make(units, run)
+    assert [run.store.has(unit) for unit in units] == [False, True]
+
+
+def test_pareto_shows_each_sae_at_its_numbers(stock: Run) -> None:
+    made = drawn(stock, Pareto(), "sweep")
+    (axes,) = made.axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines == {"topk": [[4, 0.25], [8, 0.125]], "relu": [[20, 0.05]]}
+    said = texts(made)
+    assert "k 4\n10% dead" in said and "N = 1,234 valid tokens" in said and "vit on pets, layer 1" in said
+
+
+def test_feature_grid_shows_the_best_detector_of_each_class(stock: Run) -> None:
+    made = drawn(stock, FeatureGrid(rows=2, images=4, sae=Pick(lowest="nmse")), "seen")
+    said = texts(made)
+    assert "topk {'k': 8}" in said and "3 of 3 live features are pure" in said
+    assert "cat" in said and "feature 0\n4 of 4: cat" in said and "eel" not in said
+    (axes,) = made.axes
+    assert [image.get_array().shape for image in axes.images] == [(59, 4 * 94 - 6, 3)] * 2
+
+
+def test_feature_grid_without_classes_shows_the_strongest(tmp_path: Path) -> None:
+    run = desk(tmp_path)
+    acts = recorded(run)
+    run.listed("seen", [looked_at(run, trained(run, acts, "topk", k=4), acts, labelled=False)])
+    said = texts(drawn(run, FeatureGrid(rows=2), "seen"))
+    assert said.index("feature 1") < said.index("feature 2") and "feature 0" not in said and "3 live features" in said
+
+
+def test_probe_grid_frames_the_picked_one_and_says_its_test_accuracy(stock: Run) -> None:
+    from matplotlib.patches import Rectangle
+
+    made = drawn(stock, ProbeGrid(), "probes")
+    (axes,) = made.axes
+    assert axes.images[0].get_array().round(6).tolist() == [[81, 90, 0], [71, 80, -10]]
+    (frame,) = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+    assert frame.get_xy() == (0.5, -0.5)
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0.01", "0.1", "1"]
+    said = texts(made)
+    assert "89.0% on test (N = 60)" in said and "framed: highest valid accuracy" in said
+    worst = drawn(stock, ProbeGrid(probe=Pick(highest="valid_loss")), "probes")
+    assert "-11.0% on test" in texts(worst)
+
+
+def test_dose_response_shows_the_mean_shift_and_its_interval(stock: Run) -> None:
+    made = drawn(stock, DoseResponse(), "steer")
+    axes = made.findobj(lambda artist: hasattr(artist, "lines"))[0]
+    effect = next(line for line in axes.lines if str(line.get_label()).startswith("class features, by predicted"))
+    np.testing.assert_allclose(effect.get_xydata(), [[1, 3.025], [2, 6.025]], rtol=1e-6)
+    band = axes.collections[0].get_paths()[0].vertices
+    half = 2.570582 * np.std(np.arange(6) / 100, ddof=1) / np.sqrt(6)  # Student's t, 5 degrees of freedom
+    assert band[:, 1].min() == pytest.approx(3.025 - half, rel=1e-5)
+    said = texts(made)
+    assert "target: another class, N = 6 images" in said and "2 images each" in said and "control: random" in said
+
+
+def test_before_after_shows_the_surest_turn_or_the_one_that_is_named(stock: Run, tmp_path: Path) -> None:
+    made = drawn(stock, BeforeAfter(), "seen", "steer")
+    said = texts(made)
+    # The last image, 5, is an eel; role "other class" targets (5 + 1) % 3, a cat, and shifts it most at amount 2.
+    assert "eel → cat: 2 features set to 2 × p99 on every patch" in said
+    assert "feature 1, 4 of 4: dog & <co>" in said and "feature 2, 4 of 4: eel" in said
+    bars = [bar.get_width() for bar in made.axes[-1].patches]
+    powers = np.exp(np.array([[0, 0, 2], [6.05, 0, 2]]))
+    np.testing.assert_allclose(bars, (powers / powers.sum(axis=1, keepdims=True)).ravel(), rtol=1e-6)
+    run = stocked(tmp_path)
+    (folder,) = folders(run, "steer")["steer"]
+    (folder / "first.json").write_text(json.dumps({"edit": 8}))
+    (folder / "first.png").write_bytes(png(Image.new("RGB", (8, 8), (250, 0, 0))))
+    named = drawn(run, BeforeAfter(), "seen", "steer")
+    assert "cat → dog & <co>: 2 features set to 1 × p99" in texts(named)
+    np.testing.assert_array_equal(named.axes[0].images[0].get_array()[0, 0], [250, 0, 0])
+
+
+def test_the_users_own_style_changes_nothing(stock: Run) -> None:
+    from matplotlib import rc_context, rcParams
+
+    with styled():
+        plain = rendered(drawn(stock, Pareto(), "sweep"))
+    with rc_context({"font.size": 20, "axes.facecolor": "red"}):
+        with styled():
+            assert rendered(drawn(stock, Pareto(), "sweep")) == plain
+        assert rcParams["font.size"] == 20 != STYLE["font.size"]
+
+
+def test_files_are_read_as_pictures(stock: Run) -> None:
+    with styled():
+        files = rendered(drawn(stock, ProbeGrid(), "probes"))
+    with Image.open(BytesIO(files["png"])) as image:
+        assert "Software" not in image.info
