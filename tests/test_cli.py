@@ -99,9 +99,9 @@ numbers       3      0         3
 best                               decided once numbers is made
 figures       1      0         1
 numbers: 3 units to make, 0 kept
-  number 1                                      nmse 0.5, l0 8
-  number 2                                      nmse 0.333, l0 8
-  number 3                                      nmse 0.25, l0 8
+  number 1                              nmse 0.5, l0 8
+  number 2                              nmse 0.333, l0 8
+  number 3                              nmse 0.25, l0 8
 numbers  3 made, 0 kept, S s
 best: 1 unit to make, 0 kept
   sum of numbers

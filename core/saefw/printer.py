@@ -109,9 +109,12 @@ class Printer(Observer):
         """Name a unit that was made, if they are few."""
         measured = self._measured.pop(unit.address, {})
         if seconds and self._stage and len(self._stage.missing) <= FEW:
-            row = grid(2, ratios=(3, 2))
+            row = grid(2, ratios=(1, 1))
             told = {name: measured[name] for name in MEASURES if name in measured}
-            row.add_row(Text(f"  {unit.label}", overflow="ellipsis", no_wrap=True), Text(numbers(told), style="dim"))
+            row.add_row(
+                Text(f"  {unit.label}", overflow="ellipsis", no_wrap=True),
+                Text(numbers(told), style="dim", overflow="ellipsis", no_wrap=True),
+            )
             self._say(row)
 
     # After
