@@ -188,9 +188,11 @@ class Tally:
     def _classify(self, label_e: Tensor, peak_es: Tensor, mass_es: Tensor) -> None:
         sums = self._sums
         sums["images_c"] += torch.bincount(label_e, minlength=self.n_classes)
-        sums["fired_cs"].index_add_(0, label_e, (peak_es > 0).long())
-        sums["peak_cs"].index_add_(0, label_e, peak_es.double())
-        sums["mass_cs"].index_add_(0, label_e, mass_es.double())
+        for label in label_e.unique().tolist():
+            of = label_e == label
+            sums["fired_cs"][label] += (peak_es[of] > 0).sum(dim=0)
+            sums["peak_cs"][label] += peak_es[of].sum(dim=0, dtype=torch.float64)
+            sums["mass_cs"][label] += mass_es[of].sum(dim=0, dtype=torch.float64)
         image, feature = (peak_es > 0).nonzero(as_tuple=True)
         pair_n = np.empty(len(image), dtype=_PAIR)
         pair_n["feature"], pair_n["label"], pair_n["value"] = feature, label_e[image], peak_es[image, feature]

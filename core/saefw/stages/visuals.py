@@ -187,7 +187,8 @@ class Visuals(StageConfig):
         views = pictures.read(job.folder / PICTURES, np.unique(shown).tolist())
         for i, feature in enumerate(chosen):
             drawn = self._sheet(feature, found, acts, views)
-            write_atomically(job.folder / "features" / f"{feature}.png", pictures.png(drawn))
+            # Not forced to the disk one by one: an interrupted run draws them all again.
+            (job.folder / "features" / f"{feature}.png").write_bytes(pictures.png(drawn))
             run.progress(i + 1, len(chosen), "sheets")
         for name in (CHECKPOINT, PAIRS):
             (job.folder / name).unlink(missing_ok=True)
