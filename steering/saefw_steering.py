@@ -88,7 +88,9 @@ def _parts(found: Sequence[Choice]) -> list[Any]:
     if len(found) == 1:
         return [body]
     options: list[Any] = [(str(i), choice.unit.label) for i, choice in enumerate(found)]
-    select = Select(options=options, value="0", title="Experiment", stylesheets=[style.FIELD], name="experiments")
+    select = Select(
+        options=options, value="0", title="Experiment", stylesheets=[style.FIELD], name="experiments", margin=0
+    )
 
     def chosen(_attr: str, _old: str, new: str) -> None:
         body.children = Session(opened(found[int(new)])).parts
@@ -311,7 +313,9 @@ class Session:
         on = bool(self.light.active) and about is not None
         values = experiment.seen(self.example).patch_ps[:, self.lit] / about.p99 if on and about else None
         self.picture.show(
-            experiment.view(self.example), None if values is None else values.astype(np.float64), f"{self.lit} at"
+            experiment.view(self.example),
+            None if values is None else values.astype(np.float64),
+            f"feature {self.lit} at",
         )
         self.light.label = f"Light where {self.lit} fires"
         for row in self._rows():
@@ -357,12 +361,14 @@ class Session:
             f'<img src="{uri}" alt="" title="{escape(self._titled(example))}">'
             for uri, example in experiment.thumbnails(feature)
         )
-        named = "no class"
+        name, pure = "no class", ""
         if about.label >= 0:
-            named = f"{escape(experiment.classes[about.label])} <small>in {about.n_label} of {experiment.top}</small>"
+            name = escape(experiment.classes[about.label])
+            pure = f"{about.n_label} of {experiment.top} images<br>"
         return Facts(
             feature,
-            f"<div class=name>{named}</div><div class=faint>{100 * about.frequency:.2g} % of patches</div>",
+            f'<div class="name" title="{name}">{name}</div>'
+            f'<div class="facts">{pure}{100 * about.frequency:.2g} % of patches</div>',
             f"<div class=strip>{images}</div>",
             float(values.max() / about.p99),
             int((values > 0).sum()),

@@ -54,13 +54,13 @@ code {{ background: #eef0f3; border-radius: 4px; padding: 1px 4px; }}
 .key span {{ margin-left: 10px; }}
 .verdict {{ display: flex; align-items: center; gap: 14px; height: 58px; font-weight: 650; overflow: hidden; }}
 .verdict.large {{ font-size: 46px; }}
-.verdict.medium {{ font-size: 26px; }}
-.verdict.small {{ font-size: 17px; line-height: 1.15; }}
-.word {{ color: {FAINT}; }}
+.verdict.medium {{ font-size: 24px; }}
+.verdict.small {{ font-size: 16px; gap: 8px; }}
+.word {{ color: {FAINT}; min-width: 0; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }}
 .arrow {{ color: {BEFORE}; font-size: 26px; font-weight: 400; }}
 .word.changed {{ color: {AFTER}; }}
 .said {{ min-height: 4.2em; text-wrap: pretty; }}
-.name small {{ font-size: 12px; font-weight: 400; color: {FAINT}; }}
+.facts {{ font-size: 11.5px; line-height: 1.3; color: {FAINT}; white-space: nowrap; }}
 p.title {{ overflow: hidden; text-overflow: ellipsis; }}
 """
 

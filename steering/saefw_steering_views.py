@@ -305,7 +305,8 @@ class Bars:
         )
         self.model = figure(
             name="bars",
-            x_range=Range1d(start=0, end=1.22),
+            # Longer names leave less room for the bars, and the numbers beside them need as much as ever.
+            x_range=Range1d(start=0, end=1.2 + 0.02 * min(18, max(map(len, classes)))),
             y_range=Range1d(start=n - 0.4, end=-0.6),
             height=34 * n + 30,
             sizing_mode="stretch_width",
@@ -370,12 +371,12 @@ def verdict(classes: Sequence[str], before_c: Floats, after_c: Floats, done: str
     if done:
         changed = "word changed" if first != then else "word"
         words += ['<span class="arrow">→</span>', f'<span class="{changed}">{escape(_short(classes[then], 24))}</span>']
-    size = max(len(classes[first]), len(classes[then]))
+    size = len(classes[first]) + len(classes[then]) * bool(done)
     said = f"The probe reads <b>{escape(classes[first])}</b> ({percent(before_c[first])})"
     if done:
         again = "still " if first == then else ""
         said += f" and, with {escape(done)}, {again}<b>{escape(classes[then])}</b> ({percent(after_c[then])})"
-    large = "large" if size <= 3 else "medium" if size <= 10 else "small"
+    large = "large" if size <= 6 else "medium" if size <= 16 else "small"
     return f'<div class="verdict {large}">{"".join(words)}</div><p class="said">{said}.</p>'
 
 

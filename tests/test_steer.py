@@ -12,7 +12,8 @@ from saefw.blocks import tokens_after
 from saefw.controls import Drawn, balanced, others, strongest
 from saefw.errors import UserError
 from saefw.outcome import KINDS, Readout, first, interval, summary
-from saefw.plugin import Backbone, Sae, Task
+from saefw.plugin import Backbone, Task
+from saefw.sae import Sae
 from saefw.stages.steer import _kept
 from saefw.steering import MODES, Steering, along, like_norm
 from saefw_linear import Linear
@@ -80,7 +81,7 @@ def test_a_reading_is_what_the_parts_say() -> None:
 def test_an_edit_that_changes_no_code_changes_no_bit(place: str) -> None:
     of, (_, _, images) = steering(place), parts()
     reading = of.read(images[:1])
-    features = reading.codes.indices.unique().tolist()[:5]
+    features = sorted(set(reading.codes.indices.flatten().tolist()))[:5]
     z_pf = of.observed(reading, torch.tensor([features]))[0]
     for edits in (
         {feature: ("set", z_pf[:, i]) for i, feature in enumerate(features)},
@@ -246,7 +247,7 @@ def test_the_interval_is_student_s() -> None:
     assert interval(values[:1]) == (-np.inf, np.inf)
 
 
-def outcome(n: int = 60) -> tuple[Readout, np.ndarray, np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def outcome(n: int = 60) -> tuple[Readout, np.ndarray, np.ndarray, np.ndarray]:
     """Three classes, two amounts: by effect the target's logit rises a lot, by mass only that of class 1."""
     rng = np.random.default_rng(0)
     own = np.arange(n) % 3

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import duckdb
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from saefw.entry import Entry, Member
 from saefw.errors import NotYet, UserError
@@ -39,8 +39,14 @@ class Pick(Entry):
     above: dict[str, float] = Field(default_factory=dict)
     """Metrics that must be at least so much."""
 
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.lowest and self.highest:
+            raise ValueError(f"name lowest or highest, not both (got {self.lowest!r} and {self.highest!r})")
+        return self
+
     def choose(self, label: str, metrics: Mapping[T, Mapping[str, float]]) -> T:
-        """Return the unit (or what stands for it) that fits best; of equals the first.
+        """Return the unit (or what stands for it) that fits best; of equals the first given.
 
         Raises:
             UserError: no unit fits, or none has the metric.
@@ -135,12 +141,14 @@ class Run:
     def best(self, stage: str, pick: Pick, among: Callable[[Unit], bool] = lambda unit: True) -> Unit:
         """Return the unit of a stage that `pick` chooses by its last metrics, from those that `among` admits.
 
+        Of equals one by address, so that the order of the file does not matter.
+
         Raises:
             NotYet: not all of them are made.
             UserError: none fits.
 
         """
-        units = [unit for unit in self.made_by(stage) if among(unit)]
+        units = sorted(filter(among, self.made_by(stage)), key=lambda unit: unit.address)
         if not all(self.store.has(unit) for unit in units):
             raise NotYet(f"decided once {stage} is made")
         with self.db() as db:

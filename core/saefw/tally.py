@@ -188,7 +188,7 @@ class Tally:
     def _classify(self, label_e: Tensor, peak_es: Tensor, mass_es: Tensor) -> None:
         sums = self._sums
         sums["images_c"] += torch.bincount(label_e, minlength=self.n_classes)
-        for label in label_e.unique().tolist():
+        for label in sorted(set(label_e.tolist())):
             of = label_e == label
             sums["fired_cs"][label] += (peak_es[of] > 0).sum(dim=0)
             sums["peak_cs"][label] += peak_es[of].sum(dim=0, dtype=torch.float64)

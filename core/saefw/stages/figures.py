@@ -37,7 +37,8 @@ class Draw(StageConfig):
         for member in run.family("figures", self.figures):
             figure = member.entry
             assert isinstance(figure, FigureConfig)
-            needs = tuple(dict.fromkeys(unit for unit in made if unit.stage in figure.wants))
+            # By address, so that entries in another order make no other figure.
+            needs = tuple(sorted({unit for unit in made if unit.stage in figure.wants}, key=lambda unit: unit.address))
             lacking = [stage for stage in figure.wants if stage not in {unit.stage for unit in needs}]
             if not lacking:
                 content = {"figure": figure.content()}

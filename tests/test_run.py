@@ -1,0 +1,128 @@
+"""A registry with every stage, run whole on a tiny backbone: twice, renamed, widened, and byte for byte."""
+
+import json
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+from saefw import pipeline
+from saefw.catalog import Catalog
+from saefw.cli import app
+from saefw.registry import read
+from saefw.store import Store
+
+REGISTRY = f"""
+saefw: 1
+plugins: [{tiny.__file__}]
+backbones: {{vit: {{use: tiny-vit}}}}
+datasets: {{images: {{use: tiny-set}}}}
+saes:
+  relu: {{use: relu, expansion: 2, warmup: 5, vary: {{l1: [0.001, 0.01]}}}}
+  topk: {{use: topk, expansion: 2, warmup: 5, k: 4}}
+probes: {{linear: {{use: linear, steps: 50, vary: {{lr: [0.01, 0.1], weight_decay: [0.0, 0.1]}}}}}}
+figures:
+  front: {{use: pareto}}
+  grids: {{use: feature-grid}}
+  probing: {{use: probe-grid}}
+  doses: {{use: dose-response}}
+stages:
+  acts: {{use: record, backbone: vit, datasets: [images], layers: [1, -1]}}
+  sweep: {{use: train, acts: acts, layers: [1], saes: [relu, topk], n_tokens: 10_000, batch_size: 100}}
+  visuals: {{use: visuals, saes: sweep, acts: acts, top: 4, n_features: 2}}
+  probes: {{use: probe, acts: acts, probes: [linear]}}
+  steer: {{use: steer, saes: sweep, probes: probes, visuals: visuals, n_features: 2, amounts: [0, 1]}}
+  figures: {{use: draw, figures: [front, grids, probing, doses], of: [sweep, visuals, probes, steer]}}
+"""
+
+N_UNITS = 2 + 3 + 3 + 4 + 1 + 4
+
+
+def prepared(folder: Path, text: str = REGISTRY) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / "registry.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The registry, run once from the command line."""
+    path = prepared(tmp_path_factory.mktemp("whole"))
+    result = CliRunner().invoke(app, ["run", str(path)])
+    assert result.exit_code == 0, result.output
+    assert f"Made {N_UNITS} units" in result.output
+    return path
+
+
+def fingerprints(store: Store) -> Mapping[str, str]:
+    """Return the checksum of every file of every unit, but for the one that says when it was made."""
+    return {
+        str(path.relative_to(store.root)): sha256(path.read_bytes()).hexdigest()
+        for folder in store.kept().values()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "made.json"
+    }
+
+
+def test_a_second_run_makes_nothing(made: Path) -> None:
+    before = fingerprints(Store(made.parent / "runs"))
+    result = CliRunner().invoke(app, ["run", str(made)])
+    assert result.exit_code == 0
+    assert result.output.startswith(f"Nothing to make: {N_UNITS} units kept in ")
+    assert fingerprints(Store(made.parent / "runs")) == before
+
+
+def test_the_same_registry_gives_the_same_bytes(made: Path, tmp_path: Path) -> None:
+    again = prepared(tmp_path / "again")
+    assert CliRunner().invoke(app, ["run", str(again)]).exit_code == 0
+    assert fingerprints(Store(again.parent / "runs")) == fingerprints(Store(made.parent / "runs"))
+
+
+def test_new_names_and_another_order_make_nothing(made: Path) -> None:
+    text = REGISTRY.replace("images:", "pictures:").replace("[images]", "[pictures]").replace("sweep", "dictionaries")
+    relu, topk = (line for line in text.splitlines() if line.startswith(("  relu:", "  topk:")))
+    text = text.replace(f"{relu}\n{topk}", f"{topk}\n{relu}")
+    other = made.with_name("renamed.yaml")
+    other.write_text(text)
+    result = CliRunner().invoke(app, ["run", str(other), "--dry"])
+    assert result.exit_code == 0, result.output
+    registry = read(other, catalog := Catalog())
+    assert [unit.label for plan in pipeline.plan(registry, catalog) for unit in plan.missing] == []
+
+
+def test_a_new_value_makes_only_its_members(made: Path) -> None:
+    text = REGISTRY.replace("l1: [0.001, 0.01]", "l1: [0.001, 0.003, 0.01]")
+    other = made.with_name("wider.yaml")
+    other.write_text(text)
+    registry = read(other, catalog := Catalog())
+    plans = {plan.name: plan for plan in pipeline.plan(registry, catalog)}
+    assert [unit.label for unit in plans["sweep"].missing] == ["relu l1=0.003, vit on images, layer 1"]
+    assert [len(plans[name].missing) for name in ("acts", "sweep", "visuals", "probes")] == [0, 1, 1, 0]
+
+
+def test_the_index_is_rebuilt_from_the_folders(made: Path) -> None:
+    store = Store(made.parent / "runs")
+    tables = ["unit", "need", "metric", "acts", "example", "feature", "top_example", "edit", "edit_logit"]
+
+    def rows() -> dict[str, list[tuple[object, ...]]]:
+        with store.db() as db:
+            return {table: db.execute(f"SELECT * FROM {table} ORDER BY ALL").fetchall() for table in tables}
+
+    before = rows()
+    assert all(before.values())
+    (store.root / "saefw.duckdb").unlink()
+    assert CliRunner().invoke(app, ["index", "--registry", str(made)]).exit_code == 0
+    assert rows() == before
+
+
+def test_every_unit_says_what_it_is(made: Path) -> None:
+    for address, folder in Store(made.parent / "runs").kept().items():
+        text = (folder / "unit.json").read_text()
+        assert sha256(text.encode()).hexdigest()[:12] == address
+        listed = json.loads((folder / "made.json").read_text())["files"]
+        there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        assert set(listed) == there - {"made.json"}
