@@ -78,7 +78,7 @@ def test_features_have_classes_on_test_images_too(store: Path, db: duckdb.DuckDB
     sae = open_sae(unit.given["sae"], store / "train" / unit.address)
     test = acts.of_split("test")
     ((_, x_etd),) = acts.read("patches", test, len(test))
-    largest_es = sae.dense(x_etd.flatten(0, 1)).unflatten(0, x_etd.shape[:2]).amax(dim=1).numpy()
+    largest_es = sae.dense(x_etd.flatten(0, 1)).view(*x_etd.shape[:2], -1).amax(dim=1).numpy()
     n_pure = 0
     for largest_e in largest_es.T:
         top = [e for e in np.argsort(-largest_e, kind="stable")[:16] if largest_e[e] > 0]
