@@ -1,6 +1,7 @@
 """A registry with every stage, run whole on a tiny backbone: twice, renamed, widened, and byte for byte."""
 
 import json
+import re
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -117,6 +118,19 @@ def test_the_index_is_rebuilt_from_the_folders(made: Path) -> None:
     (store.root / "saefw.duckdb").unlink()
     assert CliRunner().invoke(app, ["index", "--registry", str(made)]).exit_code == 0
     assert rows() == before
+
+
+def test_the_documented_queries_find_something(made: Path) -> None:
+    """Every query of docs/queries.md runs, on this store; an SAE and a class of it stand in for those named there."""
+    text = (Path(__file__).parents[1] / "docs" / "queries.md").read_text()
+    queries = [query for block in re.findall(r"^```sql\n(.*?)^```", text, re.M | re.S) for query in block.split(";")]
+    queries = [query for query in queries if query.strip()]
+    assert len(queries) >= 8
+    with Store(made.parent / "runs").db() as db:
+        ((sae, name),) = db.execute("SELECT any_value(sae), (SELECT min(name) FROM class) FROM edit").fetchall()
+        for query in queries:
+            here = query.replace("a1b2c3d4e5f6", sae).replace("= '3'", f"= '{name}'").replace("n >= 12", "n >= 1")
+            assert db.execute(here.replace("frequency < 0.01", "frequency < 1")).fetchall(), query
 
 
 def test_every_unit_says_what_it_is(made: Path) -> None:

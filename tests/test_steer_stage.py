@@ -115,7 +115,7 @@ def test_the_best_sae_of_the_layer_and_the_surest_of_the_best_probes_are_picked(
 def test_every_image_role_kind_and_amount_is_one_edit(steered: Steered) -> None:
     n = len(steered.test)
     rows = steered.sql(
-        "SELECT edit, example, role, chosen_by, amount, target, place, mode FROM edit WHERE unit = $unit ORDER BY edit"
+        "SELECT edit, example, role, chosen_by, dose, target, place, mode FROM edit WHERE unit = $unit ORDER BY edit"
     )
     assert [row[0] for row in rows] == list(range(n * 2 * 4 * 3))
     assert len({row[1:5] for row in rows}) == len(rows)
@@ -180,7 +180,7 @@ def test_the_logits_follow_from_the_tables_alone(steered: Steered) -> None:
 def test_controls_share_norm_image_and_target_with_the_edit(steered: Steered) -> None:
     pairs = steered.sql(
         "SELECT e.norm, c.norm, c.chosen_by, e.norm = m.norm FROM edit e "
-        "JOIN edit c USING (unit, example, role, amount, target) JOIN edit m USING (unit, example, role, amount) "
+        "JOIN edit c USING (unit, example, role, dose, target) JOIN edit m USING (unit, example, role, dose) "
         "WHERE unit = $unit AND e.chosen_by = 'effect' AND m.chosen_by = 'mass' "
         "AND c.chosen_by IN ('like features', 'random directions')"
     )
@@ -197,7 +197,7 @@ def test_metrics_are_those_of_sql(steered: Steered) -> None:
     told = dict(steered.sql("SELECT name, value FROM final WHERE unit = $unit"))
     shifts = steered.sql(
         "SELECT chosen_by, avg(after - before) FROM edit JOIN edit_logit USING (unit, edit) "
-        "WHERE unit = $unit AND label = target AND role = 'other class' AND amount = 4 GROUP BY 1"
+        "WHERE unit = $unit AND label = target AND role = 'other class' AND dose = 4 GROUP BY 1"
     )
     for kind, shift in shifts:
         assert told[f"shift_{kind.replace(' ', '_')}"] == pytest.approx(shift, abs=1e-5)
@@ -209,7 +209,7 @@ def test_metrics_are_those_of_sql(steered: Steered) -> None:
 def test_the_first_example_is_an_edit_of_the_tables(steered: Steered) -> None:
     shown = json.loads((steered.run.folder(steered.unit) / "first.json").read_text())
     ((example, role, kind, amount),) = steered.sql(
-        f"SELECT example, role, chosen_by, amount FROM edit WHERE unit = $unit AND edit = {shown['edit']}"
+        f"SELECT example, role, chosen_by, dose FROM edit WHERE unit = $unit AND edit = {shown['edit']}"
     )
     assert (shown["example"], role, kind, shown["amount"]) == (example, "other class", "effect", amount)
     assert shown["key"] == steered.acts.keys[example]

@@ -155,7 +155,7 @@ def test_the_first_example_turns_one_class_into_another(visitor: Visitor) -> Non
     with visitor.choice.run.store.db() as db:
         stored = db.execute(
             "SELECT label, before, after FROM edit_logit JOIN edit USING (unit, edit) WHERE unit = ? AND example = ? "
-            "AND role = 'other class' AND chosen_by = 'effect' AND amount = ? AND target = ? ORDER BY label",
+            "AND role = 'other class' AND chosen_by = 'effect' AND dose = ? AND target = ? ORDER BY label",
             [visitor.experiment.unit.address, first.example, first.amount, first.target],
         ).fetchnumpy()
     for shown, logits in ((before, stored["before"]), (after, stored["after"])):

@@ -4,6 +4,8 @@ On a terminal bars move; anywhere else plain lines come, one every ten seconds w
 """
 
 import os
+import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -140,19 +142,20 @@ class Printer(Observer):
             if unit.stage == "draw"
             for path in sorted(store.folder(unit).glob("*.png"))
         ]
+        saefw = called()
         other = "" if registry == Path("registry.yaml") else f" --registry {registry}"
         page = "" if registry == Path("registry.yaml") else f" {registry}"
         if not self.made:
             folder = f"Pictures: {short(pictures[0].parent.parent)}. " if pictures else ""
-            self._say(f'{folder}Tables: saefw sql "FROM pareto"{other}. Page: saefw serve{page}')
+            self._say(f'{folder}Tables: {saefw} sql "FROM pareto"{other}. Page: {saefw} serve{page}')
             return
         where = grid(2)
         for i, path in enumerate(pictures[:FEW]):
             where.add_row("pictures" if i == 0 else "", short(path))
         if len(pictures) > FEW:
             where.add_row("", f"and {len(pictures) - FEW} more in {short(pictures[0].parent.parent)}")
-        where.add_row("tables", f'saefw sql "FROM pareto"{other}')
-        where.add_row("page", f"saefw serve{page}")
+        where.add_row("tables", f'{saefw} sql "FROM pareto"{other}')
+        where.add_row("page", f"{saefw} serve{page}")
         self.console.print(where, soft_wrap=True)
 
     def dry(self, plans: Sequence[StagePlan], sizes: Mapping[Unit, int]) -> None:
@@ -279,6 +282,12 @@ def size(n_bytes: int) -> str:
 def short(path: Path) -> str:
     """Write a path from here, if that is shorter."""
     return min(str(path), os.path.relpath(path), key=len)
+
+
+def called() -> str:
+    """Return how the command line is called from here: by its name where the shell finds it, else by its path."""
+    path = Path(sys.argv[0])
+    return str(short(path.absolute())) if path.name == "saefw" and not shutil.which("saefw") else "saefw"
 
 
 def _count(n: int, word: str) -> str:

@@ -24,11 +24,11 @@ CREATE TABLE class_feature (unit TEXT, sae TEXT, acts TEXT, label SMALLINT, feat
 -- Probes and steering. prediction: of test images; margin: top logit minus the second. An edit: place is patches or cls,
 -- role says whose features (own class, other class, by hand), target is that class, chosen_by is how they were chosen
 -- (effect, mass, hand) or of which control it is (like features, random directions); norm: L2 norm of the whole change.
--- amount, also of a single feature: in units of its p99 with mode set or add, a factor with mode scale.
+-- dose of an edit, amount of each of its features: in units of its p99 with mode set or add, a factor with mode scale.
 CREATE TABLE probe (unit TEXT PRIMARY KEY, acts TEXT, variant TEXT, config JSON);
 CREATE TABLE prediction (unit TEXT, acts TEXT, example INTEGER, predicted SMALLINT, margin REAL);
 CREATE TABLE edit (unit TEXT, sae TEXT, probe TEXT, acts TEXT, edit INTEGER, example INTEGER, place TEXT, role TEXT,
-    chosen_by TEXT, mode TEXT, amount REAL, target SMALLINT, norm REAL);
+    chosen_by TEXT, mode TEXT, dose REAL, target SMALLINT, norm REAL);
 CREATE TABLE edit_feature (unit TEXT, edit INTEGER, feature INTEGER, amount REAL);
 CREATE TABLE edit_logit (unit TEXT, edit INTEGER, label SMALLINT, before REAL, after REAL);
 

@@ -243,8 +243,8 @@ class DoseResponse(FigureConfig):
 def _shifts(db: "DuckDBPyConnection", unit: str) -> dict[str, Array]:
     """Return a row for each edit of a steer unit: role, chosen_by, amount, target, example, shift of its logit."""
     found = db.execute(
-        "SELECT e.role, e.chosen_by, e.amount, e.target, e.example, avg(l.after - l.before) AS shift FROM edit e "
-        "JOIN edit_logit l ON l.unit = e.unit AND l.edit = e.edit AND l.label = e.target WHERE e.unit = ? "
+        "SELECT e.role, e.chosen_by, e.dose AS amount, e.target, e.example, avg(l.after - l.before) AS shift "
+        "FROM edit e JOIN edit_logit l ON l.unit = e.unit AND l.edit = e.edit AND l.label = e.target WHERE e.unit = ? "
         "GROUP BY ALL ORDER BY ALL",
         [unit],
     ).fetchnumpy()

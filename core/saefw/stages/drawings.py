@@ -231,7 +231,7 @@ def _case(db: "DuckDBPyConnection", folder: Path) -> Case | None:
     found = db.execute(
         "WITH read AS (SELECT edit, arg_max(label, before) AS was, arg_max(label, after) AS became, "
         "sum(exp(after)) AS total FROM edit_logit WHERE unit = $unit GROUP BY edit) "
-        "SELECT e.edit, e.sae, e.acts, e.example, o.name, t.name, e.amount, e.mode FROM edit e JOIN read USING (edit) "
+        "SELECT e.edit, e.sae, e.acts, e.example, o.name, t.name, e.dose, e.mode FROM edit e JOIN read USING (edit) "
         "JOIN edit_logit l ON l.unit = e.unit AND l.edit = e.edit AND l.label = e.target "
         "JOIN example x ON x.unit = e.acts AND x.example = e.example "
         "JOIN class o ON o.unit = e.acts AND o.label = x.label JOIN class t ON t.unit = e.acts AND t.label = e.target "

@@ -325,7 +325,7 @@ class Steer(StageConfig):
             role=np.array(ROLES)[index_r],
             chosen_by=np.array(KINDS)[index_k],
             mode=self.mode,
-            amount=amounts[index_a],
+            dose=amounts[index_a],
             target=plan.target_er[index_e, index_r],
             norm=made["norm"].ravel(),
         )
