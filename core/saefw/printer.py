@@ -176,8 +176,8 @@ class Printer(Observer):
         self.console.print(shown)
         to_make, kept = sum(len(plan.missing) for plan in plans), sum(len(plan.kept) for plan in plans)
         open_ended = " Those decided later are not counted." if any(plan.reason for plan in plans) else ""
-        need = size(sum(sizes.values())) or "little disk"
-        self._say(f"{_count(to_make, 'unit')} to make, about {need}; {kept:,} kept.{open_ended}")
+        need = f", about {size(sum(sizes.values())) or 'little disk'}" if to_make else ""
+        self._say(f"{_count(to_make, 'unit')} to make{need}; {kept:,} kept.{open_ended}")
 
     # Inside
 
