@@ -1,7 +1,7 @@
 """Edits features of test images and measures what the probe says.
 
 Everything is chosen on train: the SAE and the probe by their valid metrics, a class's features by their predicted
-effect or by their mass. Everything is measured on test. Beside each edit stand two controls of the same norm.
+effect or by their mass. Everything is measured on test. Beside each edit by effect stand two controls of its norm.
 
 Shapes: e images, t tokens, p edited tokens, f features of an edit, d d_model, s d_sae, c classes, l logits kept;
 r roles, k kinds (ROLES, KINDS), a amounts.
