@@ -5,12 +5,13 @@ import logging
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import duckdb
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import save_file
 from tiny import desk
@@ -186,17 +187,30 @@ def test_a_figure_without_its_units_is_skipped_with_a_sentence(stock: Run, caplo
     ]
 
 
+class Broken(FigureConfig):
+    """Cannot be drawn."""
+
+    use: Literal["broken"] = "broken"
+    wants: ClassVar[tuple[str, ...]] = ("steer",)
+
+    def draw(self, db: object, units: object) -> Figure:
+        """Say why."""
+        raise UserError("there is nothing to see")
+
+
 def test_one_that_cannot_be_drawn_does_not_keep_the_others_from_it(tmp_path: Path) -> None:
-    run = desk(tmp_path, {"figures": FIGURES})
+    run = desk(tmp_path, {"figures": {**FIGURES, "broken": Broken()}})
     acts = recorded(run)
     sae, probe = trained(run, acts, "topk", k=4), probed(run, acts, 0.1, 0.0)
     seen = looked_at(run, sae, acts)
     run.listed("all", [seen, steered(run, sae, probe, seen, acts, flips=False)])
-    stage = Draw(figures=["case", "doses"], of=["all"])
+    stage = Draw(figures=["broken", "case", "doses"], of=["all"])
     units = list(stage.units(run))
-    with pytest.raises(UserError, match="figure 'case' cannot be drawn: no edit turned an image into another class"):
+    with pytest.raises(UserError, match="figure 'broken' cannot be drawn: there is nothing to see"):
         stage.make(units, run)
-    assert [run.store.has(unit) for unit in units] == [False, True]
+    assert [run.store.has(unit) for unit in units] == [False, True, True]
+    drawn = (run.folder(units[1]) / "before-after.svg").read_text()
+    assert "No edit turned an image into another class." in drawn
 
 
 def test_pareto_shows_each_sae_at_its_numbers(stock: Run) -> None:
@@ -211,7 +225,7 @@ def test_pareto_shows_each_sae_at_its_numbers(stock: Run) -> None:
 def test_feature_grid_shows_the_best_detector_of_each_class(stock: Run) -> None:
     made = drawn(stock, FeatureGrid(rows=2, images=4, sae=Pick(lowest="nmse")), "seen")
     said = texts(made)
-    assert "topk {'k': 8}" in said and "3 of 3 live features are pure" in said
+    assert "topk {'k': 8}" in said and "3 of 3 features that fire here are pure" in said
     assert "cat" in said and "feature 0\n4 of 4: cat" in said and "eel" not in said
     (axes,) = made.axes
     assert [image.get_array().shape for image in axes.images] == [(59, 4 * 94 - 6, 3)] * 2
@@ -222,7 +236,11 @@ def test_feature_grid_without_classes_shows_the_strongest(tmp_path: Path) -> Non
     acts = recorded(run)
     run.listed("seen", [looked_at(run, trained(run, acts, "topk", k=4), acts, labelled=False)])
     said = texts(drawn(run, FeatureGrid(rows=2), "seen"))
-    assert said.index("feature 1") < said.index("feature 2") and "feature 0" not in said and "3 live features" in said
+    assert (
+        said.index("feature 1") < said.index("feature 2")
+        and "feature 0" not in said
+        and "3 features that fire here" in said
+    )
 
 
 def test_probe_grid_frames_the_picked_one_and_says_its_test_accuracy(stock: Run) -> None:

@@ -260,7 +260,7 @@ def init(folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", show_default
     print(f"{target}: written. Next: {'' if folder == Path() else f'cd {folder}; '}saefw run")
 
 
-@app.command()
+@app.command(context_settings={"ignore_unknown_options": True})  # a query may start with a comment, as an option does
 def sql(
     query: Annotated[str, typer.Argument(metavar="QUERY", help="In DuckDB's SQL: FROM pareto ORDER BY l0")],
     csv: Annotated[bool, typer.Option("--csv", help="Print all rows as CSV.")] = False,

@@ -164,11 +164,24 @@ class Run:
 
     @property
     def device(self) -> str:
-        """The device to compute on: what registry.yaml says, or the best there is."""
+        """The device to compute on: what registry.yaml says, or the best there is.
+
+        Raises:
+            UserError: it is not there.
+
+        """
         if self._device == "auto":
             import torch
 
             self._device = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+        elif self._device != "cpu":
+            import torch
+
+            there = torch.cuda.device_count() if self._device.startswith("cuda") else int(torch.mps.is_available())
+            if int(self._device.partition(":")[2] or 0) >= there:
+                raise UserError(
+                    f"device: {self._device}: this machine, or this build of torch, has none; try auto or cpu"
+                )
         return self._device
 
     # Where to put it
@@ -195,8 +208,12 @@ class Run:
         lines = [json.dumps(row) + "\n" for row in _logged(path) if row[0] <= step]
         write_atomically(path, "".join(lines).encode())
 
-    def keep(self, *units: Unit) -> None:
-        """Commit units that are complete; several made together share the time they took."""
+    def keep(self, *units: Unit, without: Sequence[str] = ()) -> None:
+        """Commit units that are complete; units kept in one call share the time since the last one.
+
+        Files named in `without` served the making alone (checkpoints): they are dropped once a unit is committed, not
+        before, so that a stop in between loses nothing.
+        """
         seconds = (time.monotonic() - self._started) / len(units)
         self._close_logs()
         for unit in units:
@@ -209,7 +226,7 @@ class Run:
             if rows:
                 steps, names = zip(*rows, strict=True)
                 self.put(unit, "metric", step=list(steps), name=list(names), value=[float(v) for v in rows.values()])
-            self._unindexed[unit.address] = self.store.keep(unit, seconds, self._made_with, without=[LOG])
+            self._unindexed[unit.address] = self.store.keep(unit, seconds, self._made_with, without=[LOG, *without])
             self._watcher.kept(unit, self._unindexed[unit.address], seconds)
         self._started = time.monotonic()
 

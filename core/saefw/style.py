@@ -42,6 +42,7 @@ STYLE: dict[str, Any] = {
     "savefig.dpi": 170,
     "svg.hashsalt": "saefw",
     "text.color": INK,
+    "text.parse_math": False,
     "text.usetex": False,
     "xtick.color": FAINT,
     "xtick.labelcolor": INK,

@@ -65,7 +65,7 @@ class FeatureGrid(FigureConfig):
             said = [f"feature {feature}"] if name else []
             said += [strip.purity] if strip.purity else []
             axes.text(0, top + 0.68 * side, "\n".join(said), fontsize=7, va="center", color=FAINT, linespacing=1.4)
-        told = f"{measured['n_live']:.0f} live features"
+        told = f"{measured['n_live']:.0f} features that fire here"
         if "n_pure" in measured:
             told = f"{measured['n_pure']:.0f} of {told} are pure (at least 80 % of their top images of one class)"
         figure.suptitle(f"{label}: {told}", x=0.006, ha="left", fontsize=9)
@@ -124,7 +124,15 @@ class BeforeAfter(FigureConfig):
             case = _case(db, folder)
             if case is not None:
                 return self._drawn(db, units, case)
-        raise UserError("no edit turned an image into another class")
+        return self._nothing()
+
+    def _nothing(self) -> "Figure":
+        """Say that there is no such example: a result too, and nobody's to mend."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(WIDTH, 1.0))
+        figure.text(0.5, 0.5, "No edit turned an image into another class.", ha="center", va="center", color=FAINT)
+        return figure
 
     def _drawn(self, db: "DuckDBPyConnection", units: Units, case: "Case") -> "Figure":
         from matplotlib.figure import Figure

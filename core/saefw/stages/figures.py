@@ -41,7 +41,7 @@ class Draw(StageConfig):
             needs = tuple(sorted({unit for unit in made if unit.stage in figure.wants}, key=lambda unit: unit.address))
             lacking = [stage for stage in figure.wants if stage not in {unit.stage for unit in needs}]
             if not lacking:
-                content = {"figure": figure.content()}
+                content = {"revision": self.revision, "figure": figure.content()}
                 listed[Unit("draw", content, needs, label=member.label, given={"figure": figure})] = None
             else:
                 log.warning("figure '%s' is not drawn: `of` names no %s stage", member.label, " and no ".join(lacking))

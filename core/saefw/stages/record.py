@@ -190,10 +190,12 @@ def _prepared(examples: Iterable[Example], backbone: Backbone, workers: int, ahe
 
 
 def _opened(example: Example, backbone: Backbone) -> Tensor:
+    from PIL.Image import DecompressionBombError
+
     try:
         image = example.load()
         image.load()  # PIL decodes late; here a broken file is still known by its key
-    except (OSError, EOFError, SyntaxError, ValueError) as error:
+    except (OSError, EOFError, SyntaxError, ValueError, DecompressionBombError) as error:
         raise UserError(f"image '{example.key}' cannot be read ({error})") from error
     return backbone.prepare(image)
 

@@ -10,7 +10,7 @@ r roles, k kinds (ROLES, KINDS), a amounts.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -55,6 +55,7 @@ class Steer(StageConfig):
     """
 
     use: Literal["steer"] = "steer"
+    revision: ClassVar[int] = 2
 
     saes: Annotated[str, Names("stages")]
     """The stage that trained the SAEs."""
@@ -166,10 +167,13 @@ class Steer(StageConfig):
         classes = [unit for unit in found if unit.needs[1].content["dataset"] == dataset]
         if not classes:
             raise UserError(f"steer: '{named}' has no tables of {sae.label} over the images of {probe.needs[0].label}")
-        if classes[0].content["split"] == "test":
-            raise UserError(f"steer: '{named}' looked at the test split, on which steering is measured; use train")
         own = [unit for unit in run.made_by(self.visuals) if unit.needs == (sae, sae.needs[0])]
-        content = {key: value for key, value in self.content().items() if key not in ("use", "sae", "probe")}
+        for stage, unit in ((named, classes[0]), (self.visuals, (own or classes)[0])):
+            if (split := unit.content["split"]) != "train":
+                raise UserError(f"steer: '{stage}' looked at the {split} split, but features are chosen on train alone")
+        # What picks the pair is told by what it picked; what is allowed decides no result.
+        picks = ("use", "sae", "probe", "allow_off_distribution")
+        content = {key: value for key, value in self.content().items() if key not in picks}
         return Unit(
             "steer",
             content,
@@ -213,9 +217,7 @@ class Steer(StageConfig):
             run.progress(stop, len(plan.examples), "images")
         made = {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
         self._write(unit, run, plan, acts, made)
-        for path in run.folder(unit).glob("part-*"):
-            path.unlink()
-        run.keep(unit)
+        run.keep(unit, without=[path.name for path in run.folder(unit).glob("part-*")])
 
     def _plan(self, unit: Unit, run: Run, steering: Steering, acts: Acts) -> "Plan":
         """Choose images, targets, features and controls; on train, but for the images to measure on."""

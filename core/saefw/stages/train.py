@@ -38,6 +38,7 @@ from saefw.plugin import (
 from saefw.sae import Sae
 from saefw.shards import Acts, Stats
 from saefw.store import write_atomically
+from saefw.stream import Stream
 from saefw.unit import canonical
 
 FILE = "sae.safetensors"
@@ -80,7 +81,7 @@ class Train(StageConfig):
     batch_size: int = Field(1024, gt=0)
     """Tokens a step; a last step that would not be full is left out."""
 
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Of the order of the tokens."""
 
     dead_after: int | None = Field(None, gt=0)
@@ -92,7 +93,7 @@ class Train(StageConfig):
     log_every: Annotated[int, Knob] = Field(50, gt=0)
     """Steps between two notes of the training loss."""
 
-    checkpoint_every: Annotated[float, Knob] = Field(30.0, ge=0)
+    checkpoint_every: Annotated[float, Knob] = Field(10.0, ge=0)
     """Seconds between two checkpoints; longer where writing them would take more than a twentieth of the time."""
 
     def units(self, run: Run) -> Iterator[Unit]:
@@ -179,8 +180,33 @@ class Train(StageConfig):
         first = min(training.step for training in trainings)
         stream = acts.shuffled(self.tokens, acts.of_split("train"), self.batch_size, self.seed)
         stream.seek(first)
+        try:
+            self._steps(run, trainings, stream, range(first, n_steps), dead_after, part, failed)
+        except BaseException:
+            # Told to stop, or broken: what is whole goes on from here, whatever was in the middle of a step from its
+            # last checkpoint.
+            for training in trainings:
+                if training.whole and training.healthy():
+                    training.checkpoint(run.folder(training.unit))
+            raise
+        if trainings:
+            self._finish(run, acts, trainings)
+        return failed
+
+    def _steps(
+        self,
+        run: Run,
+        trainings: list["Training"],
+        stream: Stream,
+        steps: range,
+        dead_after: int,
+        part: tuple[int, int],
+        failed: list[str],
+    ) -> None:
+        """Train on the stream to its end; one whose loss is no number leaves `trainings`, and `failed` says why."""
+        n_steps = steps.stop
         saving, telling = Clock(self.checkpoint_every), Clock(PAUSE)
-        for step in range(first, n_steps):
+        for step in steps:
             x_nd = trainings[0].sae.normalise(next(stream).to(run.device))
             logging, checkpointing = step % self.log_every == 0 or step == n_steps - 1, saving.due()
             for training in list(trainings):
@@ -202,10 +228,7 @@ class Train(StageConfig):
                 run.progress(done, part[1] * n_steps * self.batch_size, "tokens")
                 telling.restart(PAUSE)
             if not trainings:
-                return failed
-
-        self._finish(run, acts, trainings)
-        return failed
+                return
 
     def _finish(self, run: Run, acts: Acts, trainings: Sequence["Training"]) -> None:
         """Measure, write and keep SAEs that are trained."""
@@ -219,9 +242,7 @@ class Train(StageConfig):
                 unit, "sae", acts=address, variant=variant, n_features=n_features, config=canonical(settings(config))
             )
             run.log(unit, training.n_steps, **values)
-        for training in trainings:
-            (run.folder(training.unit) / CHECKPOINT).unlink(missing_ok=True)
-        run.keep(*(training.unit for training in trainings))
+        run.keep(*(training.unit for training in trainings), without=[CHECKPOINT])
 
 
 def _depth(acts: Unit) -> int:
@@ -261,6 +282,7 @@ class Training:
         self.adam = torch.optim.Adam(self.sae.parameters(), lr=self.config.lr, fused=fused)
         self.since_s = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=device)
         self.total = torch.zeros(())
+        self.whole = True
 
     def advance(self, x_nd: Tensor, dead_after: int) -> dict[str, Any]:
         """Take one step on normalised tokens; return what there is to log of the batch, not yet as numbers.
@@ -268,6 +290,7 @@ class Training:
         The order matters: were the rows brought to norm 1 before Adam's step, they would be saved at another norm,
         and were the gradient clipped before its useless part is taken out, the useful part would be clipped too.
         """
+        self.whole = False
         lr, dead_s = learning_rate(self.config, self.step, self.n_steps), self.since_s >= dead_after
         for group in self.adam.param_groups:
             group["lr"] = lr
@@ -286,6 +309,7 @@ class Training:
             renormalise(self.sae.W_dec)
         self.since_s = torch.where(loss.fired_s > 0, 0, self.since_s + len(x_nd))
         self.step += 1
+        self.whole = True
         terms = {f"train_{name}": term.detach() for name, term in loss.terms.items()}
         return {**terms, "train_l0": loss.fired_s.sum() / len(x_nd), "train_dead": dead_s.float().mean(), "lr": lr}
 

@@ -20,11 +20,13 @@ from saefw.pictures import Tile
 from saefw.plugin import (
     Backbone,
     BackboneConfig,
+    BackboneInfo,
     Dataset,
     DatasetConfig,
     Knob,
     Names,
     Run,
+    SaeConfig,
     Split,
     StageConfig,
     Unit,
@@ -46,6 +48,9 @@ MAPS = "maps.safetensors"
 PICTURES = "picture.parquet"
 CHECKPOINT = "tally.safetensors"
 PAIRS = "pairs.bin"
+
+TILE = 5000
+"""Bytes that an image takes on a sheet, about."""
 
 PURE = 0.8
 """A feature is pure when so large a share of its top images is of one class."""
@@ -89,7 +94,7 @@ class Visuals(StageConfig):
     include: list[int] = Field(default_factory=list)
     """Features that get a sheet in any case, beside those drawn by lot."""
 
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Of the lot."""
 
     checkpoint_every: Annotated[float, Knob] = Field(60.0, ge=0)
@@ -118,6 +123,14 @@ class Visuals(StageConfig):
                 label = sae.label if acts == trained_on else f"{sae.label}, seen on {acts.label}"
                 yield Unit("visuals", content, needs=(sae, acts), label=label)
 
+    def disk(self, unit: Unit, run: Run) -> int:
+        """Return about the bytes of the sheets and maps; how well pictures pack is not known before."""
+        sae: SaeConfig = unit.needs[0].given["sae"]
+        backbone: BackboneInfo = unit.needs[1].given["backbone"].describe()
+        d_sae = sae.expansion * backbone.d_model
+        sheets = min(d_sae, len(self.include) + self.n_features)
+        return d_sae * self.top * backbone.grid[0] * backbone.grid[1] + sheets * self.top * TILE
+
     def make(self, units: Sequence[Unit], run: Run) -> None:
         """Make the units of each recording together, in one pass over it.
 
@@ -139,6 +152,7 @@ class Visuals(StageConfig):
                 self._watch(some, acts, examples, run)
                 for job in some:
                     self._write(job, acts, gallery, run)
+                    del job.tally
 
     def _job(self, unit: Unit, acts: Acts, run: Run) -> "Job":
         sae = open_sae(unit.needs[0].given["sae"], run.folder(unit.needs[0]), run.device)
@@ -190,13 +204,11 @@ class Visuals(StageConfig):
             # Not forced to the disk one by one: an interrupted run draws them all again.
             (job.folder / "features" / f"{feature}.png").write_bytes(pictures.png(drawn))
             run.progress(i + 1, len(chosen), "sheets")
-        for name in (CHECKPOINT, PAIRS):
-            (job.folder / name).unlink(missing_ok=True)
         measured = {"n_live": int((found.features["frequency"] > 0).sum()), "n_images": tally.seen}
         if job.n_classes:
             measured["n_pure"] = int((found.share_s >= PURE).sum())
         run.log(unit, 0, **measured)
-        run.keep(unit)
+        run.keep(unit, without=[CHECKPOINT, PAIRS])
 
     def _sheet(self, feature: int, found: "Findings", acts: Acts, views: Mapping[int, "Image"]) -> "Image":
         """Draw the contact sheet of a feature."""
