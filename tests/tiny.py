@@ -37,7 +37,7 @@ class TinyVit(BackboneConfig):
     """Of the random weights."""
 
     def describe(self) -> BackboneInfo:
-        return BackboneInfo(d_model=16, n_blocks=3, grid=(4, 4), n_prefix=1)
+        return BackboneInfo(d_model=16, n_blocks=3, grid=(4, 4), prefix=("cls",))
 
     def build(self, device: str) -> "TinyBackbone":
         mend_torchvision()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, final
 
 import pluggy
 from pydantic import Field
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from saefw.entry import Entry, Knob, Late, Names, Place
 from saefw.errors import NotYet, UserError
+from saefw.images import open_image
 from saefw.run import Pick, Run
 from saefw.sae import Codes, Sae
+from saefw.splits import stratified
 from saefw.unit import Unit
 from saefw.vision import mend_torchvision
 
@@ -37,6 +39,7 @@ __all__ = [
     "NotYet",
     "Pick",
     "Place",
+    "Prefix",
     "Probe",
     "ProbeConfig",
     "Run",
@@ -48,6 +51,8 @@ __all__ = [
     "UserError",
     "hookimpl",
     "mend_torchvision",
+    "open_image",
+    "stratified",
 ]
 
 hookimpl = pluggy.HookimplMarker("saefw")
@@ -57,6 +62,9 @@ Split = Literal["train", "valid", "test"]
 
 
 # Backbones
+
+Prefix = Literal["cls", "dist", "register"]
+"""What a token before the patches is: [CLS], the distillation token of DeiT, or a register."""
 
 
 class BackboneInfo(NamedTuple):
@@ -71,14 +79,38 @@ class BackboneInfo(NamedTuple):
     grid: tuple[int, int]
     """Patches: rows, columns."""
 
-    n_prefix: int
-    """Tokens before the patches; the first is [CLS]; 0 if there is none."""
+    prefix: tuple[Prefix, ...]
+    """The tokens before the patches, in order; [CLS], where there is one, comes first."""
+
+    d_embed: int = 0
+    """Width of what `Backbone.embedding` gives; 0: it gives none."""
+
+    @property
+    def n_prefix(self) -> int:
+        """How many tokens come before the patches."""
+        return len(self.prefix)
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens an image has."""
+        return len(self.prefix) + self.grid[0] * self.grid[1]
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether the first token is [CLS]."""
+        return self.prefix[:1] == ("cls",)
 
 
 class Backbone(nn.Module):
     """A vision transformer whose blocks can be watched and edited, in eval mode, its weights frozen."""
 
     info: BackboneInfo
+
+    logit_scale: float = 1.0
+    """What cosines between `embedding` and `text` are multiplied by to become logits, as the model was trained."""
+
+    logit_bias: float = 0.0
+    """What is added to them (SigLIP)."""
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -109,6 +141,26 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the output of the last block, [batch, token, d_model]; no final norm."""
         return self.tail(self.embed(images), 0)
+
+    def embedding(self, tokens: Tensor) -> Tensor:
+        """Return the image embedding [batch, d_embed], not normalised, of the last block's output.
+
+        That is what follows the blocks: final norm, pooling and, where the model has one, projection.
+
+        Raises:
+            UserError: the backbone gives none.
+
+        """
+        raise UserError(f"{type(self).__name__} has no image embedding")
+
+    def text(self, prompts: Sequence[str]) -> Tensor:
+        """Return the embeddings [prompt, d_embed], not normalised, of texts by the model's own text tower.
+
+        Raises:
+            UserError: the model has no text tower.
+
+        """
+        raise UserError(f"{type(self).__name__} has no text tower")
 
 
 class BackboneConfig(Entry):
@@ -159,11 +211,45 @@ class Dataset(Protocol):
         ...
 
 
+class _Subset:
+    """Some images of a dataset, in its order."""
+
+    def __init__(self, whole: Dataset, indices: Sequence[int]) -> None:
+        self.classes, self._whole, self._indices = whole.classes, whole, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._whole[self._indices[index]]
+
+
 class DatasetConfig(Entry):
     """An image set that a plugin can open."""
 
+    limit: Annotated[int | None, Late] = Field(None, gt=0)
+    """At most so many images, to try first: of every split and class its share, always the same ones; null: all."""
+
+    @final
+    def open(self, base: Path) -> Dataset:
+        """Open it with its `limit`; what everybody but the plugin itself calls.
+
+        The choice hangs on the keys alone, so that a larger limit holds the images of a smaller one.
+        """
+        whole = self.build(base)
+        if self.limit is None or len(whole) <= self.limit:
+            return whole
+        examples = [whole[i] for i in range(len(whole))]
+        strata = [(example.split, example.label) for example in examples]
+        return _Subset(whole, stratified([example.key for example in examples], strata, self.limit))
+
     def build(self, base: Path) -> Dataset:
-        """Open it; `base` is the folder of registry.yaml, from which relative paths count."""
+        """Open all of it; `base` is the folder of registry.yaml, from which relative paths count.
+
+        Raises:
+            UserError: it is not there, or not as it should be; the text names what is missing.
+
+        """
         raise NotImplementedError(f"{type(self).__name__} cannot be built")
 
 

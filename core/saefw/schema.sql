@@ -3,9 +3,10 @@ CREATE TABLE unit (unit TEXT PRIMARY KEY, stage TEXT, label TEXT, content JSON, 
 CREATE TABLE need (unit TEXT, needs TEXT, PRIMARY KEY (unit, needs));
 CREATE TABLE metric (unit TEXT, name TEXT, step BIGINT, value DOUBLE);
 
--- Recording. layer counts blocks from 0; tokens: all, cls or patches; mean_norm: mean L2 norm of a train patch.
+-- Recording. layer counts blocks from 0; tokens: all, cls or patches; prefix: the tokens before the patches, in order, as
+-- `cls` or `cls, register, register`; mean_norm: mean L2 norm of a train patch.
 CREATE TABLE acts (unit TEXT PRIMARY KEY, backbone TEXT, dataset TEXT, layer SMALLINT, tokens TEXT, d_model INTEGER,
-    grid_h SMALLINT, grid_w SMALLINT, n_examples INTEGER, n_tokens SMALLINT, dtype TEXT, mean_norm REAL);
+    grid_h SMALLINT, grid_w SMALLINT, n_examples INTEGER, n_tokens SMALLINT, prefix TEXT, dtype TEXT, mean_norm REAL);
 CREATE TABLE shard (unit TEXT, shard INTEGER, file TEXT, first_example INTEGER, n_examples INTEGER, bytes BIGINT, sha256 TEXT);
 CREATE TABLE example (unit TEXT, example INTEGER, key TEXT, label SMALLINT, split TEXT);
 CREATE TABLE class (unit TEXT, label SMALLINT, name TEXT);

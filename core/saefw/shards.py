@@ -58,12 +58,18 @@ class Layout:
 
     n_examples: int
     n_tokens: int
-    n_prefix: int
+    prefix: tuple[str, ...]
+    """What the tokens before the patches are; [CLS], where there is one, comes first."""
     d_model: int
     grid: tuple[int, int]
     layer: int
     dtype: str
     tokens: str = "all"
+
+    @property
+    def n_prefix(self) -> int:
+        """How many tokens come before the patches."""
+        return len(self.prefix)
 
     @property
     def example_bytes(self) -> int:
@@ -179,7 +185,7 @@ class Writer:
         for t, acts_ed in enumerate(acts_ted):
             if t >= self.layout.n_prefix:
                 moments["patches"].add(acts_ed[train])
-            elif t == 0:
+            elif self.layout.prefix[t] == "cls":
                 moments["cls"].add(acts_ed[train])
         return moments
 
@@ -198,7 +204,7 @@ class Acts:
         try:
             index = json.loads((folder / INDEX).read_text())
             self.shards = [Shard(**shard) for shard in index.pop("shards")]
-            self.layout = Layout(**{**index, "grid": tuple(index["grid"])})
+            self.layout = Layout(**{**index, "grid": tuple(index["grid"]), "prefix": tuple(index["prefix"])})
             for shard in self.shards:
                 if (folder / shard.file).stat().st_size != shard.bytes:
                     raise ValueError(f"{shard.file} is not {shard.bytes} bytes long")
@@ -332,8 +338,8 @@ class Acts:
         if tokens == "all":
             return slice(0, self.n_tokens)
         if tokens == "cls":
-            if not self.n_prefix:
-                raise UserError(f"{self.folder}: has no [CLS]; its backbone has patches only")
+            if self.layout.prefix[:1] != ("cls",):
+                raise UserError(f"{self.folder}: has no [CLS]; its backbone has none")
             return slice(0, 1)
         raise UserError(f"tokens: '{tokens}' is none of patches, cls, all")
 

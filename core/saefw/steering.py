@@ -61,7 +61,7 @@ class Steering:
 
         """
         check_reach(layer, probe_layer, place)
-        if not backbone.info.n_prefix:
+        if not backbone.info.has_cls:
             raise UserError("steer: the backbone has no [CLS], which the probe reads")
         self.backbone, self.sae, self.probe = backbone, sae, probe
         self.layer, self.probe_layer, self.place = layer, probe_layer, place

@@ -56,7 +56,7 @@ class ProbeStage(StageConfig):
             layers = ", ".join(map(str, sorted({unit.content["layer"] for unit in units})))
             raise UserError(f"probe: layer {self.layer} is not recorded by '{self.acts}' (there are: {layers})")
         for unit in recordings:
-            if not unit.given["backbone"].describe().n_prefix:
+            if not unit.given["backbone"].describe().has_cls:
                 raise UserError(f"probe: token: the backbone of {unit.label} has no [CLS], which the probe would read")
         # Names are not hashed, and the layer is that of the recording: renaming either makes nothing anew.
         shared = {"revision": self.revision, "token": self.token}

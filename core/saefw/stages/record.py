@@ -157,7 +157,7 @@ class Record(StageConfig):
 
 
 def _dataset(unit: Unit, run: Run) -> Dataset:
-    dataset = cast(DatasetConfig, unit.given["dataset"]).build(run.base)
+    dataset = cast(DatasetConfig, unit.given["dataset"]).open(run.base)
     if not len(dataset):
         raise UserError(f"{unit.label}: the dataset has no images")
     return dataset
@@ -165,9 +165,8 @@ def _dataset(unit: Unit, run: Run) -> Dataset:
 
 def _layout(unit: Unit, n_examples: int) -> Layout:
     info = cast(BackboneConfig, unit.given["backbone"]).describe()
-    n_tokens = info.n_prefix + info.grid[0] * info.grid[1]
     layer, dtype = unit.content["layer"], unit.content["dtype"]
-    return Layout(n_examples, n_tokens, info.n_prefix, info.d_model, info.grid, layer, dtype)
+    return Layout(n_examples, info.n_tokens, info.prefix, info.d_model, info.grid, layer, dtype)
 
 
 def _empty(layout: Layout, n_examples: int) -> Tensor:
@@ -237,6 +236,7 @@ def _describe(unit: Unit, writer: Writer, examples: Sequence[Example], classes: 
         grid_w=layout.grid[1],
         n_examples=layout.n_examples,
         n_tokens=layout.n_tokens,
+        prefix=", ".join(layout.prefix),
         dtype=layout.dtype,
         mean_norm=mean_norm,
     )

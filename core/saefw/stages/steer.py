@@ -405,7 +405,7 @@ def _picture(recording: Unit, run: Run, example: int) -> bytes:
     """Return what the model sees of an image, as PNG."""
     from io import BytesIO
 
-    image = recording.given["dataset"].build(run.base)[example].load()
+    image = recording.given["dataset"].open(run.base)[example].load()
     file = BytesIO()
     recording.given["backbone"].build("cpu").view(image).save(file, "PNG")
     return file.getvalue()
