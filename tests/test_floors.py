@@ -15,7 +15,7 @@ FLOORS = (
     ("run", "shards"),
     ("plugin",),
     ("blocks", "hookspecs", "metrics", "tally"),
-    ("catalog", "controls", "facts", "outcome", "steering", "testing"),
+    ("catalog", "controls", "facts", "forward", "outcome", "steering", "testing"),
     ("registry", "stages", "stages.probe", "stages.record", "stages.train"),
     ("pipeline", "stages.charts", "stages.drawings", "stages.figures", "stages.steer", "stages.visuals"),
     ("tables",),

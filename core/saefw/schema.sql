@@ -8,7 +8,9 @@ CREATE TABLE metric (unit TEXT, name TEXT, step BIGINT, value DOUBLE);
 CREATE TABLE acts (unit TEXT PRIMARY KEY, backbone TEXT, dataset TEXT, layer SMALLINT, tokens TEXT, d_model INTEGER,
     grid_h SMALLINT, grid_w SMALLINT, n_examples INTEGER, n_tokens SMALLINT, prefix TEXT, dtype TEXT, mean_norm REAL);
 CREATE TABLE shard (unit TEXT, shard INTEGER, file TEXT, first_example INTEGER, n_examples INTEGER, bytes BIGINT, sha256 TEXT);
+-- split: train, valid, test, or `broken` of an image that could not be read: it keeps its place and counts nowhere.
 CREATE TABLE example (unit TEXT, example INTEGER, key TEXT, label SMALLINT, split TEXT);
+CREATE TABLE broken (unit TEXT, example INTEGER, key TEXT, why TEXT);
 CREATE TABLE class (unit TEXT, label SMALLINT, name TEXT);
 
 -- Features. frequency: share of patches on which it fires; mean, p99, max: of its positive values, in SAE units.

@@ -10,7 +10,7 @@ Shapes: t n_tokens, e examples, d d_model, n vectors; `acts_ted` has shape [t, e
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -90,6 +90,9 @@ class Shard(NamedTuple):
     bytes: int
     sha256: str
 
+    broken: Sequence[tuple[int, str]] = ()
+    """Its images that could not be read, by example, and why: their activations are zeros and count nowhere."""
+
 
 class Writer:
     """Writes a recording shard by shard; what an interrupted run left complete is kept."""
@@ -120,14 +123,33 @@ class Writer:
         """Return the shards still to write."""
         return [i for i in range(self.n_shards) if i not in self._done]
 
-    def write(self, shard: int, acts_ted: Tensor) -> None:
-        """Write a shard, [t, e, d] in the layout's dtype; the file is there whole or not at all."""
+    @property
+    def broken(self) -> dict[int, str]:
+        """The images that could not be read and why, by example, as far as shards are written."""
+        return {example: why for i in sorted(self._done) for example, why in self._done[i][0].broken}
+
+    def forget(self, shard: int) -> None:
+        """Make a shard count as missing."""
+        (self.folder / _moments_name(shard)).unlink(missing_ok=True)
+        self._done.pop(shard, None)
+
+    def write(self, shard: int, acts_ted: Tensor, broken: Sequence[tuple[int, str]] = ()) -> None:
+        """Write a shard, [t, e, d] in the layout's dtype; the file is there whole or not at all.
+
+        Args:
+            shard: which.
+            acts_ted: zeros where an image could not be read.
+            broken: these images, by example, and why.
+
+        """
         from safetensors.torch import save
 
         file, span = _name(shard), self.span(shard)
         data = _safetensors(acts_ted)
-        entry = Shard(file, span.start, len(span), len(data), sha256(data).hexdigest())
-        moments = self._moments(acts_ted, self.train[span.start : span.stop])
+        entry = Shard(file, span.start, len(span), len(data), sha256(data).hexdigest(), broken)
+        train_e = self.train[span.start : span.stop].copy()
+        train_e[[example - span.start for example, _ in broken]] = False
+        moments = self._moments(acts_ted, train_e)
         write_atomically(self.folder / file, data)
         tensors = {f"{kind}.{key}": x for kind, each in moments.items() for key, x in each.tensors().items()}
         write_atomically(self.folder / _moments_name(shard), save(tensors, {"shard": json.dumps(entry._asdict())}))
@@ -235,7 +257,7 @@ class Acts:
 
     @cached_property
     def splits(self) -> NDArray[np.str_]:
-        """The images' splits: train, valid or test."""
+        """The images' splits: train, valid or test, or `broken` of those that could not be read."""
         return np.asarray(self._examples["split"], dtype=np.str_)
 
     @cached_property
