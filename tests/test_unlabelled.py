@@ -14,7 +14,7 @@ from saefw.stages.drawings import FeatureGrid
 from saefw.stages.figures import Draw
 from saefw.stages.probe import ProbeStage
 from saefw.stages.record import Record
-from saefw.stages.train import Train
+from saefw.stages.train import Train, saefw_metrics
 from saefw.stages.visuals import Visuals
 from saefw_linear import Linear
 from saefw_topk import TopK
@@ -54,7 +54,7 @@ def test_from_recording_to_figures(tmp_path: Path) -> None:
         "figures": {"front": Pareto(), "grid": FeatureGrid()},
         "probes": {"linear": Linear()},
     }
-    run = desk(tmp_path, families)
+    run = desk(tmp_path, families, metrics=saefw_metrics())
     (recording,) = made(run, "acts", Record(backbone="tiny", datasets=["bare"], layers=[-1]))
     acts = Acts(run.folder(recording))
     assert acts.classes == [] and set(acts.labels.tolist()) == {-1}

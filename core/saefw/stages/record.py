@@ -257,8 +257,8 @@ def _opened(example: Example, backbone: Backbone) -> Tensor | Broken:
     from PIL.Image import DecompressionBombError
 
     try:
-        image = example.load()
-        image.load()  # PIL decodes late; here a broken file is still known by its key
+        with example.load() as image:  # a file that PIL still reads from is closed, also when it is broken
+            image.load()  # PIL decodes late; here a broken file is still known by its key
     except FileNotFoundError:
         return Broken("it is missing")
     except UnidentifiedImageError:
