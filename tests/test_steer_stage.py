@@ -332,6 +332,22 @@ def test_what_does_not_fit_together_is_refused(steered: Steered, settings: dict[
     assert str(caught.value) == message
 
 
+def test_tables_over_other_images_than_train_are_refused(steered: Steered) -> None:
+    """Those that say p99 of the features as well as those that say their classes."""
+    run = steered.run
+    run.listed("looked on test", list(Visuals(saes="sweep", acts="acts", top=4, n_features=0, split="test").units(run)))
+    for settings in (
+        {"visuals": "looked on test"},
+        {"visuals": "looked on test", "classes": "visuals"},
+        {"classes": "looked on test"},
+    ):
+        with pytest.raises(UserError) as caught:
+            list(Steer(**{**SETTINGS, **settings}).units(run))
+        assert str(caught.value) == (
+            "steer: 'looked on test' looked at the test split, but features are chosen on train alone"
+        )
+
+
 def test_off_distribution_is_allowed_when_it_is_said(steered: Steered) -> None:
     stage = Steer(**{**SETTINGS, "place": "cls", "allow_off_distribution": True, "n_examples": 3})
     (unit,) = made(steered.run, "cls", stage)
