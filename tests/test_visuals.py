@@ -129,6 +129,22 @@ def test_maps_pictures_and_metrics_belong_to_the_top_images(seen: tuple[Run, lis
         assert final == {"n_live": (x > 0).any(axis=(0, 1)).sum(), "n_images": len(examples), "n_pure": pure}
 
 
+def test_the_view_counts_the_images_of_each_unit_apart(seen: tuple[Run, list[Unit]]) -> None:
+    run, units = seen
+    more = made(run, n_features=0)
+    with run.db() as db:
+        rows = db.execute("SELECT unit, feature, class, n FROM feature_class").fetchall()
+    for unit in [*units, *more]:
+        top = table(run, unit, "top_example")
+        wanted = {
+            (unit.address, s, name): n
+            for s in range(32)
+            for label, name in enumerate(("red", "green", "blue"))
+            if (n := (top["example"][top["feature"] == s] % 3 == label).sum())
+        }
+        assert {row[:3]: row[3] for row in rows if row[0] == unit.address} == wanted
+
+
 def test_sheets_are_of_the_features_asked_for(seen: tuple[Run, list[Unit]]) -> None:
     run, units = seen
     names = {path.stem for path in (run.folder(units[0]) / "features").iterdir()}
