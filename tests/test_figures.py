@@ -187,6 +187,18 @@ def test_a_figure_without_its_units_is_skipped_with_a_sentence(stock: Run, caplo
     ]
 
 
+def test_the_revision_of_the_figure_and_of_the_stage_count(stock: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def address() -> str:
+        (unit,) = Draw(figures=["pareto"], of=["sweep"]).units(stock)
+        return unit.address
+
+    found = [address()]
+    for cls in (Pareto, Draw):
+        monkeypatch.setattr(cls, "revision", 7)
+        found.append(address())
+    assert len(set(found)) == 3
+
+
 class Broken(FigureConfig):
     """Cannot be drawn."""
 

@@ -375,3 +375,8 @@ def test_names_do_not_change_the_address(steered: Steered) -> None:
     renamed = {**SETTINGS, "saes": "my sweep", "probes": "my probes", "visuals": "my visuals", "batch_size": 3}
     (unit,) = Steer(**renamed).units(run)
     assert unit.address == steered.unit.address
+
+
+def test_what_is_allowed_does_not_change_the_address(steered: Steered) -> None:
+    (unit,) = Steer(**SETTINGS, allow_off_distribution=True).units(steered.run)
+    assert unit.address == steered.unit.address
