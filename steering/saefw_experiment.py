@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from saefw import pictures, pipeline, registry
 from saefw.catalog import Catalog
 from saefw.controls import strongest
+from saefw.originals import again
 from saefw.plugin import Entry, Run, Unit, UserError, settings
 from saefw.shards import Acts
 from saefw.stages.probe import open_probe, task_of
@@ -207,7 +208,8 @@ class Experiment:
         )
 
     def _view(self, example: int) -> "Image":
-        return self.steering.backbone.view(self._images[example].load()).convert("RGB")
+        image = again(self._images, example, self.keys[example])
+        return self.steering.backbone.view(image).convert("RGB")
 
     def _thumbnails(self, feature: int) -> list[tuple[str, int]]:
         """Return the feature's top images with its patches lit, as data URIs, and which they are."""

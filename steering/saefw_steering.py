@@ -17,6 +17,7 @@ from bokeh.document import Document
 from bokeh.models.css import GlobalInlineStyleSheet
 from bokeh.models.layouts import Column, Row
 from bokeh.models.widgets import Button, Checkbox, RadioButtonGroup, Select
+from PIL import Image
 
 import saefw_steering_style as style
 from saefw.errors import UserError
@@ -312,8 +313,13 @@ class Session:
         experiment, about = self.experiment, self.experiment.about.get(self.lit)
         on = bool(self.light.active) and about is not None
         values = experiment.seen(self.example).patch_ps[:, self.lit] / about.p99 if on and about else None
+        try:
+            view = experiment.view(self.example)
+        except UserError as error:  # the edit needs the recording alone
+            view = Image.new("RGB", experiment.acts.grid[::-1], style.LINE)
+            self.about_image.text = f"<p>{escape(str(error))}</p>"
         self.picture.show(
-            experiment.view(self.example),
+            view,
             None if values is None else values.astype(np.float64),
             f"feature {self.lit} at",
         )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 from torch import Tensor
 
 from saefw.errors import UserError
@@ -380,3 +381,13 @@ def test_names_do_not_change_the_address(steered: Steered) -> None:
 def test_what_is_allowed_does_not_change_the_address(steered: Steered) -> None:
     (unit,) = Steer(**SETTINGS, allow_off_distribution=True).units(steered.run)
     assert unit.address == steered.unit.address
+
+
+def test_an_image_that_is_gone_is_named(steered: Steered, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(self: tiny.TinyImages, index: int) -> Image.Image:
+        raise FileNotFoundError("no such file")
+
+    monkeypatch.setattr(tiny.TinyImages, "image", gone)
+    with pytest.raises(UserError) as caught:
+        made(steered.run, "again", Steer(**{**SETTINGS, "seed": 3, "amounts": [4.0]}))
+    assert str(caught.value).startswith("image 'tiny-0") and str(caught.value).endswith("cannot be read (no such file)")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import TinySet, TinyVit, desk
+from tiny import TinyImages, TinySet, TinyVit, desk
 
 from saefw import pictures
 from saefw.plugin import Run, SaeConfig, Unit, UserError
@@ -220,6 +220,17 @@ def test_what_does_not_fit_is_said(tmp_path: Path, seen: tuple[Run, list[Unit]])
     unit = Unit("visuals", {}, (sae, units[0]), "topk")
     with pytest.raises(UserError, match="no image is in the test split"):
         Visuals(saes="sweep", acts="acts", split="test").make([unit], without)
+
+
+def test_an_image_that_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trained(tmp_path)
+
+    def gone(self: TinyImages, index: int) -> Image.Image:
+        raise FileNotFoundError("no such file")
+
+    monkeypatch.setattr(TinyImages, "image", gone)
+    with pytest.raises(UserError, match=r"^image 'tiny-\d\d\d' cannot be read \(no such file\)$"):
+        made(run)
 
 
 @pytest.mark.parametrize(

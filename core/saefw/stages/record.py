@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from saefw.blocks import outputs, resolve
+from saefw.originals import opened
 from saefw.plugin import (
     Backbone,
     BackboneConfig,
@@ -189,14 +190,7 @@ def _prepared(examples: Iterable[Example], backbone: Backbone, workers: int, ahe
 
 
 def _opened(example: Example, backbone: Backbone) -> Tensor:
-    from PIL.Image import DecompressionBombError
-
-    try:
-        image = example.load()
-        image.load()  # PIL decodes late; here a broken file is still known by its key
-    except (OSError, EOFError, SyntaxError, ValueError, DecompressionBombError) as error:
-        raise UserError(f"image '{example.key}' cannot be read ({error})") from error
-    return backbone.prepare(image)
+    return backbone.prepare(opened(example))
 
 
 def _stored(tokens_btd: Tensor, dtype: torch.dtype, layer: int, examples: Sequence[Example]) -> Tensor:

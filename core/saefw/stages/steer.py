@@ -24,6 +24,7 @@ from saefw import controls
 from saefw.blocks import resolve
 from saefw.controls import Ints
 from saefw.facts import Name, facts, names
+from saefw.originals import again
 from saefw.outcome import KINDS, ROLES, Readout, first, summary
 from saefw.plugin import Knob, Names, Pick, Run, StageConfig, Unit, UserError, hookimpl
 from saefw.shards import Acts
@@ -361,7 +362,7 @@ class Steer(StageConfig):
         if (place := first(read, rank_c, amounts)) is not None:
             told = self._told(read, plan, acts, named, place)
             write_atomically(run.folder(unit) / "first.json", json.dumps(told, indent=1).encode())
-            write_atomically(run.folder(unit) / "first.png", _picture(recording, run, told["example"]))
+            write_atomically(run.folder(unit) / "first.png", _picture(recording, run, told["example"], told["key"]))
 
     def _told(
         self, read: Readout, plan: "Plan", acts: Acts, named: Mapping[int, Name], place: tuple[int, int, int, int]
@@ -401,11 +402,11 @@ class Plan(NamedTuple):
 # Details
 
 
-def _picture(recording: Unit, run: Run, example: int) -> bytes:
+def _picture(recording: Unit, run: Run, example: int, key: str) -> bytes:
     """Return what the model sees of an image, as PNG."""
     from io import BytesIO
 
-    image = recording.given["dataset"].open(run.base)[example].load()
+    image = again(recording.given["dataset"].open(run.base), example, key)
     file = BytesIO()
     recording.given["backbone"].build("cpu").view(image).save(file, "PNG")
     return file.getvalue()

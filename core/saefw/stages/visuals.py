@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from saefw import pictures
+from saefw.originals import again
 from saefw.pictures import Tile
 from saefw.plugin import (
     Backbone,
@@ -146,7 +147,7 @@ class Visuals(StageConfig):
             examples = acts.of_split(self.split)
             if not len(examples):
                 raise UserError(f"{recording.label}: no image is in the {self.split} split, on which features are seen")
-            gallery = Gallery(recording, run)
+            gallery = Gallery(recording, acts.keys, run)
             jobs = [self._job(unit, acts, run) for unit in group]
             for some in _fitting(jobs, len(examples)):
                 self._watch(some, acts, examples, run)
@@ -339,11 +340,11 @@ def percent(share: float) -> str:
 class Gallery:
     """The images of a recording as its model saw them, opened when first asked for."""
 
-    def __init__(self, recording: Unit, run: Run) -> None:
-        """Open nothing yet."""
+    def __init__(self, recording: Unit, keys: Sequence[str], run: Run) -> None:
+        """Open nothing yet; `keys` are those of the images when they were recorded."""
         self._backbone_config: BackboneConfig = recording.given["backbone"]
         self._dataset_config: DatasetConfig = recording.given["dataset"]
-        self._run = run
+        self._keys, self._run = keys, run
         self._parts: tuple[Backbone, Dataset] | None = None
         # The SAEs of a sweep share many of their top images.
         self._png = lru_cache(maxsize=4096)(self._drawn)
@@ -352,7 +353,7 @@ class Gallery:
         if self._parts is None:
             self._parts = self._backbone_config.build("cpu"), self._dataset_config.open(self._run.base)
         backbone, dataset = self._parts
-        return pictures.png(backbone.view(dataset[example].load()).convert("RGB"))
+        return pictures.png(backbone.view(again(dataset, example, self._keys[example])).convert("RGB"))
 
     def write(self, path: Path, unit: Unit, examples: Array) -> None:
         """Write the views of some images as a parquet file (unit, example, png), few of them in memory at a time."""
