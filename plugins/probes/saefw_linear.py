@@ -36,7 +36,7 @@ class Linear(ProbeConfig):
     batch_size: int = Field(4096, gt=0)
     """Tokens a step; all of them if there are no more than that."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Of the order of the batches; without effect when every step sees all tokens."""
 
     def build(self, task: Task) -> "LinearProbe":
