@@ -95,7 +95,7 @@ class About(NamedTuple):
     """What the tables say of a feature."""
 
     frequency: float
-    """Share of patches on which it fires."""
+    """Share of patches on which it fires; of images, for a feature of [CLS]."""
 
     p99: float
     """In the units of codes."""
@@ -140,6 +140,7 @@ class Experiment:
         self.unit, self._looks = unit, run.folder(classes)
         self.acts = Acts(run.folder(recording))
         read = Acts(run.folder(probe.needs[0]))
+        self.counted = "images" if sae.content["tokens"] == "cls" else "patches"
         self.place, self.mode = str(unit.content["place"]), str(unit.content["mode"])
         self.amounts = [float(amount) for amount in unit.content["amounts"]]
         self.classes, self.labels, self.keys = self.acts.classes, self.acts.labels, self.acts.keys
@@ -219,7 +220,8 @@ class Experiment:
         views = pictures.read(self._looks / PICTURES, examples)
         with safe_open(self._looks / MAPS, "np") as file:
             maps_tp = file.get_slice("maps")[feature]
-        lit = [pictures.lit(views[e], maps_tp[i].reshape(self.acts.grid), SIDE) for i, e in enumerate(examples)]
+        grid = self.acts.grid
+        lit = [pictures.lit(views[e], pictures.on_grid(maps_tp[i], grid), SIDE) for i, e in enumerate(examples)]
         return [
             ("data:image/png;base64," + b64encode(pictures.png(x)).decode(), e)
             for x, e in zip(lit, examples, strict=True)

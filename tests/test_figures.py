@@ -101,7 +101,7 @@ def steered(run: Run, sae: Unit, probe: Unit, seen: Unit, acts: Unit, flips: boo
     edit = np.arange(len(example))
     target = (example + role) % 3
     run.put(
-        unit, "edit", sae=sae.address, acts=acts.address, edit=edit, example=example, mode="set",
+        unit, "edit", sae=sae.address, acts=acts.address, edit=edit, example=example, mode="set", place="patches",
         role=np.array(ROLES)[role], chosen_by=np.array(KINDS)[kind], dose=amount + 1.0, target=target,
     )  # fmt: skip
     run.put(unit, "edit_feature", edit=np.repeat(edit, 2), feature=np.tile([1, 2], len(edit)), amount=1.0)

@@ -355,6 +355,33 @@ def test_off_distribution_is_allowed_when_it_is_said(steered: Steered) -> None:
     assert set(tables(steered.run.folder(unit))["edit"]["place"]) == {"cls"}
 
 
+def test_an_sae_of_cls_is_edited_on_cls(steered: Steered) -> None:
+    run = steered.run
+    cls = Train(acts="acts", saes=["topk"], layers=[2], tokens="cls", n_tokens=8192, batch_size=256)
+    (sae,) = made(run, "sweep of cls", cls)
+    (looks,) = made(run, "looks at cls", Visuals(saes="sweep of cls", acts="acts", top=4, n_features=0))
+    settings = {"saes": "sweep of cls", "visuals": "looks at cls", "place": "cls", "max_frequency": 1.0}
+    (unit,) = made(run, "steer cls", Steer(**{**SETTINGS, **settings, "sae": SaePick()}))
+    assert unit.needs[0] == sae and unit.needs[2:4] == (looks, looks)
+    edits = tables(run.folder(unit), "1, 2")
+    with run.db() as db:
+        p99 = dict(db.execute("SELECT feature, p99 FROM feature WHERE unit = ?", [looks.address]).fetchall())
+    recording = Acts(run.folder(sae.needs[0]))
+    opened = open_sae(sae.given["sae"], run.folder(sae))
+    probe = open_probe(unit.needs[1].given["probe"], run.folder(unit.needs[1]), task_of(recording))
+    # Block 2 is the last and the probe reads what it puts out, so an edit of [CLS] there is one product by hand.
+    rows = edits["edit"]["edit"][(edits["edit"]["chosen_by"] == "effect") & (edits["edit"]["dose"] == 4)]
+    for edit in rows[::7]:
+        here = edits["edit_feature"]["edit"] == edit
+        features = edits["edit_feature"]["feature"][here]
+        ((_, x_11d),) = recording.read("cls", edits["edit"]["example"][edits["edit"]["edit"] == edit])
+        before = opened.dense(x_11d[0])[0, features]
+        change = torch.tensor([4 * p99[f] for f in features.tolist()]) - before
+        wanted = probe(x_11d[0] + opened.scale * (change @ opened.W_dec[features]))[0]
+        told = edits["edit_logit"]["after"][edits["edit_logit"]["edit"] == edit]
+        np.testing.assert_allclose(told, wanted, rtol=1e-3, atol=1e-3)
+
+
 def test_more_features_than_there_are(steered: Steered) -> None:
     stage = Steer(**{**SETTINGS, "n_features": 30})
     with pytest.raises(UserError, match=r"an edit of 30 and its control need 60$"):

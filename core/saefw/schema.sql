@@ -11,10 +11,11 @@ CREATE TABLE shard (unit TEXT, shard INTEGER, file TEXT, first_example INTEGER, 
 CREATE TABLE example (unit TEXT, example INTEGER, key TEXT, label SMALLINT, split TEXT);
 CREATE TABLE class (unit TEXT, label SMALLINT, name TEXT);
 
--- Features. frequency: share of patches on which it fires; mean, p99, max: of its positive values, in SAE units.
+-- Features. Those of an SAE of [CLS] have one token an image: read "image" for "patch". frequency: share of patches on
+-- which it fires; mean, p99, max: of its positive values, in SAE units.
 CREATE TABLE sae (unit TEXT PRIMARY KEY, acts TEXT, variant TEXT, n_features INTEGER, config JSON);
 CREATE TABLE feature (unit TEXT, sae TEXT, acts TEXT, feature INTEGER, frequency REAL, mean REAL, p99 REAL, max REAL);
--- The strongest images of a feature, one row an image, at its best token (0: the first patch).
+-- The strongest images of a feature, one row an image, at its best token (0: the first patch; NULL: [CLS]).
 CREATE TABLE top_example (unit TEXT, sae TEXT, acts TEXT, feature INTEGER, rank SMALLINT, example INTEGER, token SMALLINT, value REAL);
 -- The strongest features of an image, by their largest value over its patches.
 CREATE TABLE top_feature (unit TEXT, sae TEXT, acts TEXT, example INTEGER, rank SMALLINT, feature INTEGER, value REAL);

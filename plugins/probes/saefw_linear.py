@@ -123,8 +123,8 @@ def _standard(x_nd: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each dimension, float32 [d], summed in float64; 1 where it is constant."""
     wide = torch.float64 if x_nd.device.type != "mps" else torch.float32
     # Two passes over parts are as exact as a float64 copy of all, and hold none.
-    mean_d = _summed(part_nd.to(wide) for part_nd in x_nd.split(PART)) / len(x_nd)
-    var_d = _summed((part_nd.to(wide) - mean_d).square() for part_nd in x_nd.split(PART)) / len(x_nd)
+    mean_d = _summed(part_nd.to(wide) for part_nd in torch.split(x_nd, PART)) / len(x_nd)
+    var_d = _summed((part_nd.to(wide) - mean_d).square() for part_nd in torch.split(x_nd, PART)) / len(x_nd)
     std_d = var_d.sqrt()
     # A constant float32 column leaves a rounding error of its own size, not an exact zero.
     constant = std_d <= 1e-6 * mean_d.abs()

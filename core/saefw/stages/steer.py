@@ -93,7 +93,7 @@ class Steer(StageConfig):
     """Features in an edit."""
 
     max_frequency: float = Field(0.5, gt=0)
-    """Only features that fire on a smaller share of patches are edited."""
+    """Only features that fire on a smaller share of patches (of images, for an SAE of [CLS]) are edited."""
 
     n_examples: int | None = Field(None, gt=0)
     """Test images, balanced by class; null: all that are labelled."""
@@ -232,11 +232,12 @@ class Steer(StageConfig):
         with run.db() as db:
             tables = facts(db, unit.needs[2].address, unit.needs[3].address, steering.sae.d_sae, n_classes)
         usable_s = (tables.frequency_s > 0) & (tables.frequency_s < self.max_frequency) & (tables.p99_s > 0)
+        on_cls = unit.needs[0].content["tokens"] == "cls"
         if usable_s.sum() < 2 * self.n_features:
             raise UserError(
                 f"steer: {int(usable_s.sum())} features of {unit.needs[0].label} fire, on less than "
-                f"{self.max_frequency:g} of the patches; an edit of {self.n_features} and its control need "
-                f"{2 * self.n_features}"
+                f"{self.max_frequency:g} of the {'images' if on_cls else 'patches'}; an edit of {self.n_features} and "
+                f"its control need {2 * self.n_features}"
             )
         p99_s = torch.from_numpy(tables.p99_s)
         some = train[controls.balanced(acts.labels[train], self.n_effect, self.seed)]
