@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from saefw.controls import Drawn
 from saefw.errors import UserError
 from saefw.metrics import Nmse
 from saefw.plugin import NotYet, Run, Unit
@@ -192,6 +193,62 @@ def test_controls_share_norm_image_and_target_with_the_edit(steered: Steered) ->
     assert not all(row[3] for row in pairs), "the norm of an edit by mass is its own"
     like, chosen = steered.features("like features"), steered.features("effect")
     assert all(not like[target] & chosen[target] for target in chosen)
+
+
+@pytest.mark.parametrize(("mode", "amounts"), [("scale", [0.0, 3.0]), ("set", [0.0, 1.0]), ("set", [0.0])])
+def test_controls_have_the_norm_of_the_edit_where_only_what_fires_changes(
+    steered: Steered, mode: str, amounts: list[float]
+) -> None:
+    run = steered.run
+    stage = Steer(**{**SETTINGS, "mode": mode, "amounts": amounts, "max_frequency": 0.4, "n_features": 1})
+    redrawn: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        firing = Drawn.firing
+
+        def counted(self: Drawn, example: int, target: int, fires_s: Any) -> Any:
+            redrawn.append(example)
+            return firing(self, example, target, fires_s)
+
+        patch.setattr(Drawn, "firing", counted)
+        (unit,) = made(run, "off", stage)
+    assert redrawn, "or this tests nothing"
+    with run.db() as db:
+        pairs = db.execute(
+            "SELECT e.norm, c.norm FROM edit e JOIN edit c USING (unit, example, role, dose, target) WHERE unit = ? "
+            "AND e.chosen_by = 'effect' AND c.chosen_by IN ('like features', 'random directions')",
+            [unit.address],
+        ).fetchall()
+        told = dict(db.execute("SELECT name, value FROM final WHERE unit = ?", [unit.address]).fetchall())
+    assert len(pairs) == len(steered.test) * 2 * len(amounts) * 2 and max(norm for norm, _ in pairs) > 0
+    for norm, control in pairs:
+        assert control == pytest.approx(norm, rel=1e-4)
+    assert told["n_controls_left_out"] == 0
+
+
+def test_a_control_that_nothing_can_give_a_norm_is_left_out_and_counted(steered: Steered) -> None:
+    """An SAE of which one feature fires on [CLS]: switching that one off, there is nothing to compare with."""
+    run = steered.run
+    cls = Train(acts="acts", saes=["poor"], layers=[2], tokens="cls", n_tokens=8192, batch_size=256)
+    made(run, "poor sweep", cls)
+    made(run, "poor looks", Visuals(saes="poor sweep", acts="acts", top=4, n_features=0))
+    settings = {"saes": "poor sweep", "visuals": "poor looks", "place": "cls", "max_frequency": 1.0, "n_features": 1}
+    (unit,) = made(run, "poor", Steer(**{**SETTINGS, **settings, "sae": SaePick(), "mode": "scale", "amounts": [0.0]}))
+    with run.db() as db:
+        rows = db.execute(
+            "SELECT e.norm, c.norm FROM edit e LEFT JOIN edit c ON c.unit = e.unit AND c.example = e.example "
+            "AND c.role = e.role AND c.chosen_by = 'like features' WHERE e.unit = ? AND e.chosen_by = 'effect'",
+            [unit.address],
+        ).fetchall()
+        told = dict(db.execute("SELECT name, value FROM final WHERE unit = ?", [unit.address]).fetchall())
+        ((n_edits,),) = db.execute("SELECT count(*) FROM edit WHERE unit = ?", [unit.address]).fetchall()
+        ((n_of_logits,),) = db.execute(
+            "SELECT count(DISTINCT edit) FROM edit_logit WHERE unit = ?", [unit.address]
+        ).fetchall()
+    missing = [norm for norm, control in rows if control is None]
+    assert missing and min(missing) > 0
+    assert all(control == 0 for norm, control in rows if norm == 0)
+    assert told["n_controls_left_out"] == len(missing)
+    assert told["n_edits"] == n_edits == n_of_logits == len(rows) * 4 - len(missing)
 
 
 def test_metrics_are_those_of_sql(steered: Steered) -> None:
