@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from saefw import pictures, pipeline, registry
 from saefw.catalog import Catalog
 from saefw.controls import strongest
+from saefw.originals import again
 from saefw.plugin import Entry, Run, Unit, UserError, settings
 from saefw.shards import Acts
 from saefw.stages.probe import open_probe, task_of
@@ -94,7 +95,7 @@ class About(NamedTuple):
     """What the tables say of a feature."""
 
     frequency: float
-    """Share of patches on which it fires."""
+    """Share of patches on which it fires; of images, for a feature of [CLS]."""
 
     p99: float
     """In the units of codes."""
@@ -139,6 +140,7 @@ class Experiment:
         self.unit, self._looks = unit, run.folder(classes)
         self.acts = Acts(run.folder(recording))
         read = Acts(run.folder(probe.needs[0]))
+        self.counted = "images" if sae.content["tokens"] == "cls" else "patches"
         self.place, self.mode = str(unit.content["place"]), str(unit.content["mode"])
         self.amounts = [float(amount) for amount in unit.content["amounts"]]
         self.classes, self.labels, self.keys = self.acts.classes, self.acts.labels, self.acts.keys
@@ -207,7 +209,8 @@ class Experiment:
         )
 
     def _view(self, example: int) -> "Image":
-        return self.steering.backbone.view(self._images[example].load()).convert("RGB")
+        image = again(self._images, example, self.keys[example])
+        return self.steering.backbone.view(image).convert("RGB")
 
     def _thumbnails(self, feature: int) -> list[tuple[str, int]]:
         """Return the feature's top images with its patches lit, as data URIs, and which they are."""
@@ -217,7 +220,8 @@ class Experiment:
         views = pictures.read(self._looks / PICTURES, examples)
         with safe_open(self._looks / MAPS, "np") as file:
             maps_tp = file.get_slice("maps")[feature]
-        lit = [pictures.lit(views[e], maps_tp[i].reshape(self.acts.grid), SIDE) for i, e in enumerate(examples)]
+        grid = self.acts.grid
+        lit = [pictures.lit(views[e], pictures.on_grid(maps_tp[i], grid), SIDE) for i, e in enumerate(examples)]
         return [
             ("data:image/png;base64," + b64encode(pictures.png(x)).decode(), e)
             for x, e in zip(lit, examples, strict=True)

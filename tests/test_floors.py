@@ -14,7 +14,7 @@ FLOORS = (
     ("entry", "pictures", "places", "store", "stream", "style", "wording"),
     ("run", "shards"),
     ("plugin",),
-    ("blocks", "hookspecs", "metrics", "tally"),
+    ("blocks", "hookspecs", "metrics", "originals", "tally"),
     ("catalog", "controls", "facts", "forward", "outcome", "steering", "testing"),
     ("registry", "stages", "stages.probe", "stages.record", "stages.train"),
     ("pipeline", "stages.charts", "stages.drawings", "stages.figures", "stages.steer", "stages.visuals"),

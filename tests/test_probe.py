@@ -114,6 +114,23 @@ def test_the_best_is_chosen_on_valid(run: Run) -> None:
     assert right[run.best("probes", Pick(highest="valid_accuracy"))] == max(right.values())
 
 
+def test_the_view_shows_the_best_of_each_recording_also_of_two_with_one_name(tmp_path: Path) -> None:
+    runs = [recorded(tmp_path), recorded(tmp_path, datasets={"tiny": tiny.TinySet(seed=5)})]
+    units = [unit for run in runs for unit in made(run, "probes", ProbeStage(acts="acts", probes=list(SWEEP)))]
+    with runs[1].db() as db:
+        rows = db.execute("SELECT acts, backbone, dataset, layer, probe, value FROM best_probe").fetchall()
+        measured = {
+            unit: dict(db.execute("SELECT name, value FROM final WHERE unit = ?", [unit.address]).fetchall())
+            for unit in units
+        }
+    wanted = []
+    for acts in dict.fromkeys(unit.needs[0] for unit in units):
+        of = [unit for unit in units if unit.needs[0] == acts]
+        best = min(of, key=lambda unit: (-measured[unit]["valid_accuracy"], measured[unit]["valid_loss"]))
+        wanted.append((acts.address, "tiny", "tiny", 2, best.address, measured[best]["valid_accuracy"]))
+    assert len(wanted) == 2 and sorted(rows) == sorted(wanted)
+
+
 def test_a_probe_is_reopened(run: Run) -> None:
     unit = run.made_by("probes")[2]
     acts = Acts(run.folder(unit.needs[0]))

@@ -21,7 +21,7 @@ from saefw.sae import Loss, Sae
 from saefw.shards import Acts, Stats
 from saefw.stages import train as module
 from saefw.stages.record import Record
-from saefw.stages.train import CHECKPOINT, FILE, Train, Training, learning_rate, open_sae, saefw_metrics
+from saefw.stages.train import CHECKPOINT, FILE, Train, Training, learning_rate, open_sae, saefw_metrics, seeded
 from saefw.store import Store
 from saefw_relu import Relu
 from saefw_topk import TopK
@@ -203,6 +203,19 @@ def test_chance_is_each_members_own(store: Path, tmp_path: Path) -> None:
         units = trained(run, STAGE.model_copy(update={"saes": names}))
         files.append((run.folder(units[-1]) / FILE).read_bytes())
     assert files[0] == files[1]
+
+
+def test_each_seed_draws_other_weights_and_another_course() -> None:
+    seeds = (0, 1, 2, 2**31, 2**32 - 1)
+    made = [training(Noisy(expansion=2, seed=seed)) for seed in seeds]
+    weights = {tuple(one.sae.W_dec.detach().flatten().tolist()) for one in made}
+    assert len(weights) == len(seeds)
+    for step in (0, 1, 7):
+        drawn = set()
+        for seed in seeds:
+            with seeded(seed, step):
+                drawn.add(float(torch.rand(())))
+        assert len(drawn) == len(seeds)
 
 
 # Stopped and gone on

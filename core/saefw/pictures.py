@@ -32,8 +32,8 @@ class Tile(NamedTuple):
     view: "Image"
     """What the model saw."""
 
-    patches: Bytes
-    """uint8 [rows, columns]: how strongly the feature fires on each patch, 255 at most."""
+    patches: Bytes | None
+    """uint8 [rows, columns]: how strongly the feature fires on each patch, 255 at most; none for one of [CLS]."""
 
     caption: str
     """Written below it."""
@@ -76,18 +76,25 @@ def enlarged(view: "Image", side: int) -> "Image":
     return view.convert("RGB").resize((width, height), Resampling.BICUBIC if scale > 1 else Resampling.LANCZOS)
 
 
-def lit(view: "Image", patches: Bytes, side: int) -> "Image":
+def on_grid(map_p: Bytes, grid: tuple[int, int]) -> Bytes | None:
+    """Return a map of a feature as its patches lie, [rows, columns]; one of [CLS], a single number, has none."""
+    return map_p.reshape(grid) if len(map_p) > 1 else None
+
+
+def lit(view: "Image", patches: Bytes | None, side: int) -> "Image":
     """Return a picture, its longer side `side` pixels, grey and dim but for the patches that glow.
 
     Args:
         view: what the model saw.
-        patches: uint8 [rows, columns], 0 for a patch that is off, 255 for the brightest.
+        patches: uint8 [rows, columns], 0 for a patch that is off, 255 for the brightest; None: the picture as it is.
         side: in pixels.
 
     """
     from PIL import Image
 
     large = enlarged(view, side)
+    if patches is None:
+        return large
     grey_hw1 = np.asarray(large.convert("L"), dtype=np.float32)[..., None] / 255
     # Patch borders stay sharp: the patch is what the model knows, not the pixel.
     rows, columns = patches.shape

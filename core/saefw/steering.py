@@ -94,6 +94,14 @@ class Steering:
         columns = [(values * (indices == of_token_nf[:, i, None])).sum(dim=1) for i in range(f)]
         return torch.stack(columns, dim=1).view(b, -1, f)
 
+    def fires(self, reading: Reading) -> Tensor:
+        """Return which features fire on an edited token of each image, bool [b, s]."""
+        b = len(reading.tokens_btd)
+        indices_bn, values_bn = (x.reshape(b, -1) for x in (reading.codes.indices, reading.codes.values))
+        # A feature may be listed where it does not fire, so the largest of its values counts.
+        most_bs = values_bn.new_zeros(b, reading.codes.d_sae)
+        return most_bs.scatter_reduce(1, indices_bn, values_bn, "amax") > 0
+
     # After
 
     @torch.no_grad()

@@ -26,6 +26,11 @@ _LOWEST, _OCTAVES, _STEPS = -20, 32, 64
 _PAIR = np.dtype([("feature", "<u4"), ("label", "<u4"), ("value", "<f4")])
 
 
+def most(d_sae: int) -> int:
+    """Return the bytes that the percentiles of an SAE hold at most: its values, then a histogram."""
+    return max(8 * EXACT, 4 * _OCTAVES * _STEPS * d_sae)
+
+
 class Percentiles:
     """Percentiles of the positive values of each feature.
 

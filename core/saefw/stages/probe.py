@@ -194,8 +194,11 @@ def labelled(recording: Acts, split: str, name: str, device: str) -> Labelled:
     examples = examples[recording.labels[examples] >= 0]
     if not len(examples):
         raise UserError(f"{name}: the images of the {split} split have no labels; a probe needs them")
-    x_nd = torch.cat([acts_etd[:, 0] for _, acts_etd in recording.read("cls", examples)])
-    return Labelled(examples, x_nd.to(device), torch.from_numpy(recording.labels[examples]).to(device))
+    x_nd, done = torch.empty(len(examples), recording.d_model, device=device), 0
+    for some, acts_etd in recording.read("cls", examples):
+        x_nd[done : done + len(some)] = acts_etd[:, 0]
+        done += len(some)
+    return Labelled(examples, x_nd, torch.from_numpy(recording.labels[examples]).to(device))
 
 
 @torch.no_grad()

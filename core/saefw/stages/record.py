@@ -19,6 +19,7 @@ from torch import Tensor
 
 from saefw.blocks import resolve
 from saefw.forward import Forward
+from saefw.originals import Unreadable, opened
 from saefw.plugin import (
     Backbone,
     BackboneConfig,
@@ -253,20 +254,10 @@ def _prepared(
 
 
 def _opened(example: Example, backbone: Backbone) -> Tensor | Broken:
-    from PIL import UnidentifiedImageError
-    from PIL.Image import DecompressionBombError
-
     try:
-        with example.load() as image:  # a file that PIL still reads from is closed, also when it is broken
-            image.load()  # PIL decodes late; here a broken file is still known by its key
-    except FileNotFoundError:
-        return Broken("it is missing")
-    except UnidentifiedImageError:
-        return Broken("it is no image")
-    except (OSError, EOFError, SyntaxError, ValueError, DecompressionBombError) as error:
-        # Without the path that the system names: tables must be the same wherever the images lie.
-        return Broken(getattr(error, "strerror", None) or str(error))
-    return backbone.prepare(image)
+        return backbone.prepare(opened(example))
+    except Unreadable as error:
+        return Broken(error.why)
 
 
 def _refuse_most(

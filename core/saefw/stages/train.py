@@ -410,7 +410,9 @@ def seeded(seed: int, step: int, device: str = "cpu") -> Iterator[None]:
 
     That of the CPU is put back. (`torch.manual_seed` would do, but takes longer than a step of a small SAE.)
     """
-    number, before = ((seed << 32) + step) % 2**63, torch.get_rng_state()
+    # The CPU's generator looks at the lower 32 bits alone, so the seed has to be in them: an odd factor keeps any
+    # two below 2**32 apart.
+    number, before = (seed * 0x9E3779B1 + step) % 2**63, torch.get_rng_state()
     torch.default_generator.manual_seed(number)
     if (kind := torch.device(device).type) != "cpu":
         getattr(torch, kind).manual_seed(number)
