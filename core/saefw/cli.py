@@ -260,6 +260,37 @@ def init(folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", show_default
     print(f"{target}: written. Next: {'' if folder == Path() else f'cd {folder}; '}saefw run")
 
 
+@app.command()
+def get(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="The dataset; without it they are listed.")
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="DIR", help="A new or empty folder. Default: data/NAME.")
+    ] = None,
+    registry: Of = REGISTRY,
+) -> None:
+    """Download a public dataset; one that broke off goes on from there.
+
+    Files are checked against published checksums where there are any.
+    """
+    from saefw import tables
+    from saefw.get import get as bring
+    from saefw.get import public
+    from saefw.printer import Printer
+
+    datasets, console = _catalog(registry).lookup("datasets"), tables.console()
+    if name is None:
+        console.print(tables.sources(public(datasets)))
+        return
+    folder, printer = to or Path("data", name), Printer(console)
+    try:
+        n = bring(name, datasets, folder, lambda what, done, of: printer.saefw_progressed(name, done, of, what))
+    finally:
+        printer.close()
+    print(f"{folder}: {n:,} images. In registry.yaml:\n\ndatasets:\n  {name}: {{use: {name}, root: {folder}}}")
+
+
 @app.command(context_settings={"ignore_unknown_options": True})  # a query may start with a comment, as an option does
 def sql(
     query: Annotated[str, typer.Argument(metavar="QUERY", help="In DuckDB's SQL: FROM pareto ORDER BY l0")],

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from saefw.entry import Entry, Knob, Late, Names, Place
 from saefw.errors import NotYet, UserError
+from saefw.fetch import Source
 from saefw.images import open_image
 from saefw.run import Pick, Run
 from saefw.sae import Codes, Sae
@@ -44,6 +45,7 @@ __all__ = [
     "ProbeConfig",
     "Run",
     "SaeConfig",
+    "Source",
     "Split",
     "StageConfig",
     "Task",
@@ -226,6 +228,15 @@ class _Subset:
 
 class DatasetConfig(Entry):
     """An image set that a plugin can open."""
+
+    sources: ClassVar[tuple[Source, ...]] = ()
+    """The files that `saefw get` downloads and unpacks into the folder that the setting `root` then names."""
+
+    n_images: ClassVar[int] = 0
+    """How many images it has when it is whole, for `saefw get` to count; 0: not known."""
+
+    terms: ClassVar[str] = ""
+    """Where it comes from and on what terms, in one sentence, for who downloads it."""
 
     limit: Annotated[int | None, Late] = Field(None, gt=0)
     """At most so many images, to try first: of every split and class its share, always the same ones; null: all."""
