@@ -11,11 +11,11 @@ TOP = Path(__file__).parents[1]
 FLOORS = (
     ("saefw",),
     ("errors", "images", "moments", "sae", "splits", "unit", "vision"),
-    ("entry", "pictures", "places", "store", "stream", "style", "wording"),
+    ("entry", "imagesets", "pictures", "places", "store", "stream", "style", "wording"),
     ("run", "shards"),
     ("plugin",),
     ("blocks", "hookspecs", "metrics", "tally"),
-    ("catalog", "controls", "facts", "forward", "outcome", "steering", "testing"),
+    ("catalog", "controls", "duplicates", "facts", "forward", "outcome", "steering", "testing"),
     ("registry", "stages", "stages.probe", "stages.record", "stages.train"),
     ("pipeline", "stages.charts", "stages.drawings", "stages.figures", "stages.steer", "stages.visuals"),
     ("tables",),

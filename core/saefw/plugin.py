@@ -9,11 +9,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from saefw.entry import Entry, Knob, Late, Names, Place
-from saefw.errors import NotYet, UserError
+from saefw.errors import NotYet, UserError, did_you_mean
 from saefw.images import open_image
+from saefw.imagesets import Dataset, Example, Files, ImageFiles, clean, image_files, inside, read_lines
 from saefw.run import Pick, Run
 from saefw.sae import Codes, Sae
-from saefw.splits import stratified
+from saefw.splits import Split, carve, stratified
 from saefw.unit import Unit
 from saefw.vision import mend_torchvision
 
@@ -32,6 +33,8 @@ __all__ = [
     "Entry",
     "Example",
     "FigureConfig",
+    "Files",
+    "ImageFiles",
     "Knob",
     "Late",
     "Metric",
@@ -49,17 +52,20 @@ __all__ = [
     "Task",
     "Unit",
     "UserError",
+    "carve",
+    "clean",
+    "did_you_mean",
     "hookimpl",
+    "image_files",
+    "inside",
     "mend_torchvision",
     "open_image",
+    "read_lines",
     "stratified",
 ]
 
 hookimpl = pluggy.HookimplMarker("saefw")
 """Marks a function of a plugin module as its answer to the hook of the same name."""
-
-Split = Literal["train", "valid", "test"]
-
 
 # Backbones
 
@@ -176,39 +182,6 @@ class BackboneConfig(Entry):
 
 
 # Datasets
-
-
-class Example(NamedTuple):
-    """One image of a dataset."""
-
-    key: str
-    """Stable name of the image, unique in its dataset."""
-
-    label: int
-    """Index into the dataset's classes; -1: none."""
-
-    split: Split
-    """The plugin decides it, with a fixed rule or seed."""
-
-    load: Callable[[], "Image"]
-    """Opens the image, late, perhaps in a worker."""
-
-
-class Dataset(Protocol):
-    """An ordered set of images; the order never changes."""
-
-    @property
-    def classes(self) -> Sequence[str]:
-        """Names of the classes, by label."""
-        ...
-
-    def __len__(self) -> int:
-        """How many images."""
-        ...
-
-    def __getitem__(self, index: int) -> Example:
-        """The image at an index, not yet loaded."""
-        ...
 
 
 class _Subset:

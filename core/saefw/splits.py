@@ -2,6 +2,9 @@
 
 from collections.abc import Hashable, Sequence
 from hashlib import sha256
+from typing import Literal
+
+Split = Literal["train", "valid", "test"]
 
 
 def stratified(keys: Sequence[str], strata: Sequence[Hashable], n: int, seed: int = 0) -> list[int]:
@@ -28,3 +31,27 @@ def stratified(keys: Sequence[str], strata: Sequence[Hashable], n: int, seed: in
         turn += [((i + 0.5) / len(indices), drawn[index], index) for i, index in enumerate(indices)]
     turn.sort()
     return sorted(index for _, _, index in turn[:n])
+
+
+def carve(
+    keys: Sequence[str], strata: Sequence[Hashable], splits: list[Split], valid: float, test: float, seed: int = 0
+) -> None:
+    """Move shares of the train images of each stratum to valid and to test, where `splits` has none of these yet.
+
+    Args:
+        keys: one an image, unique.
+        strata: one an image.
+        splits: one an image; changed in place.
+        valid: share of the train images that becomes valid.
+        test: share of the train images, as many as there were before, that becomes test.
+        seed: another one gives another choice.
+
+    """
+    shares: list[tuple[Split, float]] = [("test", test), ("valid", valid)]
+    wanted = [(split, share) for split, share in shares if share and split not in splits]
+    whole = splits.count("train")
+    for split, share in wanted:
+        train = [index for index, other in enumerate(splits) if other == "train"]
+        ours = stratified([keys[i] for i in train], [strata[i] for i in train], round(share * whole), seed)
+        for i in ours:
+            splits[train[i]] = split
