@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple, Protocol
-from unicodedata import is_normalized, normalize
+from unicodedata import normalize
 
 from saefw.errors import UserError, did_you_mean
 from saefw.images import EXTENSIONS, open_image
@@ -76,7 +76,7 @@ class Files(NamedTuple):
 
     @classmethod
     def of(cls, root: Path, paths: Sequence[str]) -> "Files":
-        """Sort paths below a folder, by code point, that is by the bytes of UTF-8, whatever the locale.
+        """Sort paths below a folder, by the bytes of their UTF-8, whatever the locale.
 
         Raises:
             UserError: a path is not UTF-8, or two have one key.
@@ -85,17 +85,14 @@ class Files(NamedTuple):
         odd: dict[str, str] = {}
         keys: list[str] = []
         for path in paths:
-            if path.isascii() or is_normalized("NFC", path):
-                keys.append(path)
-                continue
-            odd[normalize("NFC", path)] = path
-            keys.append(normalize("NFC", path))
-        keys.sort()
-        for key in odd:
-            try:
-                key.encode()
-            except UnicodeEncodeError:
-                raise UserError(f"{root}: the name of a file is not UTF-8 ({os.fsencode(key)!r})") from None
+            key = path if path.isascii() else normalize("NFC", path)
+            if key != path:
+                odd[key] = path
+            keys.append(key)
+        try:
+            keys.sort(key=str.encode)
+        except UnicodeEncodeError as error:
+            raise UserError(f"{root}: the name of a file is not UTF-8 ({os.fsencode(error.object)!r})") from None
         if odd and len(set(keys)) < len(keys):
             raise UserError(f"{root}: two files have names that differ in their Unicode form alone ({twice(keys)!r})")
         return cls(root, keys, odd)
@@ -117,8 +114,10 @@ class ImageFiles:
         """The image at an index."""
         if not 0 <= index < len(self):
             raise IndexError(f"there is no image {index}")
-        load = partial(open_image, self._files.path(index))
-        return Example(self._files.keys[index], self._labels[index], self._splits[index], load)
+        return Example(self._files.keys[index], self._labels[index], self._splits[index], partial(self._load, index))
+
+    def _load(self, index: int) -> "Image":
+        return open_image(self._files.path(index))
 
 
 def image_files(root: Path, below: Sequence[str] = ("",)) -> Files:
@@ -192,7 +191,7 @@ def _walk(root: Path, below: str, others: Counter[str]) -> Iterator[str]:
                 if name.startswith(".") or name in JUNK:
                     continue
                 if entry.is_dir():
-                    if entry.is_symlink() and os.path.realpath(path).startswith(os.path.realpath(entry.path)):
+                    if entry.is_symlink() and Path(path).resolve().is_relative_to(Path(entry.path).resolve()):
                         raise UserError(f"{entry.path}: links to a folder that it lies in")
                     stack.append((f"{prefix}{name}/", entry.path))
                 elif (end := os.path.splitext(name)[1].lower()) in EXTENSIONS and not _special(entry):

@@ -1,5 +1,6 @@
 """All that a plugin author imports."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, final
@@ -212,9 +213,14 @@ class DatasetConfig(Entry):
         whole = self.build(base)
         if self.limit is None or len(whole) <= self.limit:
             return whole
-        examples = [whole[i] for i in range(len(whole))]
-        strata = [(example.split, example.label) for example in examples]
-        return _Subset(whole, stratified([example.key for example in examples], strata, self.limit))
+        keys, labels, splits = zip(*(whole[i][:3] for i in range(len(whole))), strict=True)
+        # First among the splits, then among the classes of each: else of many classes the large split would take all.
+        counts = Counter(splits[i] for i in stratified(keys, splits, self.limit))
+        chosen: list[int] = []
+        for split, n in counts.items():
+            ours = [i for i, other in enumerate(splits) if other == split]
+            chosen += [ours[i] for i in stratified([keys[i] for i in ours], [labels[i] for i in ours], n)]
+        return _Subset(whole, sorted(chosen))
 
     def build(self, base: Path) -> Dataset:
         """Open all of it; `base` is the folder of registry.yaml, from which relative paths count.

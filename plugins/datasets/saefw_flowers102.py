@@ -65,7 +65,8 @@ def _numbers(path: Path, name: str, most: int) -> list[int]:
     from scipy.io import loadmat
 
     try:
-        found: Any = loadmat(path, variable_names=[name])[name]
+        with path.open("rb") as file:
+            found: Any = loadmat(file, variable_names=[name])[name]
         numbers = [int(number) for number in found.ravel()]
         exact = found.dtype.kind in "uif" and bool((found.ravel() == numbers).all())
     except OSError as error:
