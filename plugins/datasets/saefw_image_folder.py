@@ -5,7 +5,8 @@ import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from sys import intern
+from typing import Literal
 
 from pydantic import Field
 
@@ -31,6 +32,9 @@ SPLITS: dict[str, Split] = {
 """What the folder of a split, or a cell of the CSV file, may be called."""
 
 COLUMNS = ("path", "label", "split")
+
+Said = tuple[str | None, Split]
+"""What a CSV file says of an image: its class, if it has one, and its split."""
 
 
 class ImageFolder(DatasetConfig):
@@ -71,25 +75,15 @@ class ImageFolder(DatasetConfig):
         if self.csv is not None:
             if self.glob is not None or self.layout != "auto":
                 raise UserError(f"{self.csv}: a CSV file says all; leave out glob and layout")
-            files, found = _listed(root, self.csv)
+            files, names, splits = _listed(root, self.csv)
         else:
             files = image_files(root) if self.glob is None else _globbed(root, self.glob)
-            found = _sorted(files, self.layout)
-        classes = sorted({name for name, _ in found if name is not None})
-        index = {name: i for i, name in enumerate(classes)}
-        labels = [-1 if name is None else index[name] for name, _ in found]
-        splits = [split for _, split in found]
+            names, splits = _sorted(files, self.layout)
+        classes = sorted({name for name in names if name is not None})
+        index: dict[str | None, int] = {None: -1} | {name: i for i, name in enumerate(classes)}
+        labels = [index[name] for name in names]
         carve(files.keys, labels, splits, self.valid, self.test, self.seed)
         return ImageFiles(files, labels, splits, classes)
-
-
-class Found(NamedTuple):
-    """What is said of an image."""
-
-    name: str | None
-    """Of its class."""
-
-    split: Split
 
 
 def _globbed(root: Path, pattern: str) -> Files:
@@ -104,25 +98,24 @@ def _globbed(root: Path, pattern: str) -> Files:
     return picked
 
 
-def _sorted(files: Files, layout: str) -> list[Found]:
+def _sorted(files: Files, layout: str) -> tuple[list[str | None], list[Split]]:
     """Return class and split of each image, by the folders that it lies in."""
-    paths = [key.split("/") for key in files.keys]
-    tops = {path[0] for path in paths if len(path) > 1}
+    tops = {key.partition("/")[0] for key in files.keys if "/" in key}
     if layout == "auto":
-        layout = _layout(files, paths, tops)
+        layout = _layout(files, tops)
+    n = len(files.keys)
     if layout == "flat":
-        return [Found(None, "train")] * len(paths)
+        return [None] * n, ["train"] * n
     if layout == "classes":
-        return _classes(files, paths, ["train"] * len(paths))
-    strange = sorted(tops - {top for top in tops if top.lower() in SPLITS})
-    if strange or len(tops) == 0:
+        return _folders(files, 0), ["train"] * n
+    strange = sorted(top for top in tops if top.lower() not in SPLITS)
+    if strange or not tops:
         what = f"the folder '{strange[0]}' is none" if strange else "there is no folder"
         raise UserError(f"{files.root}: layout: splits: {what}; they are called {', '.join(SPLITS)}")
-    _no_loose(files, paths)
-    return _classes(files, [path[1:] for path in paths], [SPLITS[path[0].lower()] for path in paths])
+    return _folders(files, 1), [SPLITS[str(top).lower()] for top in _folders(files, 0)]
 
 
-def _layout(files: Files, paths: Sequence[list[str]], tops: set[str]) -> str:
+def _layout(files: Files, tops: set[str]) -> str:
     """Say what the folders are, by their names."""
     if not tops:
         return "flat"
@@ -132,7 +125,7 @@ def _layout(files: Files, paths: Sequence[list[str]], tops: set[str]) -> str:
             f"{files.root}: holds '{min(splits)}', which may be a split, beside '{min(tops - splits)}', which is none; "
             "say what its folders are: layout: classes, splits or flat"
         )
-    if not splits and len(tops) == 1 and all(len(path) > 2 for path in paths):
+    if not splits and len(tops) == 1 and all(key.count("/") > 1 for key in files.keys):
         raise UserError(
             f"{files.root}: holds one folder, '{min(tops)}', that holds folders; did you mean "
             f"{files.root / min(tops)}? If not, say layout: classes or flat"
@@ -140,30 +133,32 @@ def _layout(files: Files, paths: Sequence[list[str]], tops: set[str]) -> str:
     return "splits" if splits else "classes"
 
 
-def _classes(files: Files, paths: Sequence[list[str]], splits: Sequence[Split]) -> list[Found]:
-    """Return classes by the first folder of each path; if no image lies in a folder, none has a class."""
-    if all(len(path) == 1 for path in paths):
-        return [Found(None, split) for split in splits]
-    _no_loose(files, paths)
-    return [Found(path[0], split) for path, split in zip(paths, splits, strict=True)]
+def _folders(files: Files, depth: int) -> list[str | None]:
+    """Return the name of the folder of each image at some depth below root; none, if there are none so deep.
 
+    Raises:
+        UserError: images lie beside folders of images.
 
-def _no_loose(files: Files, paths: Sequence[list[str]]) -> None:
-    """Refuse images that lie beside folders of images."""
-    loose = [key for key, path in zip(files.keys, paths, strict=True) if len(path) == 1]
-    if loose:
+    """
+    found: list[str | None] = []
+    for key in files.keys:
+        parts = key.split("/", depth + 1)
+        found.append(intern(parts[depth]) if len(parts) > depth + 1 else None)
+    loose = [key for key, name in zip(files.keys, found, strict=True) if name is None]
+    if 0 < len(loose) < len(found):
         raise UserError(
             f"{files.root}: '{loose[0]}' lies beside folders of images ({len(loose):,} do); put it into one, "
             "or say layout: flat"
         )
+    return found
 
 
-def _listed(root: Path, name: str) -> tuple[Files, list[Found]]:
-    """Return what a CSV file lists, in the order of the keys."""
+def _listed(root: Path, name: str) -> tuple[Files, list[str | None], list[Split]]:
+    """Return what a CSV file lists, with class and split, in the order of the keys."""
     if os.path.isabs(name) or ".." in Path(name).parts:
         raise UserError(f"csv: '{name}' leaves {root}; a CSV file lies in root")
     path = root / name
-    rows: dict[str, Found] = {}
+    rows: dict[str, Said] = {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, strict=True)
@@ -186,7 +181,8 @@ def _listed(root: Path, name: str) -> tuple[Files, list[Found]]:
     if not rows:
         raise UserError(f"{path}: lists no image")
     files = Files.of(path.parent, list(rows))
-    return files, [rows[files.odd.get(key, key)] for key in files.keys]
+    said = [rows[files.odd.get(key, key)] for key in files.keys]
+    return files, [name for name, _ in said], [split for _, split in said]
 
 
 def _check_header(path: Path, header: Sequence[str]) -> None:
@@ -197,7 +193,7 @@ def _check_header(path: Path, header: Sequence[str]) -> None:
         raise UserError(f"{path}:1: begins with the names of its columns: path, or path,label, or path,label,split")
 
 
-def _row(place: str, cells: dict[str, str], header: Sequence[str], row: Sequence[str]) -> tuple[str, Found]:
+def _row(place: str, cells: dict[str, str], header: Sequence[str], row: Sequence[str]) -> tuple[str, Said]:
     """Return the path in a row, and what it says."""
     if len(row) != len(header):
         raise UserError(f"{place}: has {len(row)} cells, and there are {len(header)} columns")
@@ -207,7 +203,7 @@ def _row(place: str, cells: dict[str, str], header: Sequence[str], row: Sequence
     split = cells.get("split", "train")
     if split.lower() not in SPLITS:
         raise UserError(f"{place}: no such split{did_you_mean(split, SPLITS)} (train, valid, test) (got {split!r})")
-    return key, Found(cells.get("label", "").strip() or None, SPLITS[split.lower()])
+    return key, (cells.get("label", "").strip() or None, SPLITS[split.lower()])
 
 
 @hookimpl
