@@ -74,3 +74,9 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     found = CliRunner().invoke(app, ["check", str(path), "--duplicates"])
     assert found.exit_code == 0, found.output
     assert found.output.endswith(f"ours: {lost}\nours: 33 images, 0 in more than one split\n")
+    path.write_text(REGISTRY.replace("  two:", "  # two:").replace("root: images}", "root: image}"))
+    found = CliRunner().invoke(app, ["check", str(path), "--duplicates"])
+    assert (found.exit_code, found.stderr) == (
+        1,
+        f"{path}:4:3: datasets.ours: {tmp_path / 'image'}: there is no such folder; did you mean 'images'?\n",
+    )

@@ -316,6 +316,11 @@ def test_faults_of_parquet(tmp_path: Path) -> None:
     assert told(ImageNet(root=HERE), tmp_path).startswith(
         f"BASE/set/{path.name}: must have the columns image (bytes, path) and label ("
     )
+    path.rename(path.with_name("trian.parquet"))
+    assert told(ImageNet(root=HERE), tmp_path) == (
+        "BASE/set/trian.parquet: the name begins with its split: train-, validation- or test-; did you mean 'train'?"
+    )
+    path.with_name("trian.parquet").unlink()
     path.write_bytes(b"no parquet")
     assert told(ImageNet(root=HERE), tmp_path).startswith(
         f"BASE/set/{path.name}: must have the columns image (bytes, path) and label ("

@@ -227,8 +227,12 @@ def _duplicates(registry: "Registry", printer: "Printer") -> int:
     from saefw.plugin import DatasetConfig
 
     total = 0
-    for member in (member for family in registry.families["datasets"].values() for member in family):
-        dataset, seen = cast(DatasetConfig, member.entry).open(registry.base), Duplicates()
+    members = [(name, member) for name, family in registry.families["datasets"].items() for member in family]
+    for name, member in members:
+        try:
+            dataset, seen = cast(DatasetConfig, member.entry).open(registry.base), Duplicates()
+        except UserError as error:
+            raise UserError(f"{registry.place('datasets', name)}: datasets.{name}: {error}") from error
         try:
             with closing(seen.watch(dataset)) as steps:
                 for done in steps:

@@ -139,15 +139,18 @@ def image_files(root: Path, below: Sequence[str] = ("",)) -> Files:
     return Files.of(root, paths)
 
 
-def folder(root: Path) -> None:
-    """Check that a folder is there.
+def folder(root: Path) -> list[str]:
+    """Return the names of what lies in a folder, hidden things left out, in order.
 
     Raises:
-        UserError: it is not; a folder beside it with a name like it is named.
+        UserError: there is no such folder, and one beside it with a name like it is named; or it cannot be read.
 
     """
     if root.is_dir():
-        return
+        try:
+            return sorted(name for name in os.listdir(root) if not name.startswith("."))
+        except OSError as error:
+            raise UserError(f"{root}: cannot be read ({error.strerror})") from error
     if root.exists():
         raise UserError(f"{root}: is a file; the folder of the images is asked for")
     beside = [path.name for path in root.parent.iterdir() if path.is_dir()] if root.parent.is_dir() else []
@@ -166,11 +169,10 @@ def inside(root: Path, *names: str, holds: Sequence[str] = ()) -> Path:
         UserError: there is no such folder.
 
     """
-    folder(root)
+    there = folder(root)
     for place in (*(root / name for name in names), root):
         if any((place / name).exists() for name in holds or ("",)):
             return place
-    there = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
     found = ", ".join(there[:6]) + (", ..." if len(there) > 6 else "")
     wanted = " or ".join(holds)
     raise UserError(f"{root}: holds no {wanted}, nor does {names[0]} in it; it holds {found or 'nothing'}")

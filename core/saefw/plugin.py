@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from saefw.entry import Entry, Knob, Late, Names, Place
 from saefw.errors import NotYet, UserError, did_you_mean
 from saefw.images import open_image
-from saefw.imagesets import Dataset, Example, Files, ImageFiles, clean, image_files, inside, read_lines
+from saefw.imagesets import Dataset, Example, Files, ImageFiles, clean, folder, image_files, inside, read_lines
 from saefw.run import Pick, Run
 from saefw.sae import Codes, Sae
 from saefw.splits import Split, carve, stratified
@@ -56,6 +56,7 @@ __all__ = [
     "carve",
     "clean",
     "did_you_mean",
+    "folder",
     "hookimpl",
     "image_files",
     "inside",

@@ -23,6 +23,8 @@ from saefw.plugin import (
     Split,
     UserError,
     carve,
+    did_you_mean,
+    folder,
     hookimpl,
     image_files,
     inside,
@@ -76,18 +78,15 @@ class ImageNet(DatasetConfig):
 
         """
         root = self.root.open(base)
-        for folder in (root / "data", root):
-            paths = sorted(folder.glob("*.parquet"), key=lambda path: path.name)
+        for place in (root / "data", root):
+            paths = sorted(place.glob("*.parquet"), key=lambda path: path.name)
             if paths:
                 return self._parquet(paths)
         return self._folders(root)
 
-    def _split(self, word: str) -> Split:
-        return "train" if word == "train" else self.val
-
     def _folders(self, root: Path) -> Dataset:
         """Open the folders of the challenge."""
-        if root.is_dir() and any(SYNSET.fullmatch(path.name) for path in root.iterdir()):
+        if any(SYNSET.fullmatch(name) for name in folder(root)):
             raise UserError(f"{root}: holds the folders of synsets themselves; did you mean {root.absolute().parent}?")
         data = inside(root, KAGGLE, "Data/CLS-LOC", holds=("train", "val"))
         files = image_files(data, [name for name in ("train", "val") if (data / name).is_dir()])
@@ -109,14 +108,19 @@ class ImageNet(DatasetConfig):
         wnids = sorted(set(synsets))
         index = {wnid: i for i, wnid in enumerate(wnids)}
         labels = [index[wnid] for wnid in synsets]
-        splits = [self._split(key[: key.index("/")]) for key in files.keys]
+        splits: list[Split] = ["train" if key.startswith("train/") else self.val for key in files.keys]
         carve(files.keys, labels, splits, self.valid, self.test, self.seed)
         return ImageFiles(files, labels, splits, _readable(_lemmas(lists, wnids), wnids))
 
     def _parquet(self, paths: Sequence[Path]) -> Dataset:
         """Open parquet files named by split: train-00000-of-00294.parquet."""
+        words: dict[str, Split] = {"train": "train", "validation": self.val, "val": self.val, "test": "test"}
+        for path in paths:
+            if (word := path.stem.split("-")[0]) not in words:
+                near = did_you_mean(word, words)
+                raise UserError(f"{path}: the name begins with its split: train-, validation- or test-{near}")
         rows = Rows(paths)
-        splits = [self._split(paths[i].name.split("-")[0]) for i, labels in enumerate(rows.labels) for _ in labels]
+        splits = [words[paths[i].stem.split("-")[0]] for i, labels in enumerate(rows.labels) for _ in labels]
         labels = [label for some in rows.labels for label in some]
         carve([rows.key(i) for i in range(len(rows))], labels, splits, self.valid, self.test, self.seed)
         rows.splits = splits
@@ -128,11 +132,11 @@ class ImageNet(DatasetConfig):
 
 def _truth(lists: Sequence[Path], data: Path) -> dict[str, str]:
     """Return the synset of each validation image by its name, for the images that lie in one folder."""
-    for folder in lists:
-        if (folder / TRUTH).exists():
-            return dict(_solution(folder / TRUTH))
-        if (folder / DEVKIT).is_dir():
-            return _devkit(folder / DEVKIT)
+    for place in lists:
+        if (place / TRUTH).exists():
+            return dict(_solution(place / TRUTH))
+        if (place / DEVKIT).is_dir():
+            return _devkit(place / DEVKIT)
     raise UserError(
         f"{data / 'val'}: its images lie in no folders of synsets, and neither {TRUTH} (Kaggle) nor {DEVKIT} "
         f"(image-net.org), which would say what they show, is in {lists[0]}"
@@ -151,17 +155,17 @@ def _solution(path: Path) -> Iterator[tuple[str, str]]:
             yield row[0], synset[0]
 
 
-def _devkit(folder: Path) -> dict[str, str]:
+def _devkit(kit: Path) -> dict[str, str]:
     """Return image and synset of the development kit, whose numbers are not in the order of the synsets."""
     from scipy.io import loadmat
 
     try:
-        synsets: Any = loadmat(folder / "meta.mat", squeeze_me=True, variable_names=["synsets"])["synsets"]
+        synsets: Any = loadmat(kit / "meta.mat", squeeze_me=True, variable_names=["synsets"])["synsets"]
         by_number = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
     except Exception as error:  # of damaged files scipy raises what it happens to meet
-        raise UserError(f"{folder / 'meta.mat'}: cannot be read ({error})") from error
+        raise UserError(f"{kit / 'meta.mat'}: cannot be read ({error})") from error
     found = {}
-    path = folder / "ILSVRC2012_validation_ground_truth.txt"
+    path = kit / "ILSVRC2012_validation_ground_truth.txt"
     for number, (text,) in read_lines(path, 1, "the number of a synset"):
         if not text.isdecimal() or int(text) not in by_number:
             raise UserError(f"{path}:{number}: meta.mat has no synset {text}")
@@ -171,9 +175,9 @@ def _devkit(folder: Path) -> dict[str, str]:
 
 def _lemmas(lists: Sequence[Path], wnids: Sequence[str]) -> list[str]:
     """Return the words for some synsets: those of the list beside the images, or else of WordNet, as timm has them."""
-    for folder in lists:
-        if (folder / MAPPING).exists():
-            words = {wnid: text for _, (wnid, text) in read_lines(folder / MAPPING, 2, "a synset and its words")}
+    for place in lists:
+        if (place / MAPPING).exists():
+            words = {wnid: text for _, (wnid, text) in read_lines(place / MAPPING, 2, "a synset and its words")}
             return [words.get(wnid, wnid) for wnid in wnids]
     mend_torchvision()
     from timm.data.imagenet_info import ImageNetInfo
