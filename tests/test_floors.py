@@ -11,11 +11,11 @@ TOP = Path(__file__).parents[1]
 FLOORS = (
     ("saefw",),
     ("errors", "images", "moments", "sae", "splits", "unit", "vision"),
-    ("archives", "entry", "fetch", "pictures", "places", "store", "stream", "style", "wording"),
+    ("archives", "entry", "fetch", "imagesets", "pictures", "places", "store", "stream", "style", "wording"),
     ("run", "shards"),
     ("plugin",),
     ("blocks", "hookspecs", "metrics", "originals", "tally"),
-    ("catalog", "controls", "facts", "forward", "get", "outcome", "steering", "testing"),
+    ("catalog", "controls", "duplicates", "facts", "forward", "get", "outcome", "steering", "testing"),
     ("registry", "stages", "stages.probe", "stages.record", "stages.train"),
     ("pipeline", "stages.charts", "stages.drawings", "stages.figures", "stages.steer", "stages.visuals"),
     ("tables",),

@@ -21,6 +21,8 @@ from saefw.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from saefw.catalog import Catalog
+    from saefw.printer import Printer
+    from saefw.registry import Registry
     from saefw.store import Store
 
 REGISTRY = Path("registry.yaml")
@@ -188,7 +190,12 @@ def run(
 
 
 @app.command()
-def check(file: File = REGISTRY) -> None:
+def check(
+    file: File = REGISTRY,
+    duplicates: Annotated[
+        bool, typer.Option("--duplicates", help="Also open every image, and find those that are in two splits.")
+    ] = False,
+) -> None:
     """Read a registry and list its units; say all that is wrong with it."""
     from saefw import pipeline
     from saefw.catalog import Catalog
@@ -204,8 +211,42 @@ def check(file: File = REGISTRY) -> None:
         for kind, block in registry.families.items()
         if block
     ]
-    Printer(console()).planned(plans)
+    printer = Printer(console())
+    printer.planned(plans)
     print(f"{file}: fine; {', '.join(counts)}")
+    if duplicates and _duplicates(registry, printer):
+        raise typer.Exit(1)
+
+
+def _duplicates(registry: "Registry", printer: "Printer") -> int:
+    """Print the pictures that are in two splits of a dataset; return how many."""
+    from contextlib import closing
+    from typing import cast
+
+    from saefw.duplicates import Duplicates
+    from saefw.plugin import DatasetConfig
+
+    total = 0
+    members = [(name, member) for name, family in registry.families["datasets"].items() for member in family]
+    for name, member in members:
+        try:
+            dataset, seen = cast(DatasetConfig, member.entry).open(registry.base), Duplicates()
+        except UserError as error:
+            raise UserError(f"{registry.place('datasets', name)}: datasets.{name}: {error}") from error
+        try:
+            with closing(seen.watch(dataset)) as steps:
+                for done in steps:
+                    printer.saefw_progressed(member.label, done, len(dataset), "images")
+        finally:
+            printer.close()
+        found = seen.across()
+        for copies in found:
+            print(f"{member.label}: one picture in {', '.join(f'{copy.key} ({copy.split})' for copy in copies)}")
+        for text in seen.unread:
+            print(f"{member.label}: {text}")
+        print(f"{member.label}: {len(dataset):,} images, {len(found):,} in more than one split")
+        total += len(found)
+    return total
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """All that a plugin author imports."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, final
@@ -9,12 +10,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from saefw.entry import Entry, Knob, Late, Names, Place
-from saefw.errors import NotYet, UserError
+from saefw.errors import NotYet, UserError, did_you_mean
 from saefw.fetch import Source
 from saefw.images import open_image
+from saefw.imagesets import Dataset, Example, Files, ImageFiles, clean, folder, image_files, inside, read_lines
 from saefw.run import Pick, Run
 from saefw.sae import Codes, Sae
-from saefw.splits import stratified
+from saefw.splits import Split, carve, stratified
 from saefw.unit import Unit
 from saefw.vision import mend_torchvision
 
@@ -33,6 +35,8 @@ __all__ = [
     "Entry",
     "Example",
     "FigureConfig",
+    "Files",
+    "ImageFiles",
     "Knob",
     "Late",
     "Metric",
@@ -51,17 +55,21 @@ __all__ = [
     "Task",
     "Unit",
     "UserError",
+    "carve",
+    "clean",
+    "did_you_mean",
+    "folder",
     "hookimpl",
+    "image_files",
+    "inside",
     "mend_torchvision",
     "open_image",
+    "read_lines",
     "stratified",
 ]
 
 hookimpl = pluggy.HookimplMarker("saefw")
 """Marks a function of a plugin module as its answer to the hook of the same name."""
-
-Split = Literal["train", "valid", "test"]
-
 
 # Backbones
 
@@ -180,39 +188,6 @@ class BackboneConfig(Entry):
 # Datasets
 
 
-class Example(NamedTuple):
-    """One image of a dataset."""
-
-    key: str
-    """Stable name of the image, unique in its dataset."""
-
-    label: int
-    """Index into the dataset's classes; -1: none."""
-
-    split: Split
-    """The plugin decides it, with a fixed rule or seed."""
-
-    load: Callable[[], "Image"]
-    """Opens the image, late, perhaps in a worker."""
-
-
-class Dataset(Protocol):
-    """An ordered set of images; the order never changes."""
-
-    @property
-    def classes(self) -> Sequence[str]:
-        """Names of the classes, by label."""
-        ...
-
-    def __len__(self) -> int:
-        """How many images."""
-        ...
-
-    def __getitem__(self, index: int) -> Example:
-        """The image at an index, not yet loaded."""
-        ...
-
-
 class _Subset:
     """Some images of a dataset, in its order."""
 
@@ -250,9 +225,14 @@ class DatasetConfig(Entry):
         whole = self.build(base)
         if self.limit is None or len(whole) <= self.limit:
             return whole
-        examples = [whole[i] for i in range(len(whole))]
-        strata = [(example.split, example.label) for example in examples]
-        return _Subset(whole, stratified([example.key for example in examples], strata, self.limit))
+        keys, labels, splits = zip(*(whole[i][:3] for i in range(len(whole))), strict=True)
+        # First among the splits, then among the classes of each: else of many classes the large split would take all.
+        counts = Counter(splits[i] for i in stratified(keys, splits, self.limit))
+        chosen: list[int] = []
+        for split, n in counts.items():
+            ours = [i for i, other in enumerate(splits) if other == split]
+            chosen += [ours[i] for i in stratified([keys[i] for i in ours], [labels[i] for i in ours], n)]
+        return _Subset(whole, sorted(chosen))
 
     def build(self, base: Path) -> Dataset:
         """Open all of it; `base` is the folder of registry.yaml, from which relative paths count.

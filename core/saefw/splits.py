@@ -2,6 +2,11 @@
 
 from collections.abc import Hashable, Sequence
 from hashlib import sha256
+from typing import Literal
+
+import numpy as np
+
+Split = Literal["train", "valid", "test"]
 
 
 def stratified(keys: Sequence[str], strata: Sequence[Hashable], n: int, seed: int = 0) -> list[int]:
@@ -17,14 +22,50 @@ def stratified(keys: Sequence[str], strata: Sequence[Hashable], n: int, seed: in
         seed: another one gives another choice.
 
     """
-    drawn = [sha256(f"{seed}:{key}".encode("utf-8", "surrogatepass")).digest() for key in keys]
-    by_stratum: dict[Hashable, list[int]] = {}
-    for index, stratum in enumerate(strata):
-        by_stratum.setdefault(stratum, []).append(index)
+    return sorted(_turns(keys, strata, seed)[:n])
+
+
+def carve(
+    keys: Sequence[str], strata: Sequence[Hashable], splits: list[Split], valid: float, test: float, seed: int = 0
+) -> None:
+    """Move shares of the train images of each stratum to valid and to test, where `splits` has none of these yet.
+
+    Args:
+        keys: one an image, unique.
+        strata: one an image.
+        splits: one an image; changed in place.
+        valid: share of the train images that becomes valid.
+        test: share of the train images that becomes test; of a larger one the images of a smaller one are part.
+        seed: another one gives another choice.
+
+    """
+    shares: tuple[tuple[Split, float], ...] = (("test", test), ("valid", valid))
+    wanted = [(split, share) for split, share in shares if share and split not in splits]
+    train = [index for index, split in enumerate(splits) if split == "train"]
+    if not wanted or not train:
+        return
+    turns = _turns([keys[i] for i in train], [strata[i] for i in train], seed)
+    first = 0
+    for split, share in wanted:
+        n = round(share * len(train))
+        for i in turns[first : first + n]:
+            splits[train[i]] = split
+        first += n
+
+
+def _turns(keys: Sequence[str], strata: Sequence[Hashable], seed: int) -> list[int]:
+    """Return all indices in the order in which they are chosen."""
+    if not keys:
+        return []
+    digests = (sha256(f"{seed}:{key}".encode("utf-8", "surrogatepass")).digest()[:8] for key in keys)
+    drawn = np.frombuffer(b"".join(digests), dtype=">u8")
+    numbers: dict[Hashable, int] = {}
+    stratum = np.array([numbers.setdefault(name, len(numbers)) for name in strata])
+    order = np.lexsort((drawn, stratum))
+    sizes = np.bincount(stratum)
+    starts = np.cumsum(sizes) - sizes
     # The i-th of the m images of a stratum, in drawn order, is wanted once i + 1/2 of m are: so shares round evenly.
-    turn: list[tuple[float, bytes, int]] = []
-    for indices in by_stratum.values():
-        indices.sort(key=lambda index: drawn[index])
-        turn += [((i + 0.5) / len(indices), drawn[index], index) for i, index in enumerate(indices)]
-    turn.sort()
-    return sorted(index for _, _, index in turn[:n])
+    place = np.empty(len(keys))
+    place[order] = (np.arange(len(keys)) - starts[stratum[order]] + 0.5) / sizes[stratum[order]]
+    turns: list[int] = np.lexsort((drawn, place)).tolist()
+    return turns
