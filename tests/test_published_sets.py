@@ -10,11 +10,17 @@ from trees import caltech101, cub200, flowers102, imagenet, parquet, png, rows, 
 import saefw_imagenet
 from saefw.errors import UserError
 from saefw.plugin import DatasetConfig, Place
-from saefw.testing import check_dataset
+from saefw.testing import check_dataset, check_imports
 from saefw_caltech101 import Caltech101
 from saefw_cub200 import Cub200
 from saefw_flowers102 import NAMES, Flowers102
 from saefw_imagenet import ImageNet
+
+
+@pytest.fixture(scope="module", autouse=True)
+def light_modules() -> None:
+    """All modules in one fresh Python, which the checks of single sets then need not start again."""
+    check_imports(cls.__module__ for cls in (Caltech101, Cub200, Flowers102, ImageNet))
 
 
 def told(config: DatasetConfig, base: Path) -> str:
