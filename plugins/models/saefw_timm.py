@@ -128,13 +128,12 @@ class TimmBackbone(Backbone):
     def __init__(self, info: BackboneInfo, model: Any) -> None:
         """Wrap a model whose configuration of its weights is beside it, as timm's `create_model` leaves it."""
         super().__init__()
-        from timm.data import create_transform, resolve_data_config
-
+        data = _timm().data
         self.info = info
         self._model: Any = model
-        config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
+        config = data.resolve_data_config(pretrained_cfg=model.pretrained_cfg)
         config["input_size"] = (3, *model.patch_embed.img_size)
-        *fit, self._to_tensor, self._normalise = create_transform(**config, is_training=False).transforms
+        *fit, self._to_tensor, self._normalise = data.create_transform(**config, is_training=False).transforms
         self._fit = fit
 
     @property
@@ -282,13 +281,12 @@ def _named(model: str) -> tuple[str, tuple[int, int]]:
     from timm.models import get_arch_pretrained_cfgs, get_deprecated_models
 
     arch, _, tag = model.partition(".")
-    archs = timm.list_models()
-    if arch not in archs:
+    if arch not in timm.list_models():
         renamed = get_deprecated_models().get(model)
-        near = [renamed] if renamed else get_close_matches(model, archs, n=1)
+        near = [renamed] if renamed else get_close_matches(arch, _stacks(), n=1)
         if near:
             raise ValueError(f"timm has no such model; did you mean '{near[0]}'?")
-        raise ValueError(f"timm has no such model; of its ViTs the nearest names are {_alike(arch)}")
+        raise ValueError(f"timm has no such model; near names of its ViTs: {_alike(arch)}")
     tagged = get_arch_pretrained_cfgs(arch)
     if tag and model not in tagged:
         there = f"there are: {', '.join(name.partition('.')[2] for name in tagged)}" if tagged else "there are none"
@@ -307,13 +305,10 @@ def _stack(name: str) -> Stack:
         ValueError: it is no plain stack of ViT blocks.
 
     """
-    timm = _timm()
-    from timm.models import is_model_in_modules
-
-    if not is_model_in_modules(name.partition(".")[0], MODULES):
-        raise ValueError(f"is no plain stack of ViT blocks; of those that are the nearest names are {_alike(name)}")
+    if name.partition(".")[0] not in _stacks():
+        raise ValueError(f"is no plain stack of ViT blocks; near names that are: {_alike(name)}")
     with torch.device("meta"):
-        model = timm.create_model(name)
+        model = _timm().create_model(name)
     return Stack(_info(model), tuple(model.patch_embed.feat_ratio(as_scalar=False)))
 
 
@@ -333,11 +328,14 @@ def _info(model: Any) -> BackboneInfo:
 
 
 @cache
+def _stacks() -> list[str]:
+    """Return the names, without tags, of all plain stacks of ViT blocks."""
+    return [name for module in MODULES for name in _timm().list_models(module=module)]
+
+
 def _alike(name: str) -> str:
-    """Return the names of the three ViTs that are spelled most like a name."""
-    timm = _timm()
-    stacks = [model for module in MODULES for model in timm.list_models(module=module)]
-    return ", ".join(f"'{near}'" for near in get_close_matches(name.partition(".")[0], stacks, cutoff=0))
+    """Return the names of the three of them that are spelled most like a name."""
+    return ", ".join(f"'{near}'" for near in get_close_matches(name.partition(".")[0], _stacks(), cutoff=0))
 
 
 def _sides(img_size: int | tuple[int, int]) -> tuple[int, int]:
