@@ -80,7 +80,8 @@ def sources(datasets: "Mapping[str, type[DatasetConfig]]") -> Table:
     shown = table("dataset", "images>", "download>", "where it comes from")
     for use, cls in datasets.items():
         size = sum(source.bytes for source in cls.sources)
-        shown.add_row(Text(use, style="bold"), f"{cls.n_images:,}" if cls.n_images else "", f"{size / 1e6:,.0f} MB", cls.terms)
+        images = f"{cls.n_images:,}" if cls.n_images else ""
+        shown.add_row(Text(use, style="bold"), images, f"{size / 1e6:,.0f} MB", cls.terms)
     return shown
 
 
