@@ -12,9 +12,11 @@ import duckdb
 import numpy as np
 import pytest
 
+from saefw.care import write_atomically
 from saefw.errors import Faults, UserError
+from saefw.index import INDEX
 from saefw.run import LOG, Run
-from saefw.store import INDEX, Store, write_atomically
+from saefw.store import Store
 from saefw.unit import Unit
 
 

@@ -327,7 +327,7 @@ def sql(
 @app.command()
 def index(registry: Of = REGISTRY) -> None:
     """Make saefw.duckdb anew from the parquet in the folders of the units."""
-    from saefw.store import INDEX
+    from saefw.index import INDEX
 
     store = _store(registry)
     if not store.root.is_dir():
