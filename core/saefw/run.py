@@ -1,6 +1,7 @@
 """What a stage finds on its desk."""
 
 import json
+import logging
 import math
 import os
 import time
@@ -26,6 +27,8 @@ LOG = "metric.jsonl"
 PATIENCE, PAUSE = 0.5, 0.1
 """Seconds before a check says how far it is, and between two such words."""
 
+
+logger = logging.getLogger("saefw")
 
 T = TypeVar("T")
 
@@ -278,11 +281,13 @@ class Run:
 
         Returns False, and forgets all, if what was logged before the mark is damaged.
         """
-        self._close_logs()
+        if (log := self._logs.pop(unit.address, None)) is not None:
+            os.close(log)
         path = self.store.begin(unit) / LOG
-        data = path.read_bytes() if mark and path.exists() else b""
-        data = data[: int(mark.partition(":")[0])] if mark else b""
+        data = path.read_bytes()[: int(mark.partition(":")[0])] if mark and path.exists() else b""
         whole = not mark or _mark(data) == mark
+        if not whole:
+            logger.warning("%s: damaged; it is not used, and what it held is made again", path)
         write_atomically(path, data if whole else b"")
         self._begun.add(unit.address)
         return whole
@@ -363,9 +368,10 @@ class Run:
             raise RuntimeError(f"'{unit.label}' was logged to after it was kept")
         if len(self._logs) >= 200:  # a sweep may be wider than the system lets one process open files
             self._close_logs()
-        if unit.address not in self._begun:
-            self.rewind(unit)
-        handle = os.open(self.store.begin(unit) / LOG, os.O_WRONLY | os.O_APPEND)
+        # What an earlier run logged counts only for a stage that rewound to a mark in it.
+        anew = 0 if unit.address in self._begun else os.O_TRUNC
+        handle = os.open(self.store.begin(unit) / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | anew, 0o666)
+        self._begun.add(unit.address)
         self._logs[unit.address] = handle
         return handle
 

@@ -297,13 +297,8 @@ def _fitting(jobs: Sequence[Job], n_images: int, memory: float) -> Iterator[list
 
 
 def _begun(job: Job) -> Tally:
-    """Return the tally that an interrupted run left in the unit's folder, or a fresh one."""
-    sizes = job.d_sae, job.n_patches, job.n_classes, job.top, job.folder / PAIRS
-    path = job.folder / CHECKPOINT
-    if not path.exists():
-        return Tally(*sizes)
     """Return the tally that an interrupted run left whole in the unit's folder, or a fresh one."""
-    sizes = job.sae.d_sae, job.n_patches, job.n_classes, job.top, job.folder / PAIRS
+    sizes = job.d_sae, job.n_patches, job.n_classes, job.top, job.folder / PAIRS
     found = sealed.read(job.folder / CHECKPOINT)
     try:
         return Tally(*sizes, found[0] if found else None)
