@@ -170,7 +170,7 @@ def run(
         catalog.manager.trace.root.setwriter(lambda text: print(text, end="", file=sys.stderr))
         catalog.manager.enable_tracing()
     registry = read(file, catalog)
-    desk = pipeline.desk(registry, catalog)
+    desk = pipeline.desk(registry, catalog, mend=not dry)
     plans = pipeline.plan(registry, catalog, stage, desk)
     printer = Printer(console())
     if dry:

@@ -84,8 +84,11 @@ class HookWatcher(Watcher):
         self.hook.saefw_kept(unit=unit, folder=folder, seconds=seconds)
 
 
-def desk(registry: Registry, catalog: Catalog, watcher: Watcher | None = None) -> Run:
-    """Set the desk on which the stages of a registry work; by default the hooks are told what happens."""
+def desk(registry: Registry, catalog: Catalog, watcher: Watcher | None = None, mend: bool = False) -> Run:
+    """Set the desk on which the stages of a registry work; by default the hooks are told what happens.
+
+    With `mend`, damage that is met is put right, as far as a run does that; or else it is only said.
+    """
     return Run(
         Store(registry.store),
         registry.base,
@@ -94,6 +97,7 @@ def desk(registry: Registry, catalog: Catalog, watcher: Watcher | None = None) -
         registry.device,
         _made_with(registry, catalog),
         watcher or HookWatcher(catalog),
+        mend,
     )
 
 
@@ -154,7 +158,7 @@ def run(
 
     """
     observer = observer or Observer()
-    work = desk(registry, catalog, watcher)
+    work = desk(registry, catalog, watcher, mend=True)
     done: list[StagePlan] = []
     try:
         for name in _names(registry, only):

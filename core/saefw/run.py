@@ -108,6 +108,7 @@ class Run:
         device: str = "auto",
         made_with: Mapping[str, str] | None = None,
         watcher: Watcher | None = None,
+        mend: bool = False,
     ) -> None:
         """Set the desk.
 
@@ -119,6 +120,7 @@ class Run:
             device: `auto`, `cpu`, `cuda`, `mps` or `cuda:1`.
             made_with: versions of the code, stored with each unit.
             watcher: who is told.
+            mend: whether damage that is met is put right, as in a run; or only said.
 
         """
         self.store, self.base, self.metrics = store, base, metrics
@@ -133,7 +135,7 @@ class Run:
         """Units whose log is that of this run, from its start or from a mark on."""
         self._sound: set[str] = set()
         """Kept units that need no check any more: made by this process, or found whole."""
-        self._making = False
+        self._mend = mend
 
     # What was asked for
 
@@ -209,7 +211,7 @@ class Run:
         """
         if not self.store.has(unit):
             return self.store.begin(unit)
-        if self._making:
+        if self._mend:
             self.check(unit)
         return self.store.folder(unit)
 
@@ -243,7 +245,7 @@ class Run:
     def _put_right(self, unit: Unit, damage: Sequence[Damage]) -> str:
         """Set a damaged unit back, in a run; return what there is to say of it."""
         folder, text = self.store.folder(unit), said(damage)
-        if not self._making:
+        if not self._mend:
             return f"{text}; `saefw verify --mend` sets '{unit.label}' back, and `saefw run` makes it again"
         try:
             self.store.set_back(folder, damage)
@@ -332,7 +334,7 @@ class Run:
             with self.store.db() as db:
                 yield db
         except BrokenIndex as error:
-            if not self._making:
+            if not self._mend:
                 raise
             try:
                 self.store.drop()
@@ -346,7 +348,7 @@ class Run:
     def enter(self, stage: str) -> None:
         """Begin a stage: its clock starts."""
         self._close_logs()
-        self.stage, self._started, self._making = stage, time.monotonic(), True
+        self.stage, self._started = stage, time.monotonic()
 
     def listed(self, stage: str, units: Sequence[Unit]) -> None:
         """Note what a stage makes, for the stages below it."""
