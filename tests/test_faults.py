@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from fnmatch import fnmatch
@@ -20,8 +21,11 @@ import tiny
 from test_run import fingerprints
 from typer.testing import CliRunner
 
+from saefw.care import listed
 from saefw.cli import app
+from saefw.errors import UserError
 from saefw.store import Store
+from saefw_experiment import choices, opened
 
 REGISTRY = f"""
 saefw: 1
@@ -274,8 +278,21 @@ def test_a_damaged_index(place: Place, injure: Callable[[Path], None]) -> None:
     assert place()[::2] == (0, "")
 
 
-def flip_a_block(index: Path) -> None:
-    """Damage the index where nobody notices who only opens it and lists its units."""
+def test_warnings_reach_the_terminal(place: Place) -> None:
+    index = place.store.root / "saefw.duckdb"
+    empty(index)
+    code = "from saefw.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "check", str(place.base / "registry.yaml")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == f"{index}: cannot be read; made anew from the folders of the units\n"
+
+
+def flip_a_block(index: Path, query: str = "FROM final") -> None:
+    """Damage the index where a query fails, but nobody notices who only opens it and lists its units."""
     whole = index.read_bytes()
     for at in range(len(whole) - 5000, 0, -50_000):
         index.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
@@ -284,7 +301,7 @@ def flip_a_block(index: Path) -> None:
                 db.execute("SELECT comment FROM duckdb_views()").fetchall()
                 db.execute("SELECT unit FROM unit").fetchall()
                 try:
-                    db.execute("FROM final").fetchall()
+                    db.execute(query).fetchall()
                 except duckdb.Error:
                     return
         except duckdb.Error:
@@ -306,6 +323,40 @@ def test_an_index_that_turns_out_damaged_in_the_middle_of_a_query(place: Place) 
     )  # fmt: skip
     assert place()[::2] == (0, "")
     assert fingerprints(place.store) == before
+
+
+def test_an_index_that_turns_out_damaged_while_it_is_brought_up_to_date(place: Place) -> None:
+    index = place.store.root / "saefw.duckdb"
+    flip_a_block(index, "SELECT unit FROM metric")
+    place.forget("draw")
+    assert place("run", "--stage", "steer")[::2] == (
+        0, f"{index}: damaged; made anew from the folders of the units\n",
+    )  # fmt: skip
+    assert place.store.whole()
+
+
+def test_the_page_says_what_is_damaged_and_changes_nothing(place: Place) -> None:
+    file = place.unit(*SAE) / "sae.safetensors"
+    flip(file)
+    (choice,) = choices(place.base / "registry.yaml")
+    with pytest.raises(UserError) as caught:
+        opened(choice)
+    assert str(caught.value) == (
+        f"{file}: damaged ({SUM}); `saefw verify --mend` sets 'topk, vit on images, layer 1' back, and `saefw run` "
+        "makes it again"
+    )
+    assert file.exists()
+
+
+def test_a_check_that_takes_long_says_how_far_it_is(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saefw.run.PATIENCE", 0.0)
+    monkeypatch.setattr("saefw.run.PAUSE", 0.0)
+    monkeypatch.setattr("saefw.printer.EVERY", 0.0)
+    total = sum(size for size, _ in listed(place.unit(*ACTS)).values())
+    place.forget("train")
+    lines = [line for line in place("run", "--stage", "sweep").out.splitlines() if "bytes checked" in line]
+    assert len(lines) > 5
+    assert re.fullmatch(rf"sweep: {total:,} of {total:,} bytes checked \(100 %\), \S+/s, \S+ s left", lines[-1])
 
 
 # The disk

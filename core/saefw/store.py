@@ -160,8 +160,9 @@ class Store(Index):
             OSError: the store cannot be written to.
 
         """
-        with self._flock(self.root / "locks" / folder.name):
-            self.unkeep(folder, damage)
+        if (folder / MADE).exists():
+            with self._flock(self.root / "locks" / folder.name):
+                self.unkeep(folder, damage)
 
     def unkeep(self, folder: Path, damage: Sequence[Damage]) -> None:
         """Do what `set_back` does, for one who holds the lock.
