@@ -317,7 +317,8 @@ def test_many_rows(saefw: Saefw) -> None:
 
 
 def test_index(saefw: Saefw) -> None:
-    assert saefw("index", exit_code=1) == "runs: there is no such folder; `saefw run` makes it"
+    for command in ("index", "verify"):
+        assert saefw(command, exit_code=1) == "runs: there is no such folder; `saefw run` makes it"
     saefw("run", "--stage", "numbers")
     (saefw.base / "runs/saefw.duckdb").unlink()
     assert saefw("index") == "runs/saefw.duckdb: 3 units"
