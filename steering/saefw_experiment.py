@@ -137,6 +137,7 @@ class Experiment:
 
         """
         sae, probe, _, classes, recording = unit.needs
+        run.check(unit, sae, probe)  # what is small; a recording may be a terabyte
         self.unit, self._looks = unit, run.folder(classes)
         self.acts = Acts(run.folder(recording))
         read = Acts(run.folder(probe.needs[0]))

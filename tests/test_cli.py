@@ -79,7 +79,19 @@ def test_help_imports_next_to_nothing() -> None:
         assert not heavy, heavy
     """
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    for word in ("run", "check", "plugins", "schema", "init", "sql", "index", "serve", "Examples:", "Exit codes:"):
+    for word in (
+        "run",
+        "check",
+        "plugins",
+        "schema",
+        "init",
+        "sql",
+        "index",
+        "verify",
+        "serve",
+        "Examples:",
+        "Exit codes:",
+    ):
         assert f" {word} " in f"{out} ".replace("\n", " ")
     assert max(map(len, out.splitlines())) <= 80 and "\x1b" not in out
 
@@ -305,15 +317,17 @@ def test_many_rows(saefw: Saefw) -> None:
 
 
 def test_index(saefw: Saefw) -> None:
-    assert saefw("index", exit_code=1) == "runs: there is no such folder; `saefw run` makes it"
+    for command in ("index", "verify"):
+        assert saefw(command, exit_code=1) == "runs: there is no such folder; `saefw run` makes it"
     saefw("run", "--stage", "numbers")
     (saefw.base / "runs/saefw.duckdb").unlink()
     assert saefw("index") == "runs/saefw.duckdb: 3 units"
     path = min((saefw.base / "runs/numbers").glob("*/metric.parquet"))
     path.write_bytes(b"")
-    err = saefw("index", exit_code=1)
-    assert err.startswith(f"{path.relative_to(saefw.base)}: damaged (")
-    assert err.endswith(f"delete the folder {path.parent.relative_to(saefw.base)} to make it again")
+    assert saefw("index", exit_code=1) == (
+        f"{path.relative_to(saefw.base)}: damaged (0 bytes, not 686); its unit is left out; "
+        "`saefw verify --mend` sets it back"
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -236,7 +236,7 @@ class Stop(torch.nn.Module):
         return tokens
 
 
-def test_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+def test_goes_on_where_it_was_stopped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Complete shards are not recorded again, damaged ones are, and the result is the same to the byte."""
     settings = {"backbone": "vit", "layers": [0, 1], "shard_mb": 0.01, "batch_size": 4}
     whole = desk(tmp_path / "whole", {"backbones": {"vit": StoppedVit()}})
@@ -250,10 +250,13 @@ def test_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     # Nine images are a shard: four shards are complete, the fifth is lost.
     assert len(list(folder.glob("acts-*"))) == 4 and not stopped.store.has(expected[1])
     (folder / "acts-00002.safetensors").write_bytes(b"damaged")
+    moments = folder / "moments-00001.safetensors"
+    moments.write_bytes(moments.read_bytes()[:-1] + bytes([moments.read_bytes()[-1] ^ 1]))
     (folder / "acts-00004.safetensors.part").write_bytes(b"torn")
     CALLS[:] = [0]
     assert record(stopped, **settings) == expected
-    assert sum(CALLS) == 60 - 3 * 9
+    assert sum(CALLS) == 60 - 2 * 9
+    assert caplog.messages == [f"{moments}: damaged; it is not used, and what it held is made again"]
     for unit in expected:
         assert files(stopped.folder(unit)) == files(whole.folder(unit))
     CALLS[:] = [0]

@@ -312,14 +312,20 @@ class Stopper(Watcher):
             raise Stop
 
 
-def test_a_run_that_was_stopped_goes_on_and_batches_do_not_matter(steered: Steered, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_run_that_was_stopped_goes_on_and_batches_do_not_matter(
+    steered: Steered, tmp_path: Path, damaged: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     stopper = Stopper()
     run = pipeline(copied(steered, tmp_path), stopper)
     stopper.after = 10
     with pytest.raises(Stop):
         made(run, "steer", Steer(**SETTINGS, batch_size=5))
     stopper.after, stopper.told = None, []
-    assert len(list(run.store.begin(run.made_by("steer")[0]).glob("part-*"))) == 2
+    parts = sorted(run.store.begin(run.made_by("steer")[0]).glob("part-*"))
+    assert len(parts) == 2
+    if damaged:
+        parts[1].write_bytes(parts[1].read_bytes()[:-1] + bytes([parts[1].read_bytes()[-1] ^ 1]))
     edited: list[slice] = []
     with pytest.MonkeyPatch.context() as patch:
         edit = Steer._edit
@@ -330,7 +336,9 @@ def test_a_run_that_was_stopped_goes_on_and_batches_do_not_matter(steered: Steer
 
         patch.setattr(Steer, "_edit", counted)
         (unit,) = made(run, "steer", Steer(**SETTINGS, batch_size=5))
-    assert edited == [slice(10, 12)], "images already done were done again"
+    told = f"{parts[1]}: damaged; it is not used, and what it held is made again"
+    assert caplog.messages == ([told] if damaged else [])
+    assert edited == [*([slice(5, 10)] if damaged else []), slice(10, 12)], "images already done were done again"
     assert "train images" not in {what for _, what in stopper.told}, "the gradient was taken again"
     assert unit == steered.unit
     assert not list(run.folder(unit).glob("part-*"))

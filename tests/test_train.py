@@ -266,7 +266,7 @@ def starting_steps(run: Run) -> list[int | None]:
     steps = []
     for unit in STAGE.units(run):
         training = Training(unit, 16, Stats(torch.zeros(16), torch.ones(16), 1.0, 1), N_STEPS, "cpu")
-        training.resume(run.store.partial(unit))
+        training.resume(run)
         steps.append(training.step if (run.store.partial(unit) / CHECKPOINT).exists() else None)
     return steps
 
@@ -277,10 +277,10 @@ def test_members_may_be_checkpoints_apart(
     """A kill between two checkpoints leaves one member ahead; the other catches up and nothing is trained twice."""
     often, checkpoint = STAGE.model_copy(update={"checkpoint_every": 0.0}), Training.checkpoint
 
-    def checkpoint_or_die(self: Training, folder: Path) -> None:
+    def checkpoint_or_die(self: Training, run: Run) -> None:
         if self.step == 4 and isinstance(self.config, TopK):
             raise Stop
-        checkpoint(self, folder)
+        checkpoint(self, run)
 
     monkeypatch.setattr(module, "WORTH", 0)
     monkeypatch.setattr(Training, "checkpoint", checkpoint_or_die)
@@ -300,14 +300,24 @@ def test_members_may_be_checkpoints_apart(
     assert len(set(steps)) == len(steps) == (N_STEPS - 4) + (N_STEPS - 3)
 
 
-def test_a_damaged_checkpoint_is_named(store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "log"])
+def test_a_damaged_checkpoint_is_not_used(
+    damage: str, whole: tuple[Run, list[Unit]], store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor is one whose log is damaged; that SAE is trained anew, the other goes on, and the bytes are the same."""
     with pytest.raises(Stop):
         trained(fresh(tmp_path, store, watcher=Killer(8)), STAGE.model_copy(update={"checkpoint_every": 0.0}))
     run = fresh(tmp_path, store)
-    path = run.store.partial(next(iter(STAGE.units(run)))) / CHECKPOINT
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(UserError, match=f"{path}: cannot be read .*delete {path.parent} to train it again"):
-        trained(run)
+    folder = run.store.partial(next(iter(STAGE.units(run))))
+    path = folder / ("metric.jsonl" if damage == "log" else CHECKPOINT)
+    data = path.read_bytes()
+    flipped = data[:-7] + bytes([data[-7] ^ 1]) + data[-6:]
+    path.write_bytes({"cut": data[:-7], "flipped": flipped, "empty": b"", "log": data.replace(b"1", b"2")}[damage])
+    first, second = starting_steps(fresh(tmp_path, store))
+    assert first == 0 and second
+    told = f"{path}: damaged; it is not used, and what it held is made again"
+    assert set(caplog.messages) == {told}
+    assert results(run, trained(run)) == results(*whole)
 
 
 # One step

@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -285,6 +286,32 @@ def test_stopped_and_started_again_it_makes_the_same_bytes(
     assert units == seen[1]
     for unit in units:
         assert digests(run.folder(unit)) == digests(seen[0].folder(unit))
+
+
+@pytest.mark.parametrize("file", [visuals.CHECKPOINT, visuals.PAIRS])
+def test_a_damaged_checkpoint_is_not_used(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    seen: tuple[Run, list[Unit]],
+    file: str,
+) -> None:
+    run = trained(tmp_path)
+    monkeypatch.setattr(visuals, "READ", 8)
+    settings: dict[str, Any] = {"n_features": 4, "include": [31], "checkpoint_every": 0.0}
+
+    def stopping(self: Run, *units: Unit, without: Sequence[str] = ()) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "keep", stopping)
+        made(run, **settings)
+    path = run.store.partial(seen[1][0]) / file
+    data = path.read_bytes()
+    path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    for unit in made(run, **settings):
+        assert digests(run.folder(unit)) == digests(seen[0].folder(unit))
+    assert caplog.messages == [f"{path}: damaged; it is not used, and what it held is made again"]
 
 
 def test_what_does_not_fit_is_said(tmp_path: Path, seen: tuple[Run, list[Unit]]) -> None:

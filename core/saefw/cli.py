@@ -172,10 +172,11 @@ def run(
         catalog.manager.trace.root.setwriter(lambda text: print(text, end="", file=sys.stderr))
         catalog.manager.enable_tracing()
     registry = read(file, catalog)
-    desk = pipeline.desk(registry, catalog)
+    desk = pipeline.desk(registry, catalog, mend=not dry)
     plans = pipeline.plan(registry, catalog, stage, desk)
     printer = Printer(console())
     if dry:
+        _damaged(desk.store)
         sizes = {unit: n for plan in plans for unit, n in pipeline.disk(registry, desk, plan).items()}
         printer.dry(plans, sizes)
         return
@@ -205,7 +206,9 @@ def check(
 
     catalog = Catalog()
     registry = read(file, catalog)
-    plans = pipeline.plan(registry, catalog)
+    desk = pipeline.desk(registry, catalog)
+    plans = pipeline.plan(registry, catalog, run=desk)
+    _damaged(desk.store)
     counts = [
         f"{sum(map(len, block.values()))} {kind if sum(map(len, block.values())) != 1 else kind[:-1]}"
         for kind, block in registry.families.items()
@@ -349,8 +352,8 @@ def sql(
 
     if csv and json:
         raise typer.BadParameter("--csv or --json, not both")
-    with _store(registry).db() as db:
-        try:
+    try:
+        with _store(registry).db() as db:
             db.execute(query)
             if csv:
                 tables.write_csv(db, sys.stdout)
@@ -360,21 +363,59 @@ def sql(
                 console = tables.console()
                 for part in tables.found(db, console.width):
                     console.print(part)
-        except duckdb.Error as error:
-            # What follows names our files: DuckDB adds it where a value needs a module that is missing.
-            raise UserError(str(error).split("\nTraceback")[0]) from error
+    except duckdb.Error as error:
+        # What follows names our files: DuckDB adds it where a value needs a module that is missing.
+        raise UserError(str(error).split("\nTraceback")[0]) from error
 
 
 @app.command()
 def index(registry: Of = REGISTRY) -> None:
     """Make saefw.duckdb anew from the parquet in the folders of the units."""
-    from saefw.store import INDEX
+    from saefw.care import said
+    from saefw.index import INDEX
+    from saefw.pipeline import MEND
 
     store = _store(registry)
     if not store.root.is_dir():
         raise UserError(f"{store.root}: there is no such folder; `saefw run` makes it")
     n = store.rebuild()
     print(f"{store.root / INDEX}: {n} unit{'' if n == 1 else 's'}")
+    left_out = [f"{said(damage)}; its unit is left out; {MEND}" for damage in store.broken().values()]
+    if left_out:
+        raise UserError("\n".join(left_out))
+
+
+@app.command()
+def verify(
+    stage: Annotated[str | None, typer.Argument(metavar="[STAGE]", help="Only units of this `use`: record.")] = None,
+    mend: Annotated[bool, typer.Option("--mend", help="Set damaged units back; a run makes them again.")] = False,
+    registry: Of = REGISTRY,
+) -> None:
+    """Check every file of the store against its checksum.
+
+    Says what is damaged, file by file, and exits with 1 if anything is. Without --mend nothing changes.
+    """
+    from saefw import verify
+    from saefw.printer import Printer
+    from saefw.tables import console
+
+    printer = Printer(console())
+    try:
+        verify.verify(_store(registry), stage, mend, printer, _other(registry))
+    finally:
+        printer.close()
+
+
+def _damaged(store: "Store") -> None:
+    """Say what is damaged of units that therefore count as missing, or are left out of the index."""
+    from saefw.care import said
+
+    for damage in store.broken().values():
+        print(f"{said(damage)}; its unit counts as missing", file=sys.stderr)
+
+
+def _other(registry: Path) -> str:
+    return "" if registry == REGISTRY else f" --registry {registry}"
 
 
 def _header(registry: Path) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from saefw.archives import SUFFIXES, unpack
+from saefw.care import write_atomically
 from saefw.errors import UserError, did_you_mean
 from saefw.fetch import fetch
 from saefw.plugin import DatasetConfig, Source
-from saefw.store import write_atomically
 
 NOTE = ".saefw-get.json"
 """The file that says what a folder was made from; written last."""

@@ -4,6 +4,7 @@ A stage lists its units when its turn comes, so it may choose by what those abov
 missing ones are made, each under its lock: of two runs at once one makes a unit and the other waits for it.
 """
 
+import logging
 import resource
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import saefw
+from saefw.care import said
 from saefw.catalog import Catalog
 from saefw.entry import KINDS
 from saefw.errors import NotYet, UserError, did_you_mean
@@ -21,6 +23,12 @@ from saefw.registry import Registry
 from saefw.run import Run, Watcher
 from saefw.store import Store
 from saefw.unit import Unit
+
+log = logging.getLogger("saefw")
+
+
+MEND = "`saefw verify --mend` sets it back"
+"""What to do about a damaged unit that nobody asked for."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +84,11 @@ class HookWatcher(Watcher):
         self.hook.saefw_kept(unit=unit, folder=folder, seconds=seconds)
 
 
-def desk(registry: Registry, catalog: Catalog, watcher: Watcher | None = None) -> Run:
-    """Set the desk on which the stages of a registry work; by default the hooks are told what happens."""
+def desk(registry: Registry, catalog: Catalog, watcher: Watcher | None = None, mend: bool = False) -> Run:
+    """Set the desk on which the stages of a registry work; by default the hooks are told what happens.
+
+    With `mend`, damage that is met is put right, as far as a run does that; or else it is only said.
+    """
     return Run(
         Store(registry.store),
         registry.base,
@@ -86,6 +97,7 @@ def desk(registry: Registry, catalog: Catalog, watcher: Watcher | None = None) -
         registry.device,
         _made_with(registry, catalog),
         watcher or HookWatcher(catalog),
+        mend,
     )
 
 
@@ -146,7 +158,7 @@ def run(
 
     """
     observer = observer or Observer()
-    work = desk(registry, catalog, watcher)
+    work = desk(registry, catalog, watcher, mend=True)
     done: list[StagePlan] = []
     try:
         for name in _names(registry, only):
@@ -163,6 +175,8 @@ def run(
             work.listed(name, planned.units)
             done.append(StagePlan(name, planned.units, planned.units, []))
             observer.left(planned, made)
+        for damage in work.store.broken().values():
+            log.warning("%s; its unit is left out of the index; %s", said(damage), MEND)
     except BaseException:
         # A fault or Ctrl-C: what the stage kept until then is in the index for those who look.
         with suppress(Exception):
@@ -220,6 +234,9 @@ def _make(
         # In one order everywhere, so that two runs never wait for each other.
         for unit in sorted(missing, key=lambda unit: unit.address):
             locks.enter_context(store.lock(unit, partial(observer.waiting, unit)))
+            if damage := store.damage(store.folder(unit)):
+                store.unkeep(store.folder(unit), damage)
+                log.warning("%s; '%s' is made again", said(damage), unit.label)
         late = [unit for unit in missing if store.has(unit)]
         if late:
             store.sync()
@@ -229,6 +246,7 @@ def _make(
             return []
         run.enter(name)
         try:
+            run.check(*(need for unit in missing for need in unit.needs))
             stage.make(missing, run)
         except UserError as error:
             raise _placed(registry, name, error) from error

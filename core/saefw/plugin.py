@@ -221,8 +221,16 @@ class DatasetConfig(Entry):
         """Open it with its `limit`; what everybody but the plugin itself calls.
 
         The choice hangs on the keys alone, so that a larger limit holds the images of a smaller one.
+
+        Raises:
+            UserError: it is not there, or cannot be opened.
+
         """
-        whole = self.build(base)
+        try:
+            whole = self.build(base)
+        except OSError as error:
+            use = type(self).model_fields["use"].default
+            raise UserError(f"dataset '{use}' cannot be opened ({error}); put it back and run again") from error
         if self.limit is None or len(whole) <= self.limit:
             return whole
         keys, labels, splits = zip(*(whole[i][:3] for i in range(len(whole))), strict=True)

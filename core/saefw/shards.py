@@ -22,9 +22,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from saefw import sealed
+from saefw.care import checksum, write_atomically
 from saefw.errors import UserError
 from saefw.moments import Moments
-from saefw.store import checksum, write_atomically
 from saefw.stream import BUFFER_MB, Indices, Stream
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -142,8 +143,6 @@ class Writer:
             broken: these images, by example, and why.
 
         """
-        from safetensors.torch import save
-
         file, span = _name(shard), self.span(shard)
         data = _safetensors(acts_ted)
         entry = Shard(file, span.start, len(span), len(data), sha256(data).hexdigest(), broken)
@@ -152,7 +151,7 @@ class Writer:
         moments = self._moments(acts_ted, train_e)
         write_atomically(self.folder / file, data)
         tensors = {f"{kind}.{key}": x for kind, each in moments.items() for key, x in each.tensors().items()}
-        write_atomically(self.folder / _moments_name(shard), save(tensors, {"shard": json.dumps(entry._asdict())}))
+        sealed.write(self.folder / _moments_name(shard), tensors, entry._asdict())
         self._done[shard] = entry, moments
 
     def finish(self) -> tuple[list[Shard], float]:
@@ -181,12 +180,12 @@ class Writer:
 
     def _kept(self, shard: int) -> tuple[Shard, dict[str, Moments]] | None:
         """Return a shard that is complete and undamaged, or None."""
-        from safetensors import SafetensorError, safe_open
-
+        found = sealed.read(self.folder / _moments_name(shard))
+        if found is None:
+            return None
+        tensors, about = found
         try:
-            with safe_open(self.folder / _moments_name(shard), framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-                entry = Shard(**json.loads(file.metadata()["shard"]))
+            entry = Shard(**about)
             moments = {
                 kind: Moments.of({key: tensors[f"{kind}.{key}"] for key in ("n", "mean", "squares", "norms")})
                 for kind in KINDS
@@ -196,7 +195,7 @@ class Writer:
                 return None
             if path.stat().st_size != entry.bytes or checksum(path) != entry.sha256:
                 return None
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        except (OSError, KeyError, TypeError):
             return None
         return entry, moments
 

@@ -8,10 +8,13 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from saefw.care import writing
 
 IMAGE_FEATURES = 32
 """How many of its strongest features are kept for an image."""
@@ -125,7 +128,12 @@ class Tally:
         pairs: Path,
         state: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Begin with no images, or go on from a `state`; `pairs` is a file to work in, cut to what it held then."""
+        """Begin with no images, or go on from a `state`; `pairs` is a file to work in, cut to what it held then.
+
+        Raises:
+            ValueError: the file no longer holds that; the text says so.
+
+        """
         self.d_sae, self.n_patches, self.n_classes, self.top = d_sae, n_patches, n_classes, top
         self.seen = 0
         self.percentiles = Percentiles(d_sae)
@@ -143,9 +151,13 @@ class Tally:
             "peak_cs": torch.zeros(n_classes, d_sae, dtype=torch.float64),
             "mass_cs": torch.zeros(n_classes, d_sae, dtype=torch.float64),
         }
-        with pairs.open("ab") as file:
+        self._sum = 0
+        with writing(pairs), pairs.open("ab") as file:
             file.truncate(int(state["pairs"]) if state else 0)
         if state:
+            self._sum = _crc(pairs)
+            if self._sum != int(state["pairs_crc"]):
+                raise ValueError(f"{pairs}: damaged; it is not used, and what it held is made again")
             self.seen = int(state["seen"])
             self._sums = {name: state[name].clone() for name in self._sums}
             self._images = [(state["images.example"], state["images.feature"], state["images.value"])]
@@ -201,8 +213,10 @@ class Tally:
         image, feature = (peak_es > 0).nonzero(as_tuple=True)
         pair_n = np.empty(len(image), dtype=_PAIR)
         pair_n["feature"], pair_n["label"], pair_n["value"] = feature, label_e[image], peak_es[image, feature]
-        with self._pairs.open("ab") as file:
-            file.write(pair_n.tobytes())
+        data = pair_n.tobytes()
+        with writing(self._pairs), self._pairs.open("ab") as file:
+            file.write(data)
+        self._sum = crc32(data, self._sum)
 
     # What came of it; columns as in schema.sql.
 
@@ -307,7 +321,17 @@ class Tally:
             "images.value": value,
             "seen": torch.tensor(self.seen),
             "pairs": torch.tensor(self._pairs.stat().st_size),
+            "pairs_crc": torch.tensor(self._sum),
         }
+
+
+def _crc(path: Path) -> int:
+    """Return the CRC-32 of a file."""
+    found = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found = crc32(block, found)
+    return found
 
 
 def _at_least(group_n: np.ndarray[Any, Any], falling_n: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from saefw.blocks import resolve
+from saefw.care import write_atomically
 from saefw.plugin import Names, Probe, ProbeConfig, Run, StageConfig, Task, Unit, UserError, hookimpl, settings
 from saefw.shards import Acts
-from saefw.store import write_atomically
 from saefw.unit import canonical
 
 FILE = "probe.safetensors"

@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
-from saefw import controls
+from saefw import controls, sealed
 from saefw.blocks import resolve
+from saefw.care import write_atomically
 from saefw.controls import Ints
 from saefw.facts import Name, facts, names
 from saefw.originals import again
@@ -31,7 +30,6 @@ from saefw.shards import Acts
 from saefw.stages.probe import depth, open_probe, task_of
 from saefw.stages.train import open_sae
 from saefw.steering import Steering, along, check_reach, like_norm
-from saefw.store import write_atomically
 
 ALL_LOGITS = 20
 """With so many classes or fewer every logit is stored; with more, the TOP before and after, the own and the target."""
@@ -214,9 +212,11 @@ class Steer(StageConfig):
         for start in range(0, len(plan.examples), self.batch_size):
             stop = min(start + self.batch_size, len(plan.examples))
             path = run.folder(unit) / f"part-{start:08d}-{stop:08d}.safetensors"
-            if (part := _stored(path)) is None:
+            if (stored := sealed.read(path)) is not None:
+                part = stored[0]
+            else:
                 part = self._edit(steering, plan, acts, slice(start, stop), run.device)
-                write_atomically(path, save(part))
+                sealed.write(path, part)
             parts.append(part)
             run.progress(stop, len(plan.examples), "images")
         made = {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
@@ -262,15 +262,15 @@ class Steer(StageConfig):
     def _gradient(self, folder: Path, steering: Steering, acts: Acts, examples: Ints, run: Run) -> Tensor:
         """Return the mean gradient of each class's logit over train images, float64 [c, d]; it stays in the folder."""
         path = folder / GRADIENT
-        if (stored := _stored(path)) is not None:
-            return stored["gradient"]
+        if (stored := sealed.read(path)) is not None:
+            return stored[0]["gradient"]
         total_cd, done = torch.zeros(len(acts.classes), acts.d_model, dtype=torch.float64), 0
         for some, tokens_etd in acts.read("all", examples, self.batch_size):
             total_cd += steering.gradients(tokens_etd.to(run.device)).cpu().double()
             done += len(some)
             run.progress(done, len(examples), "train images")
         gradient_cd = total_cd / done
-        write_atomically(path, save({"gradient": gradient_cd}))
+        sealed.write(path, {"gradient": gradient_cd})
         return gradient_cd
 
     def _edit(self, steering: Steering, plan: "Plan", acts: Acts, part: slice, device: str) -> dict[str, Tensor]:
@@ -452,14 +452,6 @@ def _kept(before_ec: Tensor, after_erkac: Tensor, target_er: Tensor) -> Tensor:
 
 def _picked(logits: Tensor, label: Tensor) -> Tensor:
     return logits.gather(-1, label.clamp_min(0)).contiguous()
-
-
-def _stored(path: Path) -> dict[str, Tensor] | None:
-    """Return what an interrupted run left, or None if it is not there or not whole."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError):
-        return None
 
 
 @hookimpl

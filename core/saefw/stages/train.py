@@ -19,7 +19,9 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import Parameter
 
+from saefw import sealed
 from saefw.blocks import resolve
+from saefw.care import write_atomically
 from saefw.metrics import L0, Cosine, Dead, Dense, ExplainedVariance, Nmse
 from saefw.plugin import (
     BackboneConfig,
@@ -36,16 +38,13 @@ from saefw.plugin import (
     settings,
 )
 from saefw.sae import Sae
+from saefw.sealed import HEADER
 from saefw.shards import Acts, Stats
-from saefw.store import write_atomically
 from saefw.stream import Stream
 from saefw.unit import canonical
 
 FILE = "sae.safetensors"
 CHECKPOINT = "checkpoint.safetensors"
-HEADER = "saefw"
-"""The one key of a file's metadata: several would be written in an order that changes from run to run."""
-
 TOKENS = 8192
 """How many tokens, about, are measured at once."""
 
@@ -171,8 +170,7 @@ class Train(StageConfig):
             )
         trainings = [Training(unit, acts.d_model, stats, n_steps, run.device) for unit in units]
         for training in trainings:
-            training.resume(run.folder(training.unit))
-            run.rewind(training.unit, training.step - 1)
+            training.resume(run)
         dead_after = self.dead_after or min(math.ceil(self.n_tokens / 10), 10_000_000)
         failed: list[str] = []
 
@@ -187,7 +185,7 @@ class Train(StageConfig):
             # last checkpoint.
             for training in trainings:
                 if training.whole and training.healthy():
-                    training.checkpoint(run.folder(training.unit))
+                    training.checkpoint(run)
             raise
         if trainings:
             self._finish(run, acts, trainings)
@@ -221,7 +219,7 @@ class Train(StageConfig):
             if checkpointing:
                 begun = time.monotonic()
                 for training in trainings:
-                    training.checkpoint(run.folder(training.unit))
+                    training.checkpoint(run)
                 saving.restart(max(self.checkpoint_every, WORTH * (time.monotonic() - begun)))
             if telling.due() or step == n_steps - 1:
                 done = (part[0] * n_steps + step + 1) * self.batch_size
@@ -325,24 +323,22 @@ class Training:
             f"lr {self.config.lr:g}; try a smaller lr, a longer warmup, or clip: 1"
         )
 
-    def checkpoint(self, folder: Path) -> None:
-        """Write all that going on needs: weights, Adam's moments, the step (also the place in the stream)."""
+    def checkpoint(self, run: Run) -> None:
+        """Write all that going on needs: weights, Adam's moments, the step (also the place in stream and log)."""
         tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
         for index, state in self.adam.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{name}": tensor for name, tensor in state.items()}
-        _write(folder / CHECKPOINT, {**tensors, "since_s": self.since_s}, {"step": self.step})
+        about = {"step": self.step, "log": run.mark(self.unit)}
+        sealed.write(run.folder(self.unit) / CHECKPOINT, {**tensors, "since_s": self.since_s}, about)
 
-    def resume(self, folder: Path) -> None:
-        """Go on from the checkpoint in a folder, if there is one.
-
-        Raises:
-            UserError: it is damaged.
-
-        """
-        path = folder / CHECKPOINT
-        if not path.exists():
+    def resume(self, run: Run) -> None:
+        """Go on from the unit's checkpoint, if there is one and both it and the log up to it are whole."""
+        path = run.folder(self.unit) / CHECKPOINT
+        found = sealed.read(path)
+        if found is None or not run.rewind(self.unit, found[1]["log"]):
+            run.rewind(self.unit)
             return
-        tensors, header = _read(path)
+        tensors, about = found
         self.since_s.copy_(tensors.pop("since_s"))
         states: dict[int, dict[str, Tensor]] = {}
         for key in [key for key in tensors if key.startswith("adam.")]:
@@ -350,7 +346,7 @@ class Training:
             states.setdefault(int(index), {})[name] = tensors.pop(key)
         self.adam.load_state_dict({**self.adam.state_dict(), "state": states})
         _load(self.sae, {key.removeprefix("sae."): tensor for key, tensor in tensors.items()}, path)
-        self.step = header["step"]
+        self.step = about["step"]
 
     def write(self, folder: Path, about: Mapping[str, Any]) -> None:
         """Write the trained SAE for `open_sae`; `about` goes into the file's header beside its settings."""

@@ -5,6 +5,7 @@ An SAE of [CLS] has one token an image: its features light no patch, and what is
 Shapes: e images, p patches (1 for an SAE of [CLS]), d d_model, s d_sae, t top.
 """
 
+import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -14,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import numpy as np
 import torch
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from saefw import pictures
+from saefw import pictures, sealed
+from saefw.care import write_atomically, writing
 from saefw.originals import again
 from saefw.pictures import Tile
 from saefw.plugin import (
@@ -39,11 +40,12 @@ from saefw.plugin import (
 from saefw.sae import Sae
 from saefw.shards import Acts
 from saefw.stages.train import Clock, open_sae
-from saefw.store import write_atomically
 from saefw.tally import IMAGE_FEATURES, Tally, most
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+log = logging.getLogger("saefw")
 
 Array = np.ndarray[Any, Any]
 
@@ -172,7 +174,7 @@ class Visuals(StageConfig):
                     _feed(tally, sae, indices, acts.labels[indices], x_epd)
             if saving.due():
                 for job, tally in zip(jobs, tallies, strict=True):
-                    write_atomically(job.folder / CHECKPOINT, save(tally.state()))
+                    sealed.write(job.folder / CHECKPOINT, tally.state())
                 saving.restart(self.checkpoint_every)
             if telling.due() or first == len(examples):
                 run.progress(first, len(examples), "images")
@@ -198,7 +200,9 @@ class Visuals(StageConfig):
         for i, feature in enumerate(chosen):
             drawn = self._sheet(feature, found, acts, views, on_patches)
             # Not forced to the disk one by one: an interrupted run draws them all again.
-            (job.folder / "features" / f"{feature}.png").write_bytes(pictures.png(drawn))
+            path = job.folder / "features" / f"{feature}.png"
+            with writing(path):
+                path.write_bytes(pictures.png(drawn))
             run.progress(i + 1, len(chosen), "sheets")
         measured = {"n_live": int((found.features["frequency"] > 0).sum()), "n_images": tally.seen}
         if job.n_classes:
@@ -293,16 +297,14 @@ def _fitting(jobs: Sequence[Job], n_images: int, memory: float) -> Iterator[list
 
 
 def _begun(job: Job) -> Tally:
-    """Return the tally that an interrupted run left in the unit's folder, or a fresh one."""
+    """Return the tally that an interrupted run left whole in the unit's folder, or a fresh one."""
     sizes = job.d_sae, job.n_patches, job.n_classes, job.top, job.folder / PAIRS
-    path = job.folder / CHECKPOINT
-    if not path.exists():
-        return Tally(*sizes)
+    found = sealed.read(job.folder / CHECKPOINT)
     try:
-        with safe_open(path, "pt") as file:
-            return Tally(*sizes, {name: file.get_tensor(name) for name in file.keys()})
-    except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); delete {path.parent} to begin anew") from error
+        return Tally(*sizes, found[0] if found else None)
+    except ValueError as error:
+        log.warning(str(error))
+        return Tally(*sizes)
 
 
 @torch.no_grad()
@@ -379,7 +381,7 @@ class Gallery:
         work = path.with_suffix(".part")
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
-        with duckdb.connect(str(work / "picture.duckdb")) as db:
+        with writing(path), duckdb.connect(str(work / "picture.duckdb")) as db:
             db.execute("CREATE TABLE picture (unit TEXT, example INTEGER, png BLOB)")
             for first in range(0, len(examples), 1024):
                 some = examples[first : first + 1024]
