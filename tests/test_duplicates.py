@@ -48,7 +48,9 @@ def test_by_pixels(tmp_path: Path) -> None:
             Copy("valid/cat/copy.png", "valid"),
         ]
     ]
-    assert seen.unread == ["test/cat/page.jpg cannot be read (it is no image, but text that begins with '<html>')"]
+    assert seen.unread == [
+        "image 'test/cat/page.jpg' cannot be read (it is no image, but text that begins with '<html>')"
+    ]
     naive: dict[bytes, set[str]] = {}
     for i in range(len(dataset)):
         if not dataset[i].key.endswith(".jpg"):
@@ -65,7 +67,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     assert found.exit_code == 1, found.output
     said = found.output.split("fine; ")[1].splitlines()[1:]
     one = "one picture in test/cat/copy.bmp (test), train/cat/03.png (train), valid/cat/copy.png (valid)"
-    lost = "test/cat/page.jpg cannot be read (it is no image, but text that begins with '<html>')"
+    lost = "image 'test/cat/page.jpg' cannot be read (it is no image, but text that begins with '<html>')"
     assert said[:3] == [f"ours: {one}", f"ours: {lost}", "ours: 35 images, 1 in more than one split"]
     assert [line.split(":")[0] for line in said[3:6]] == ["two layout=splits"] * 3
     for name in ("test/cat/copy.bmp", "valid/cat/copy.png"):

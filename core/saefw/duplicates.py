@@ -7,6 +7,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from saefw.imagesets import Dataset, Example
+from saefw.originals import Unreadable, opened
 from saefw.splits import Split
 
 WORKERS = 4
@@ -29,7 +30,7 @@ class Duplicates:
     def __init__(self) -> None:
         """Know none yet."""
         self.unread: list[str] = []
-        """What cannot be read: key and reason."""
+        """A sentence for each image that cannot be read."""
         self._copies: dict[bytes, list[Copy]] = {}
 
     def watch(self, dataset: Dataset) -> Generator[int]:
@@ -55,7 +56,7 @@ class Duplicates:
     def _count(self, example: Example, found: "Future[bytes | str]") -> None:
         digest = found.result()
         if isinstance(digest, str):
-            self.unread.append(f"{example.key} cannot be read ({digest})")
+            self.unread.append(digest)
         else:
             self._copies.setdefault(digest, []).append(Copy(example.key, example.split))
 
@@ -65,13 +66,10 @@ class Duplicates:
 
 
 def _hash(example: Example) -> bytes | str:
-    """Return the hash of an image's mode, size and pixels or, if it cannot be read, the reason."""
-    from PIL.Image import DecompressionBombError
-
+    """Return the hash of an image's mode, size and pixels or, if it cannot be read, what is to be said of it."""
     try:
-        image = example.load()
-        image.load()
-    except (OSError, EOFError, SyntaxError, ValueError, DecompressionBombError) as error:
+        image = opened(example)
+    except Unreadable as error:
         return str(error)
     digest = blake2b(f"{image.mode} {image.size}".encode(), digest_size=16)
     digest.update(image.tobytes())
