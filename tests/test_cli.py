@@ -329,3 +329,18 @@ def test_stopped(saefw: Saefw, number: int) -> None:
     assert (err, run.returncode) == ("stopped; what is kept stays, and the next run goes on from there\n", 130)
     with Store(saefw.base / "runs").db() as db:
         assert db.execute("SELECT label FROM unit").fetchall() == [("number 1",)]
+
+
+def test_stopped_before_anything(saefw: Saefw) -> None:
+    """While the command line is still being imported."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        slow = (
+            "import os, sys\n"
+            "class Slow:\n"
+            "    def find_spec(self, name, path=None, target=None):\n"
+            f"        if name == 'typer': os.kill(os.getpid(), {int(number)})\n"
+            "sys.meta_path.insert(0, Slow())\n"
+            "from saefw.__main__ import main; main()\n"
+        )
+        done = subprocess.run([sys.executable, "-c", slow, "run"], capture_output=True, text=True)
+        assert (done.stdout, done.stderr, done.returncode) == ("", "stopped\n", 130)

@@ -21,6 +21,7 @@ FLOORS = (
     ("tables",),
     ("printer",),
     ("cli",),
+    ("__main__",),
 )
 """What stands on the ground comes first; a module imports from the floors below its own, never beside or above."""
 

@@ -262,6 +262,26 @@ def test_a_stop_loses_no_step(whole: tuple[Run, list[Unit]], store: Path, tmp_pa
     assert results(run, trained(run)) == results(*whole)
 
 
+def test_a_stop_between_a_step_and_its_note_loses_neither(
+    whole: tuple[Run, list[Unit]], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, log = 3, Run.log
+
+    def stopped(self: Run, unit: Unit, step: int, **values: float) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise Stop
+        log(self, unit, step, **values)
+
+    monkeypatch.setattr(Run, "log", stopped)
+    with pytest.raises(Stop):
+        trained(fresh(tmp_path, store))
+    run = fresh(tmp_path, store)
+    assert len([step for step in starting_steps(run) if step]) == 2
+    assert results(run, trained(run)) == results(*whole)
+
+
 def starting_steps(run: Run) -> list[int | None]:
     steps = []
     for unit in STAGE.units(run):

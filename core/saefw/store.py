@@ -162,10 +162,10 @@ class Store:
     def keep(self, unit: Unit, seconds: float, made_with: Mapping[str, str], without: Sequence[str] = ()) -> Path:
         """Turn the working folder into the unit: the rename is the commit. Returns the folder.
 
-        Files called as in `without` served the making alone and are dropped, after the rename, so that a run killed
-        in between has lost nothing. If another machine put the same unit there meanwhile, that one stays.
+        Files called as in `without` served the making alone and are dropped, once all else is on the disk, so that a
+        run killed in between has lost nothing.
         """
-        partial, folder = self.begin(unit), self.folder(unit)
+        partial = self.begin(unit)
         for stale in [path for path in partial.rglob(f"*{PART}") if path.is_file()]:
             stale.unlink()
         entries = sorted(partial.rglob("*"))
@@ -183,15 +183,35 @@ class Store:
             },
         }
         write_atomically(partial / "made.json", json.dumps(made, indent=1).encode())
+        return self._commit(unit)
+
+    def settled(self, unit: Unit) -> bool:
+        """Whether the unit is kept; one that was whole when its run was killed, all but renamed, is kept now.
+
+        For those who hold its lock.
+        """
         if self.has(unit):
+            return True
+        if not (self.partial(unit) / "made.json").exists():
+            return False
+        _same(self.partial(unit), unit)
+        self._commit(unit)
+        return True
+
+    def _commit(self, unit: Unit) -> Path:
+        """Drop from a working folder what made.json does not list, and rename it; a kept unit of that name stays."""
+        partial, folder = self.partial(unit), self.folder(unit)
+        listed = json.loads((partial / "made.json").read_text())["files"]
+        for path in [path for path in partial.rglob("*") if path.is_file()]:
+            if path.relative_to(partial).as_posix() not in ("made.json", *listed):
+                path.unlink()
+        if self.has(unit):  # another machine put it there meanwhile
             shutil.rmtree(partial)
             return folder
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
         _settle(folder.parent)
-        for name in without:
-            (folder / name).unlink(missing_ok=True)
         return folder
 
     @contextmanager
