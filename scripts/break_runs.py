@@ -34,13 +34,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 
 SAID = "stopped; what is kept stays, and the next run goes on from there\n"
 
-PATIENCE = 5.0
+PATIENCE = 8.0
 """Seconds in which a run that is told to stop must be gone."""
 
 BETWEEN = ("made_at", "seconds", "made_with")
 """What may differ between two runs."""
 
-LOOK = 0.002
+STARTING = 0.3
+"""Seconds in which Python itself starts; only then is there somebody to be told."""
+
+LOOK = 0.005
 """Seconds between two looks at a run."""
 
 
@@ -90,8 +93,6 @@ class Going:
     @property
     def stage(self) -> str:
         """The stage that is being made, or nothing before the first one with something to make."""
-        for name in re.findall(r"^(\S+): [\d,]+ units? to make", self._out.read_text(), re.M):
-            self.entered.setdefault(name, time.monotonic())
         return next(reversed(self.entered), "")
 
     @property
@@ -101,13 +102,34 @@ class Going:
 
     def until(self, reached: Callable[[], bool]) -> None:
         """Wait until something is so, or the run has ended."""
-        while not self.over and not reached():
+        while not self.over:
+            for name in re.findall(r"^(\S+): [\d,]+ units? to make", self._out.read_text(), re.M):
+                self.entered.setdefault(name, time.monotonic())
+            if reached():
+                return
             time.sleep(LOOK)
 
-    def end(self) -> str:
-        """Wait for its end; return what went to stderr."""
-        self.until(lambda: bool(self.stage) and False)
-        return self._err.read_text()
+    def wait(self, moment: Moment, took: dict[str, float]) -> None:
+        """Wait for a moment, or the end."""
+        self.until(lambda: not moment.stage or moment.stage in self.entered)
+        ready = time.monotonic() + moment.share * took[moment.stage] + (0 if moment.stage else STARTING)
+        if moment.how == "seconds":
+            self.until(lambda: time.monotonic() >= ready)
+        elif moment.how == "keeping":
+            self.until(lambda: any(self.store.glob("*/*.partial/made.json*")))
+        else:
+            self.until(lambda: any(self.store.glob(f".{INDEX}.part")))
+
+    def end(self) -> None:
+        """Wait for its end.
+
+        Raises:
+            SystemExit: it did not end well.
+
+        """
+        self.until(lambda: False)
+        if (said := self._err.read_text()) or self.process.returncode:
+            raise SystemExit(f"a run that nobody stopped ended with exit code {self.process.returncode}: {said}")
 
     def stop(self, number: signal.Signals, how: str) -> Stop:
         """Send a signal to the whole group and wait until it is gone; one that does not go is killed."""
@@ -135,8 +157,7 @@ class Going:
 def unbroken(folder: Path) -> dict[str, float]:
     """Run to the end; return how long each stage took, and under the empty name how long it took to the first."""
     run = Going(folder)
-    if (said := run.end()) or run.process.returncode:
-        raise SystemExit(f"the unbroken run ended with exit code {run.process.returncode}: {said}")
+    run.end()
     starts = [run.started, *run.entered.values(), time.monotonic()]
     return {name: starts[i + 1] - starts[i] for i, name in enumerate(["", *run.entered])}
 
@@ -159,23 +180,14 @@ def broken(folder: Path, took: dict[str, float], times: int, draw: random.Random
     draw.shuffle(order)
     for i, moment in enumerate(moments(list(took), times, draw)):
         run = Going(folder)
-        run.until(lambda run=run, stage=moment.stage: not stage or run.stage == stage or stage in run.entered)  # type: ignore[misc]
-        if moment.how == "seconds":
-            ready = time.monotonic() + moment.share * took[moment.stage]
-            run.until(lambda run=run, ready=ready: run.stage is None or time.monotonic() >= ready)  # type: ignore[misc]
-        elif moment.how == "keeping":
-            run.until(lambda run=run: any(run.store.glob("*/*.partial/made.json*")))  # type: ignore[misc]
-        else:
-            run.until(lambda run=run: any(run.store.glob(f".{INDEX}.part")))  # type: ignore[misc]
+        run.wait(moment, took)
         if run.over:
-            if run.process.returncode:
-                raise SystemExit(f"a run ended by itself, with exit code {run.process.returncode}: {run.end()}")
-            return
+            break
         stop = run.stop(order[i % len(order)], moment.how)
         yield stop, faults_of(stop, run)
-    run = Going(folder)
-    if (said := run.end()) or run.process.returncode:
-        raise SystemExit(f"the last run ended with exit code {run.process.returncode}: {said}")
+    else:
+        run = Going(folder)
+    run.end()
 
 
 def faults_of(stop: Stop, run: Going) -> list[str]:
@@ -211,7 +223,7 @@ def differences(one: Path, two: Path) -> Iterator[str]:
         rows = [rows_of(store, table) for store in (one, two)]
         if rows[0] != rows[1]:
             lacking, more = (len(set(a) - set(b)) for a, b in (rows, rows[::-1]))
-            yield f"table {table}: {len(rows[0])} rows without stops, {len(rows[1])} with; {lacking} lack, {more} are new"
+            yield f"table {table}: of {len(rows[0])} rows {lacking} are lacking, and {more} of {len(rows[1])} are new"
 
 
 def rows_of(store: Path, table: str) -> list[tuple[Any, ...]]:

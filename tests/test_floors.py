@@ -18,7 +18,7 @@ FLOORS = (
     ("catalog", "controls", "duplicates", "facts", "forward", "get", "outcome", "steering", "testing"),
     ("registry", "stages", "stages.probe", "stages.record", "stages.train"),
     ("pipeline", "stages.charts", "stages.drawings", "stages.figures", "stages.steer", "stages.visuals"),
-    ("tables",),
+    ("gc", "tables"),
     ("printer",),
     ("cli",),
     ("__main__",),

@@ -311,9 +311,9 @@ def test_members_may_be_checkpoints_apart(
     assert starting_steps(run) == [4, 3]
     advance, steps = Training.advance, []
 
-    def noted(self: Training, x_nd: Tensor, dead_after: int) -> dict[str, Any]:
+    def noted(self: Training, x_nd: Tensor, dead_after: int) -> None:
         steps.append((self.unit.label, self.step))
-        return advance(self, x_nd, dead_after)
+        advance(self, x_nd, dead_after)
 
     monkeypatch.setattr(Training, "advance", noted)
     assert results(run, trained(run)) == results(*whole)
@@ -408,7 +408,10 @@ class ScriptedSae(Sae):
 def test_a_feature_is_dead_after_so_many_tokens_and_alive_when_it_fires() -> None:
     script = [[0, 1, 2], [0, 1], [0], [0, 3], [0, 2], [0]]
     made = training(Scripted(expansion=2, script=script), d_model=2)
-    shares = [made.advance(torch.ones(10, 2), 20)["train_dead"].item() for _ in script]
+    shares = []
+    for _ in script:
+        made.advance(torch.ones(10, 2), 20)
+        shares.append(made.values["train_dead"].item())
     sae = made.sae
     assert isinstance(sae, ScriptedSae)
     # Three batches of 10 tokens without firing are 30, of which the third sees 20 behind it.

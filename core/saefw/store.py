@@ -29,6 +29,9 @@ INDEX = "saefw.duckdb"
 STORAGE = "v1.2.0"
 """DuckDB's storage version of the index: one that DuckDB 1.2 and newer can open."""
 
+PARTIAL, GONE = ".partial", ".gone"
+"""The ends of the names of a folder in which a unit is made, and of one that is being deleted."""
+
 PART = ".part"
 """The end of the name of a file that is being written; one that a killed run left is never kept."""
 
@@ -96,7 +99,7 @@ class Store:
 
     def partial(self, unit: Unit) -> Path:
         """Where the unit is worked on."""
-        return self.root / unit.stage / f"{unit.address}.partial"
+        return self.root / unit.stage / f"{unit.address}{PARTIAL}"
 
     def has(self, unit: Unit) -> bool:
         """Whether the unit was kept: a folder without made.json (half a copy, say) is not.
@@ -217,8 +220,36 @@ class Store:
     @contextmanager
     def lock(self, unit: Unit, waiting: Callable[[str], None]) -> Iterator[None]:
         """Hold the right to make a unit; `waiting` is told who has it. A lock dies with its holder."""
-        with self._flock(self.root / "locks" / unit.address, waiting):
+        with self.hold(unit.address, waiting):
             yield
+
+    @contextmanager
+    def hold(self, address: str, waiting: Callable[[str], None]) -> Iterator[None]:
+        """Hold the lock of the unit at an address."""
+        with self._flock(self.root / "locks" / address, waiting):
+            yield
+
+    def delete(self, folder: Path, waiting: Callable[[str], None]) -> None:
+        """Delete the folder of a unit, kept or begun, under its lock.
+
+        It is renamed first: a kill leaves one that is half deleted, for the next time, and none that is half there.
+
+        Raises:
+            UserError: it cannot be deleted.
+
+        """
+        gone = folder.with_suffix(GONE)
+        with self.hold(folder.stem, waiting):
+            try:
+                if folder != gone and folder.exists():
+                    if gone.exists():
+                        shutil.rmtree(gone)
+                    folder.rename(gone)
+                    _settle(gone.parent)
+                if gone.exists():
+                    shutil.rmtree(gone)
+            except OSError as error:
+                raise UserError(f"{error.filename}: cannot be deleted ({error.strerror})") from error
 
     @contextmanager
     def _flock(self, path: Path, waiting: Callable[[str], None] = lambda holder: None) -> Iterator[None]:
