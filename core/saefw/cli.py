@@ -92,11 +92,13 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run a command; of the user's errors print the text alone, and treat SIGTERM like Ctrl-C."""
         stopped = False
-        said = f"stopped; {KEPT}" if ctx.invoked_subcommand == "run" else "stopped"
+
+        def said() -> str:
+            return f"stopped; {KEPT}" if ctx.invoked_subcommand == "run" else "stopped"
 
         def leave() -> None:
             # A store is safe whenever a process ends; the cursor of a terminal is not, where a bar moves.
-            os.write(2, f"{SHOWN if sys.stderr.isatty() else ''}{said}\n".encode())
+            os.write(2, f"{SHOWN if sys.stderr.isatty() else ''}{said()}\n".encode())
             os._exit(130)
 
         last = threading.Timer(GRACE, leave)
@@ -119,7 +121,7 @@ class Commands(TyperGroup):
         except (Exception, KeyboardInterrupt) as error:
             # DuckDB, for one, makes an error of its own of an interrupted query.
             if stopped:
-                print(said, file=sys.stderr)
+                print(said(), file=sys.stderr)
                 raise typer.Exit(130) from error
             if isinstance(error, UserError):
                 print(error, file=sys.stderr)
