@@ -110,9 +110,11 @@ class Going:
             time.sleep(LOOK)
 
     def wait(self, moment: Moment, took: dict[str, float]) -> None:
-        """Wait for a moment, or the end."""
-        self.until(lambda: not moment.stage or moment.stage in self.entered)
-        ready = time.monotonic() + moment.share * took[moment.stage] + (0 if moment.stage else STARTING)
+        """Wait for a moment, or the end; where its stage is done already, for that moment of a later one."""
+        stages = list(took)
+        later = set(stages[stages.index(moment.stage) :])
+        self.until(lambda: not moment.stage or bool(later & set(self.entered)))
+        ready = time.monotonic() + moment.share * took[self.stage] + (0 if moment.stage else STARTING)
         if moment.how == "seconds":
             self.until(lambda: time.monotonic() >= ready)
         elif moment.how == "keeping":
@@ -258,7 +260,10 @@ def main() -> int:
             shutil.copy(asked.registry, folder / "registry.yaml")
         took = unbroken(folders[0])
         print("unbroken: " + ", ".join(f"{name or 'planning'} {seconds:.1f} s" for name, seconds in took.items()))
-        print(f"{'stop':>4}  {'signal':<8}{'stage':<10}{'when':<10}{'into it':>8}  {'exit':>4}  {'gone in':>8}  said")
+        print(
+            f"{'stop':>4}  {'signal':<8}{'stage':<10}{'when':<10}{'into it':>8}  {'exit':>4}  {'gone in':>8}  said",
+            flush=True,
+        )
         hit = set()
         for i, (stop, faults) in enumerate(broken(folders[1], took, asked.times, draw), 1):
             hit.add(stop.stage)
