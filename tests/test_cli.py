@@ -79,7 +79,19 @@ def test_help_imports_next_to_nothing() -> None:
         assert not heavy, heavy
     """
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    for word in ("run", "check", "plugins", "schema", "init", "sql", "index", "serve", "Examples:", "Exit codes:"):
+    for word in (
+        "run",
+        "check",
+        "plugins",
+        "schema",
+        "init",
+        "sql",
+        "index",
+        "gc",
+        "serve",
+        "Examples:",
+        "Exit codes:",
+    ):
         assert f" {word} " in f"{out} ".replace("\n", " ")
     assert max(map(len, out.splitlines())) <= 80 and "\x1b" not in out
 

@@ -374,6 +374,29 @@ def test_killed_before_the_rename_no_log_is_lost(store: Store, monkeypatch: pyte
         assert db.execute("SELECT step, value FROM metric ORDER BY ALL").fetchall() == [(1, 1.0), (2, 2.0)]
 
 
+def test_whole_but_not_renamed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before the rename, whether what served the making was dropped by then or not, a unit is kept as it is."""
+    one, run = unit(1), desk(store)
+
+    def killed(self: Path, *args: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    assert not store.settled(one)
+    run.log(one, 1, loss=1.0)
+    (run.folder(one) / "checkpoint").write_text("half way")
+    for method in ("unlink", "rename"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, method, killed)
+            if method == "unlink":
+                run.keep(one, without=["checkpoint"])
+            else:
+                store.settled(one)
+        assert not store.has(one)
+    assert store.settled(one) and store.settled(one)
+    assert sorted(path.name for path in store.folder(one).iterdir()) == ["made.json", "metric.parquet", "unit.json"]
+    assert not store.partial(one).exists()
+
+
 def test_logging_is_cheap(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     run, units, asked = desk(store), [unit(n) for n in range(20)], 0
     has = store.has
