@@ -252,6 +252,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     parser.add_argument("--registry", type=Path, default=TOP / "registry.yaml", help="what to run")
     asked = parser.parse_args()
+    # A shell starts what it sends to the background deaf to Ctrl-C, and deaf would be what is started here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     draw, wrong = random.Random(asked.seed), []
     with tempfile.TemporaryDirectory() as base:
         folders = [Path(base) / name for name in ("unbroken", "broken")]

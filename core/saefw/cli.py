@@ -9,9 +9,11 @@ import os
 import signal
 import sys
 import threading
+import time
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -30,7 +32,7 @@ REGISTRY = Path("registry.yaml")
 
 GRACE = 5.0
 """Seconds that a command has to end in order once it is told to stop. It may need them to write a checkpoint; but it
-may also not have heard: there are libraries that catch everything while they are imported, and queries that run on."""
+may also not hear, in the midst of a long query."""
 
 KEPT = "what is kept stays, and the next run goes on from there"
 
@@ -91,7 +93,7 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command; of the user's errors print the text alone, and treat SIGTERM like Ctrl-C."""
-        stopped = False
+        stopped = over = False
 
         def said() -> str:
             return f"stopped; {KEPT}" if ctx.invoked_subcommand == "run" else "stopped"
@@ -101,16 +103,26 @@ class Commands(TyperGroup):
             os.write(2, f"{SHOWN if sys.stderr.isatty() else ''}{said()}\n".encode())
             os._exit(130)
 
-        last = threading.Timer(GRACE, leave)
-        last.daemon = True
+        def watch() -> None:
+            if os.read(heard, 1):
+                time.sleep(GRACE)
+            os.close(heard)
+            if not over:
+                leave()
 
-        def stop(number: int, frame: object) -> None:
+        def stop(number: int, frame: FrameType | None) -> None:
             nonlocal stopped
-            if stopped:
+            # Told twice; or in an import, where an exception may be caught by anybody, or abort the process.
+            if stopped or _importing(frame):
                 leave()
             stopped = True
-            last.start()
             raise KeyboardInterrupt
+
+        # Written to by the system itself, also while no Python code runs.
+        heard, told = os.pipe()
+        os.set_blocking(told, False)
+        fd = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+        threading.Thread(target=watch, daemon=True).start()
 
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         for number, handler in before.items():
@@ -131,7 +143,9 @@ class Commands(TyperGroup):
                 raise typer.Exit(1) from error
             raise
         finally:
-            last.cancel()
+            over = True
+            signal.set_wakeup_fd(fd)
+            os.close(told)
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -469,6 +483,13 @@ def _catalog(registry: Path) -> "Catalog":
         files = _header(registry).get("plugins") or []
         catalog.add_files([Place(file).open(registry.parent) for file in files if isinstance(file, str)])
     return catalog
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a frame runs for the sake of an import."""
+    while frame and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def _doc(cls: type) -> str:
