@@ -187,7 +187,7 @@ class Train(StageConfig):
             # last checkpoint. Its last step may not be logged yet; logged twice, it counts once.
             for training in trainings:
                 if training.whole and training.healthy():
-                    if training.step > first and self._logs(training.step - 1, n_steps):
+                    if training.values and self._logs(training.step - 1, n_steps):
                         training.log(run)
                     training.checkpoint(run.folder(training.unit))
             raise
