@@ -170,8 +170,7 @@ def moments(stages: list[str], times: int, draw: random.Random) -> list[Moment]:
     ways = ["seconds", "keeping", "seconds", "indexing"]
     chosen = []
     for i, name in enumerate(names):
-        first = names.index(name)
-        how = ways[(i - first) % len(ways)] if name else "seconds"
+        how = ways[i % len(ways)] if name else "seconds"
         chosen.append(Moment(name, how, draw.uniform(0, 0.8 / (names.count(name) if name else 1))))
     return chosen
 
