@@ -19,10 +19,11 @@ FLOORS = (
     ("catalog", "controls", "duplicates", "facts", "forward", "get", "outcome", "steering", "testing"),
     ("registry", "stages", "stages.probe", "stages.record", "stages.train"),
     ("pipeline", "stages.charts", "stages.drawings", "stages.figures", "stages.steer", "stages.visuals"),
-    ("tables",),
+    ("gc", "tables"),
     ("printer",),
     ("verify",),
     ("cli",),
+    ("__main__",),
 )
 """What stands on the ground comes first; a module imports from the floors below its own, never beside or above."""
 

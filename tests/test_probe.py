@@ -39,6 +39,22 @@ def made(run: Run, name: str, stage: Any) -> list[Unit]:
     return units
 
 
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+class Killer(Watcher):
+    """Stops a run when it has kept its n-th unit."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def kept(self, unit: Unit, folder: Path, seconds: float) -> None:
+        self.left -= 1
+        if not self.left:
+            raise Stop
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = recorded(tmp_path_factory.mktemp("probe"))
@@ -225,3 +241,22 @@ def test_a_dataset_that_cannot_be_probed(tmp_path: Path, dataset: Without, messa
     run = recorded(tmp_path, datasets={"tiny": dataset})
     with pytest.raises(UserError, match=f"^{message}$"):
         made(run, "probes", ProbeStage(acts="acts", probes=["p0"]))
+
+
+def test_stopped_while_probes_are_kept(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those left are the ones that were fitted together with those kept, not fitted anew in other company."""
+    stage = ProbeStage(acts="acts", probes=list(SWEEP))
+    broken = tiny.desk(tmp_path, {"probes": SWEEP}, watcher=Killer(3))  # two recordings come first
+    made(broken, "acts", Record(backbone="tiny", datasets=["tiny"], layers=[1, 2]))
+    with pytest.raises(Stop):
+        made(broken, "probes", stage)
+    monkeypatch.setattr(Linear, "fit_many", None)
+    again = tiny.desk(tmp_path, {"probes": SWEEP})
+    made(again, "acts", Record(backbone="tiny", datasets=["tiny"], layers=[1, 2]))
+    units = made(again, "probes", stage)
+    for unit in units:
+        files = [
+            {path.name: path.read_bytes() for path in desk.folder(unit).iterdir() if path.name != "made.json"}
+            for desk in (run, again)
+        ]
+        assert files[0] == files[1]

@@ -12,7 +12,7 @@ import duckdb
 import numpy as np
 import pytest
 
-from saefw.care import write_atomically
+from saefw.care import damages, write_atomically
 from saefw.errors import UserError
 from saefw.index import INDEX
 from saefw.run import LOG, Run
@@ -394,23 +394,49 @@ def test_a_damaged_log_is_not_gone_on_from(store: Store, cut: int | None) -> Non
     assert run.mark(one) == desk(store).mark(one)
 
 
-def test_killed_before_the_rename_no_log_is_lost(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_being_set_back_is_not_whole(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while a damaged unit was set back, between the rename and the end of made.json."""
     one, run = unit(1), desk(store)
     run.log(one, 1, loss=1.0)
-    mark = run.mark(one)
+    run.keep(one)
+    (store.folder(one) / "metric.parquet").write_bytes(b"damaged")
+    damage = list(damages(store.folder(one)))
+    unlink = Path.unlink
 
-    def killed(self: Path, target: Path) -> None:
-        raise KeyboardInterrupt
+    def killed(self: Path, missing_ok: bool = False) -> None:
+        if self.name == "made.json":
+            raise KeyboardInterrupt
+        unlink(self, missing_ok)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "rename", killed)
-        run.keep(one)
-    run = desk(store)
-    assert run.rewind(one, mark)
-    run.log(one, 2, loss=2.0)
-    run.keep(one)
-    with run.db() as db:
-        assert db.execute("SELECT step, value FROM metric ORDER BY ALL").fetchall() == [(1, 1.0), (2, 2.0)]
+        patch.setattr(Path, "unlink", killed)
+        store.set_back(store.folder(one), damage)
+    assert not store.has(one) and (store.partial(one) / "made.json").exists()
+    assert not store.settled(one) and not (store.partial(one) / "made.json").exists()
+
+
+def test_whole_but_not_renamed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before the rename, whether what served the making was dropped by then or not, a unit is kept as it is."""
+    one, run = unit(1), desk(store)
+
+    def killed(self: Path, *args: object, **more: object) -> None:
+        if (store.partial(one) / "made.json").exists():
+            raise KeyboardInterrupt
+
+    assert not store.settled(one)
+    run.log(one, 1, loss=1.0)
+    (run.folder(one) / "checkpoint").write_text("half way")
+    for method in ("unlink", "rename"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, method, killed)
+            if method == "unlink":
+                run.keep(one, without=["checkpoint"])
+            else:
+                store.settled(one)
+        assert not store.has(one)
+    assert store.settled(one) and store.settled(one)
+    assert sorted(path.name for path in store.folder(one).iterdir()) == ["made.json", "metric.parquet", "unit.json"]
+    assert not store.partial(one).exists()
 
 
 def test_logging_is_cheap(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

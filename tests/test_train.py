@@ -262,6 +262,26 @@ def test_a_stop_loses_no_step(whole: tuple[Run, list[Unit]], store: Path, tmp_pa
     assert results(run, trained(run)) == results(*whole)
 
 
+def test_a_stop_between_a_step_and_its_note_loses_neither(
+    whole: tuple[Run, list[Unit]], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, log = 3, Run.log
+
+    def stopped(self: Run, unit: Unit, step: int, **values: float) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise Stop
+        log(self, unit, step, **values)
+
+    monkeypatch.setattr(Run, "log", stopped)
+    with pytest.raises(Stop):
+        trained(fresh(tmp_path, store))
+    run = fresh(tmp_path, store)
+    assert len([step for step in starting_steps(run) if step]) == 2
+    assert results(run, trained(run)) == results(*whole)
+
+
 def starting_steps(run: Run) -> list[int | None]:
     steps = []
     for unit in STAGE.units(run):
@@ -291,9 +311,9 @@ def test_members_may_be_checkpoints_apart(
     assert starting_steps(run) == [4, 3]
     advance, steps = Training.advance, []
 
-    def noted(self: Training, x_nd: Tensor, dead_after: int) -> dict[str, Any]:
+    def noted(self: Training, x_nd: Tensor, dead_after: int) -> None:
         steps.append((self.unit.label, self.step))
-        return advance(self, x_nd, dead_after)
+        advance(self, x_nd, dead_after)
 
     monkeypatch.setattr(Training, "advance", noted)
     assert results(run, trained(run)) == results(*whole)
@@ -398,7 +418,10 @@ class ScriptedSae(Sae):
 def test_a_feature_is_dead_after_so_many_tokens_and_alive_when_it_fires() -> None:
     script = [[0, 1, 2], [0, 1], [0], [0, 3], [0, 2], [0]]
     made = training(Scripted(expansion=2, script=script), d_model=2)
-    shares = [made.advance(torch.ones(10, 2), 20)["train_dead"].item() for _ in script]
+    shares = []
+    for _ in script:
+        made.advance(torch.ones(10, 2), 20)
+        shares.append(made.values["train_dead"].item())
     sae = made.sae
     assert isinstance(sae, ScriptedSae)
     # Three batches of 10 tokens without firing are 30, of which the third sees 20 behind it.

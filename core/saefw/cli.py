@@ -8,9 +8,12 @@ import errno
 import os
 import signal
 import sys
+import threading
+import time
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,7 +30,14 @@ if TYPE_CHECKING:
 
 REGISTRY = Path("registry.yaml")
 
+GRACE = 5.0
+"""Seconds that a command has to end in order once it is told to stop. It may need them to write a checkpoint; but it
+may also not hear, in the midst of a long query."""
+
 KEPT = "what is kept stays, and the next run goes on from there"
+
+SHOWN = "\x1b[?25h"
+"""Shows the cursor."""
 
 EXAMPLES = """Examples:
 
@@ -36,6 +46,7 @@ EXAMPLES = """Examples:
   saefw run --dry          only list what would be made
   saefw plugins topk       the settings of a plugin
   saefw sql "FROM pareto"  look at the results
+  saefw gc                 delete what no registry needs
 
 Exit codes: 0 fine, 1 yours to mend, 2 wrong usage, 130 stopped.
 """
@@ -82,12 +93,36 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command; of the user's errors print the text alone, and treat SIGTERM like Ctrl-C."""
-        stopped = False
+        stopped = over = False
 
-        def stop(number: int, frame: object) -> None:
+        def said() -> str:
+            return f"stopped; {KEPT}" if ctx.invoked_subcommand == "run" else "stopped"
+
+        def leave() -> None:
+            # A store is safe whenever a process ends; the cursor of a terminal is not, where a bar moves.
+            os.write(2, f"{SHOWN if sys.stderr.isatty() else ''}{said()}\n".encode())
+            os._exit(130)
+
+        def watch() -> None:
+            if os.read(heard, 1):
+                time.sleep(GRACE)
+            os.close(heard)
+            if not over:
+                leave()
+
+        def stop(number: int, frame: FrameType | None) -> None:
             nonlocal stopped
+            # Told twice; or in an import, where an exception may be caught by anybody, or abort the process.
+            if stopped or _importing(frame):
+                leave()
             stopped = True
             raise KeyboardInterrupt
+
+        # Written to by the system itself, also while no Python code runs.
+        heard, told = os.pipe()
+        os.set_blocking(told, False)
+        fd = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+        threading.Thread(target=watch, daemon=True).start()
 
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         for number, handler in before.items():
@@ -98,7 +133,7 @@ class Commands(TyperGroup):
         except (Exception, KeyboardInterrupt) as error:
             # DuckDB, for one, makes an error of its own of an interrupted query.
             if stopped:
-                print(f"stopped; {KEPT}" if ctx.invoked_subcommand == "run" else "stopped", file=sys.stderr)
+                print(said(), file=sys.stderr)
                 raise typer.Exit(130) from error
             if isinstance(error, UserError):
                 print(error, file=sys.stderr)
@@ -108,6 +143,9 @@ class Commands(TyperGroup):
                 raise typer.Exit(1) from error
             raise
         finally:
+            over = True
+            signal.set_wakeup_fd(fd)
+            os.close(told)
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -418,6 +456,46 @@ def _other(registry: Path) -> str:
     return "" if registry == REGISTRY else f" --registry {registry}"
 
 
+@app.command()
+def gc(
+    files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", show_default=False)] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
+    dry: Annotated[bool, typer.Option("--dry", help="Only list what can go.")] = False,
+) -> None:
+    """Delete the units that no named registry needs, after asking.
+
+    Name every registry of the store that you still want; by default that is registry.yaml alone.
+    """
+    from saefw.gc import delete, find
+    from saefw.printer import Printer, short, size
+    from saefw.tables import console
+
+    found = find(files or [REGISTRY])
+    for reason, n in found.held.items():
+        print(f"{n} unit{'' if n == 1 else 's'} stay{'s' if n == 1 else ''}: {reason}")
+    if not found.spare:
+        print(f"Nothing to delete in {short(found.store.root)}: {found.kept} kept and needed.")
+        return
+    Printer(console()).spare(found.spare)
+    n, total = len(found.spare), size(sum(spare.bytes for spare in found.spare)) or "nothing on disk"
+    what = f"{n} unit{'' if n == 1 else 's'}, {total}"
+    if dry:
+        print(f"{what}, can go; {found.kept} kept and needed.")
+        return
+    if not yes and not sys.stdin.isatty():
+        raise UserError(f"{what}, can go; nothing was deleted, since nobody is there to be asked (--yes: do not ask)")
+    if not yes and not typer.confirm(f"Delete {what}?"):
+        print("Nothing was deleted.")
+        return
+    gone = []
+    for spare, holder in delete(found):
+        if holder:
+            print(f"{spare.address} stays: {holder} is making it")
+        else:
+            gone.append(spare.bytes)
+    print(f"Deleted {len(gone)} unit{'' if len(gone) == 1 else 's'}, {size(sum(gone)) or 'nothing on disk'}.")
+
+
 def _header(registry: Path) -> dict[str, Any]:
     """Return what a registry says, unchecked; to find its store or plugin files takes no plugin."""
     from saefw.places import load
@@ -446,6 +524,13 @@ def _catalog(registry: Path) -> "Catalog":
         files = _header(registry).get("plugins") or []
         catalog.add_files([Place(file).open(registry.parent) for file in files if isinstance(file, str)])
     return catalog
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a frame runs for the sake of an import."""
+    while frame and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def _doc(cls: type) -> str:

@@ -237,7 +237,7 @@ def _make(
             if damage := store.damage(store.folder(unit)):
                 store.unkeep(store.folder(unit), damage)
                 log.warning("%s; '%s' is made again", said(damage), unit.label)
-        late = [unit for unit in missing if store.has(unit)]
+        late = [unit for unit in missing if store.settled(unit)]
         if late:
             store.sync()
             run.found(*late)
@@ -268,7 +268,10 @@ def _placed(registry: Registry, name: str, error: UserError) -> UserError:
 
 
 def _made_with(registry: Registry, catalog: Catalog) -> dict[str, str]:
-    """Return the versions of saefw and torch, and the origin of each plugin in use that is not saefw's own."""
+    """Return the versions of saefw and torch, and the origin of each plugin in use that is not saefw's own.
+
+    Of a plugin file its name alone: a store may be moved, and shown to others.
+    """
     own = f"saefw {saefw.__version__}"
     made_with = {"saefw": saefw.__version__}
     if torch := sys.modules.get("torch"):
@@ -278,7 +281,8 @@ def _made_with(registry: Registry, catalog: Catalog) -> dict[str, str]:
             for cls in {type(member.entry) for member in members}:
                 origin = catalog.origin(cls)
                 if origin != own:
-                    made_with[f"{kind}.{cls.model_fields['use'].default}"] = origin
+                    name = Path(origin).name if Path(origin).is_absolute() else origin
+                    made_with[f"{kind}.{cls.model_fields['use'].default}"] = name
     return made_with
 
 

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -16,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from saefw.gc import Spare
 from saefw.pipeline import Observer, StagePlan
 from saefw.plugin import Unit, hookimpl
 from saefw.store import Store
@@ -183,6 +185,15 @@ class Printer(Observer):
         """Print a line, or a table, above the bar."""
         self.console.print(what, soft_wrap=isinstance(what, str))
 
+    def spare(self, spares: Sequence[Spare]) -> None:
+        """List what can be deleted."""
+        shown = table("stage", "unit", "what", "disk>", "age>")
+        for i, spare in enumerate(spares):
+            label = Text(spare.label, overflow="ellipsis", no_wrap=True)
+            first = i == 0 or spare.stage != spares[i - 1].stage
+            shown.add_row(spare.stage if first else "", spare.address, label, size(spare.bytes), age(spare.at))
+        self.console.print(shown)
+
     # Inside
 
     @property
@@ -270,6 +281,12 @@ def span(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def age(at: datetime) -> str:
+    """Write how long ago something was: 48 s, 2 h 10 min, 3 days."""
+    seconds = (datetime.now(UTC) - at).total_seconds()
+    return f"{seconds / 86400:.0f} days" if seconds >= 2 * 86400 else span(max(seconds, 0))
 
 
 def size(n_bytes: int) -> str:

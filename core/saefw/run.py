@@ -361,9 +361,11 @@ class Run:
 
     def publish(self) -> None:
         """Bring what was kept into the index; a failure costs nothing but a later `saefw index`."""
-        if self._unindexed:
-            new, self._unindexed = self._unindexed, {}
+        new = dict(self._unindexed)
+        if new:
             self.store.index(new)
+        # Only now: told to stop while it was indexed, a run tries once more before it goes.
+        self._unindexed = {address: folder for address, folder in self._unindexed.items() if address not in new}
 
     def _open_log(self, unit: Unit) -> int:
         if self.store.has(unit):

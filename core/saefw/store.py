@@ -18,12 +18,15 @@ from typing import Any
 import duckdb
 import numpy as np
 
-from saefw.care import MADE, PART, Damage, checksum, damages, settle, write_atomically, writing
+from saefw.care import MADE, PART, Damage, checksum, damages, listed, settle, write_atomically, writing
 from saefw.errors import UserError
 from saefw.index import Index, quoted, refused, types
 from saefw.unit import Unit
 
 log = logging.getLogger("saefw")
+
+PARTIAL, GONE = ".partial", ".gone"
+"""The ends of the names of a folder in which a unit is made, and of one that is being deleted."""
 
 _SINGLE = (str, bytes, int, float, np.generic, type(None))
 
@@ -44,7 +47,7 @@ class Store(Index):
 
     def partial(self, unit: Unit) -> Path:
         """Where the unit is worked on."""
-        return self.root / unit.stage / f"{unit.address}.partial"
+        return self.root / unit.stage / f"{unit.address}{PARTIAL}"
 
     def has(self, unit: Unit) -> bool:
         """Whether the unit was kept: a folder without made.json (half a copy, say) is not, nor one found damaged.
@@ -118,10 +121,10 @@ class Store(Index):
     def keep(self, unit: Unit, seconds: float, made_with: Mapping[str, str], without: Sequence[str] = ()) -> Path:
         """Turn the working folder into the unit: the rename is the commit. Returns the folder.
 
-        Files called as in `without` served the making alone and are dropped, after the rename, so that a run killed
-        in between has lost nothing. If another machine put the same unit there meanwhile, that one stays.
+        Files called as in `without` served the making alone and are dropped, once all else is on the disk, so that a
+        run killed in between has lost nothing.
         """
-        partial, folder = self.begin(unit), self.folder(unit)
+        partial = self.begin(unit)
         for stale in [path for path in partial.rglob(f"*{PART}") if path.is_file()]:
             stale.unlink()
         entries = sorted(partial.rglob("*"))
@@ -139,15 +142,39 @@ class Store(Index):
             },
         }
         write_atomically(partial / MADE, json.dumps(made, indent=1).encode())
+        return self._commit(unit)
+
+    def settled(self, unit: Unit) -> bool:
+        """Whether the unit is kept; one that was whole when its run was killed, all but renamed, is kept now.
+
+        For those who hold its lock.
+        """
         if self.has(unit):
+            return True
+        partial = self.partial(unit)
+        if not (partial / MADE).exists():
+            return False
+        # Or a damaged one that was being set back.
+        if not _says(partial, unit) or any(damages(partial)):
+            (partial / MADE).unlink()
+            return False
+        self._commit(unit)
+        return True
+
+    def _commit(self, unit: Unit) -> Path:
+        """Drop from a working folder what made.json does not list, and rename it; a kept unit of that name stays."""
+        partial, folder = self.partial(unit), self.folder(unit)
+        whole = {MADE, *listed(partial)}
+        for path in [path for path in partial.rglob("*") if path.is_file()]:
+            if path.relative_to(partial).as_posix() not in whole:
+                path.unlink()
+        if self.has(unit):  # another machine put it there meanwhile
             shutil.rmtree(partial)
             return folder
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
         settle(folder.parent)
-        for name in without:
-            (folder / name).unlink(missing_ok=True)
         return folder
 
     def set_back(self, folder: Path, damage: Sequence[Damage]) -> None:
@@ -179,7 +206,7 @@ class Store(Index):
         for file in dict.fromkeys(one.file for one in damage):
             if file.name != MADE:
                 file.unlink(missing_ok=True)
-        partial = folder.with_name(f"{folder.name}.partial")
+        partial = folder.with_name(folder.name + PARTIAL)
         if partial.exists():
             shutil.rmtree(partial)
         folder.rename(partial)
@@ -189,8 +216,36 @@ class Store(Index):
     @contextmanager
     def lock(self, unit: Unit, waiting: Callable[[str], None]) -> Iterator[None]:
         """Hold the right to make a unit; `waiting` is told who has it. A lock dies with its holder."""
-        with self._flock(self.root / "locks" / unit.address, waiting):
+        with self.hold(unit.address, waiting):
             yield
+
+    @contextmanager
+    def hold(self, address: str, waiting: Callable[[str], None]) -> Iterator[None]:
+        """Hold the lock of the unit at an address."""
+        with self._flock(self.root / "locks" / address, waiting):
+            yield
+
+    def delete(self, folder: Path, waiting: Callable[[str], None]) -> None:
+        """Delete the folder of a unit, kept or begun, under its lock.
+
+        It is renamed first: a kill leaves one that is half deleted, for the next time, and none that is half there.
+
+        Raises:
+            UserError: it cannot be deleted.
+
+        """
+        gone = folder.with_suffix(GONE)
+        with self.hold(folder.stem, waiting):
+            try:
+                if folder != gone and folder.exists():
+                    if gone.exists():
+                        shutil.rmtree(gone)
+                    folder.rename(gone)
+                    settle(gone.parent)
+                if gone.exists():
+                    shutil.rmtree(gone)
+            except OSError as error:
+                raise UserError(f"{error.filename}: cannot be deleted ({error.strerror})") from error
 
 
 def _array(value: Any) -> np.ndarray[Any, Any]:

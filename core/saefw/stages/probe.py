@@ -22,6 +22,9 @@ from saefw.shards import Acts
 from saefw.unit import canonical
 
 FILE = "probe.safetensors"
+FITTED = "fitted.safetensors"
+"""In the folder of the last of the probes fitted together, until that is kept: the state of each, by address."""
+
 BATCH = 8192
 """How many tokens are measured at once."""
 
@@ -93,10 +96,7 @@ class ProbeStage(StageConfig):
             raise UserError(f"{acts.label}: has {len(task.classes)} classes; a probe tells two or more apart")
         splits = {split: labelled(recording, split, acts.label, run.device) for split in ("train", "valid", "test")}
         members = [unit.given["probe"] for unit in units]
-        train = splits["train"]
-        probes = kind.fit_many(
-            members, task, train.x_nd, train.y_n, lambda done, total: run.progress(done, total, "steps")
-        )
+        probes = _fitted(run, kind, units, task, splits["train"])
         for unit, config, probe in zip(units, members, probes, strict=True):
             probe = probe.to(run.device).eval().requires_grad_(False)
             measured = {split: measure(probe, data) for split, data in splits.items()}
@@ -121,7 +121,7 @@ class ProbeStage(StageConfig):
                 predicted=test.predicted_n,
                 margin=test.margin_n,
             )
-            run.keep(unit)
+            run.keep(unit, without=[FITTED])
 
 
 class Labelled(NamedTuple):
@@ -151,6 +151,30 @@ class Measured(NamedTuple):
 
     margin_n: np.ndarray[tuple[int], np.dtype[np.float32]]
     """The largest logit minus the second."""
+
+
+def _fitted(run: Run, kind: type[ProbeConfig], units: Sequence[Unit], task: Task, train: Labelled) -> list[Probe]:
+    """Fit probes together; of a run that was stopped while it kept them, return those that it fitted.
+
+    Fitted again without those that are kept, the sums of the others could be rounded in another way.
+    """
+    members, path = [unit.given["probe"] for unit in units], run.folder(units[-1]) / FITTED
+    try:
+        stored = load_file(path)
+        probes = [config.build(task) for config in members]
+        for unit, probe in zip(units, probes, strict=True):
+            probe.load_state_dict({name: stored[f"{unit.address}.{name}"] for name in probe.state_dict()})
+    except (OSError, SafetensorError, KeyError, RuntimeError):
+        probes = kind.fit_many(
+            members, task, train.x_nd, train.y_n, lambda done, total: run.progress(done, total, "steps")
+        )
+        state = {
+            f"{unit.address}.{name}": value.detach().cpu().contiguous()
+            for unit, probe in zip(units, probes, strict=True)
+            for name, value in probe.state_dict().items()
+        }
+        write_atomically(path, save(state))
+    return probes
 
 
 def open_probe(config: ProbeConfig, folder: Path, task: Task, device: str = "cpu") -> Probe:

@@ -182,9 +182,11 @@ class Train(StageConfig):
             self._steps(run, trainings, stream, range(first, n_steps), dead_after, part, failed)
         except BaseException:
             # Told to stop, or broken: what is whole goes on from here, whatever was in the middle of a step from its
-            # last checkpoint.
+            # last checkpoint. Its last step may not be logged yet; logged twice, it counts once.
             for training in trainings:
                 if training.whole and training.healthy():
+                    if training.values and self._logs(training.step - 1, n_steps):
+                        training.log(run)
                     training.checkpoint(run)
             raise
         if trainings:
@@ -206,16 +208,16 @@ class Train(StageConfig):
         saving, telling = Clock(self.checkpoint_every), Clock(PAUSE)
         for step in steps:
             x_nd = trainings[0].sae.normalise(next(stream).to(run.device))
-            logging, checkpointing = step % self.log_every == 0 or step == n_steps - 1, saving.due()
+            logging, checkpointing = self._logs(step, n_steps), saving.due()
             for training in list(trainings):
                 if training.step > step:
                     continue
-                values = training.advance(x_nd, dead_after)
+                training.advance(x_nd, dead_after)
                 if (logging or checkpointing) and not training.healthy():
                     failed.append(training.excuse())
                     trainings.remove(training)
                 elif logging:
-                    run.log(training.unit, step, **{name: float(value) for name, value in values.items()})
+                    training.log(run)
             if checkpointing:
                 begun = time.monotonic()
                 for training in trainings:
@@ -227,6 +229,10 @@ class Train(StageConfig):
                 telling.restart(PAUSE)
             if not trainings:
                 return
+
+    def _logs(self, step: int, n_steps: int) -> bool:
+        """Whether the loss of a step is noted."""
+        return step % self.log_every == 0 or step == n_steps - 1
 
     def _finish(self, run: Run, acts: Acts, trainings: Sequence["Training"]) -> None:
         """Measure, write and keep SAEs that are trained."""
@@ -280,10 +286,14 @@ class Training:
         self.adam = torch.optim.Adam(self.sae.parameters(), lr=self.config.lr, fused=fused)
         self.since_s = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=device)
         self.total = torch.zeros(())
-        self.whole = True
+        self.values: dict[str, Any] = {}
+        """What there is to log of the last step, not yet as numbers."""
 
-    def advance(self, x_nd: Tensor, dead_after: int) -> dict[str, Any]:
-        """Take one step on normalised tokens; return what there is to log of the batch, not yet as numbers.
+        self.whole = True
+        """Whether it stands between two steps."""
+
+    def advance(self, x_nd: Tensor, dead_after: int) -> None:
+        """Take one step on normalised tokens.
 
         The order matters: were the rows brought to norm 1 before Adam's step, they would be saved at another norm,
         and were the gradient clipped before its useless part is taken out, the useful part would be clipped too.
@@ -306,10 +316,15 @@ class Training:
         if self.config.unit_norm:
             renormalise(self.sae.W_dec)
         self.since_s = torch.where(loss.fired_s > 0, 0, self.since_s + len(x_nd))
+        terms = {f"train_{name}": term.detach() for name, term in loss.terms.items()}
+        seen = {"train_l0": loss.fired_s.sum() / len(x_nd), "train_dead": dead_s.float().mean(), "lr": lr}
+        self.values = {**terms, **seen}
         self.step += 1
         self.whole = True
-        terms = {f"train_{name}": term.detach() for name, term in loss.terms.items()}
-        return {**terms, "train_l0": loss.fired_s.sum() / len(x_nd), "train_dead": dead_s.float().mean(), "lr": lr}
+
+    def log(self, run: Run) -> None:
+        """Note what the last step measured."""
+        run.log(self.unit, self.step - 1, **{name: float(value) for name, value in self.values.items()})
 
     def healthy(self) -> bool:
         """Whether the last loss and all weights are finite."""
