@@ -339,7 +339,7 @@ def test_an_image_that_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.Monk
         raise FileNotFoundError("no such file")
 
     monkeypatch.setattr(TinyImages, "image", gone)
-    with pytest.raises(UserError, match=r"^image 'tiny-\d\d\d' cannot be read \(no such file\)$"):
+    with pytest.raises(UserError, match=r"^image 'tiny-\d\d\d' cannot be read \(it is missing\)$"):
         made(run)
 
 
