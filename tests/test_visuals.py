@@ -120,8 +120,9 @@ def test_what_does_not_fit_in_memory_is_seen_in_another_pass(
     run = trained(tmp_path)
     (sae,) = run.made_by("sweep")
     twin = Unit(sae.stage, {**sae.content, "seed": 1}, sae.needs, "twin", sae.given)
-    shutil.copytree(run.folder(sae), run.store.folder(twin))
-    (run.store.folder(twin) / "unit.json").write_text(twin.text)
+    shutil.copytree(run.folder(sae), run.store.partial(twin))
+    (run.store.partial(twin) / "unit.json").write_text(twin.text)
+    run.store.keep(twin, 1, {})
     run.listed("sweep", [sae, twin])
     held: list[int] = []
     fitting = visuals._fitting
@@ -338,7 +339,7 @@ def test_an_image_that_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.Monk
         raise FileNotFoundError("no such file")
 
     monkeypatch.setattr(TinyImages, "image", gone)
-    with pytest.raises(UserError, match=r"^image 'tiny-\d\d\d' cannot be read \(no such file\)$"):
+    with pytest.raises(UserError, match=r"^image 'tiny-\d\d\d' cannot be read \(it is missing\)$"):
         made(run)
 
 
