@@ -181,7 +181,7 @@ def assert_painted_patch_is_lit(clip: Backbone) -> None:
         assert changed.argmax() == clip.info.n_prefix + row * columns + column
 
 
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "CLIP": {},
     "SigLIP": dict(mean=(0.5,) * 3, std=(0.5,) * 3, resize_mode="squash"),
     "bilinear": dict(mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bilinear"),

@@ -231,7 +231,7 @@ def test_a_repository_in_the_cache(tmp_path: Path) -> None:
     torch.save(model_of(config).state_dict(), snapshot / "open_clip_pytorch_model.bin")
     assert of_hub("some/model") == config
     clip = OpenClip(pretrained="hf-hub:some/model")
-    built = clip.build("cpu")
+    built: Any = clip.build("cpu")
     assert built.info == clip.describe() == BackboneInfo(8, 1, (2, 2), ("cls",), 8)
     assert type(built.blocks[0].mlp.gelu).__name__ == "QuickGELU"
     assert built._normalise.mean == [0.5] * 3 and len(built._crop) == 2

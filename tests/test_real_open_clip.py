@@ -3,6 +3,7 @@
 import lzma
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,25 +63,26 @@ def test_the_tower_is_deit_of_timm(clip: OpenClipBackbone) -> None:
     import timm
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform, resolve_model_data_config
 
-    deit = timm.create_model(
+    deit: Any = timm.create_model(
         "deit_tiny_patch16_224",
         checkpoint_path=str(Path(DATA, "weights", "deit_tiny_patch16_224.fp16.safetensors")),
     ).eval()
-    numbers, normalise = create_transform(**resolve_model_data_config(deit)).transforms[-2:]
+    transform: Any = create_transform(**resolve_model_data_config(deit))  # type: ignore[no-untyped-call]
+    numbers, normalise = transform.transforms[-2:]
+    ours: Any = clip._normalise
     views = [clip.view(open_image(file)) for file in photos()[::100]]
     theirs = deit.forward_features(torch.stack([normalise(numbers(view)) for view in views]))
     prepared, visual = torch.stack([clip.prepare(view) for view in views]), clip._model.visual
     stored = visual.ln_post(clip(prepared))
     cosines = torch.nn.functional.cosine_similarity(stored[:, 0], theirs[:, 0])
 
-    clip, deit = clip.double(), deit.double()
+    clip.double()
+    deit.double()
     pixels = torch.stack([numbers(view) for view in views]).double()
     mean, std = (
         torch.tensor(x, dtype=torch.float64)[:, None, None] for x in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     )
-    ours_mean, ours_std = (
-        torch.as_tensor(x).double()[:, None, None] for x in (clip._normalise.mean, clip._normalise.std)
-    )
+    ours_mean, ours_std = (torch.as_tensor(x).double()[:, None, None] for x in (ours.mean, ours.std))
     kernel, bias = deit.patch_embed.proj.weight, deit.patch_embed.proj.bias
     positions = deit.pos_embed[0].clone()
     positions[1:] += bias + (kernel * ((ours_mean - mean) / std)).sum((1, 2, 3))
