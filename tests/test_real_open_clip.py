@@ -61,7 +61,9 @@ def test_the_tower_is_deit_of_timm(clip: OpenClipBackbone) -> None:
     """
     mend_torchvision()
     import timm
-    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform, resolve_model_data_config
+    from timm.data.config import resolve_model_data_config
+    from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    from timm.data.transforms_factory import create_transform
 
     deit: Any = timm.create_model(
         "deit_tiny_patch16_224",
