@@ -154,7 +154,7 @@ class Experiment:
             self.place,
         )
         self._device = run.device
-        self._images = recording.given["dataset"].open(run.base)
+        self._images = run.dataset(recording.given["dataset"])
         self.about = _about(unit, run)
         test = self.acts.of_split("test")
         self.test: Ints = test[self.labels[test] >= 0]

@@ -58,6 +58,10 @@ class Numbers(StageConfig):
         """A million bytes for each."""
         return 1_000_000 * int(unit.content["n"])
 
+    def work(self, unit: Unit, run: Run) -> str:
+        """One number each."""
+        return "one number"
+
 
 class Sums(StageConfig):
     """Makes one unit: the sum of the numbers of a stage, or of the one picked."""

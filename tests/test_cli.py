@@ -150,11 +150,11 @@ def test_dry(saefw: Saefw) -> None:
     assert (
         saefw("run", "--dry")
         == """\
-stage     unit           what                                     disk
-──────────────────────────────────────────────────────────────────────
-numbers   faae90296342   number 1                       to make   1 MB
-          3548c2f3ea9f   number 2                       to make   2 MB
-          a6e71fee52b1   number 3                       to make   3 MB
+stage     unit           what                                        disk
+─────────────────────────────────────────────────────────────────────────
+numbers   faae90296342   number 1                       one number   1 MB
+          3548c2f3ea9f   number 2                       one number   2 MB
+          a6e71fee52b1   number 3                       one number   3 MB
 best                     decided once numbers is made
 figures   c046a5f3a792   dots                           to make
 4 units to make, about 6 MB; 0 kept. Those decided later are not counted."""

@@ -161,9 +161,10 @@ def test_a_plan_makes_nothing(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert list(tmp_path.iterdir()) == [tmp_path / "registry.yaml"]
     run = pipeline.desk(registry, plugins)
-    sizes = pipeline.disk(registry, run, pipeline.plan(registry, plugins, run=run)[0])
-    assert {unit.label: size for unit, size in sizes.items()} == {
-        "number 1": 1_000_000, "number 2": 2_000_000, "number 3": 3_000_000,
+    costs = pipeline.costs(registry, run, pipeline.plan(registry, plugins, run=run)[0])
+    assert {unit.label: cost for unit, cost in costs.items()} == {
+        "number 1": (1_000_000, "one number"), "number 2": (2_000_000, "one number"),
+        "number 3": (3_000_000, "one number"),
     }  # fmt: skip
     pipeline.run(registry, plugins)
     assert [(plan.name, len(plan.kept), plan.missing) for plan in pipeline.plan(registry, plugins)] == [

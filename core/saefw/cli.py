@@ -215,8 +215,8 @@ def run(
     printer = Printer(console())
     if dry:
         _damaged(desk.store)
-        sizes = {unit: n for plan in plans for unit, n in pipeline.disk(registry, desk, plan).items()}
-        printer.dry(plans, sizes)
+        costs = {unit: cost for plan in plans for unit, cost in pipeline.costs(registry, desk, plan).items()}
+        printer.dry(plans, costs)
         return
     if any(plan.missing or plan.reason for plan in plans):
         printer.planned(plans)

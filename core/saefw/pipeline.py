@@ -12,6 +12,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import saefw
 from saefw.care import said
@@ -128,12 +129,36 @@ def plan(registry: Registry, catalog: Catalog, only: str | None = None, run: Run
     return plans
 
 
-def disk(registry: Registry, run: Run, planned: StagePlan) -> dict[Unit, int]:
-    """Return about how many bytes each missing unit of a planned stage will take; 0 where the stage cannot say."""
+class Cost(NamedTuple):
+    """What a unit is about to cost."""
+
+    disk: int
+    """Bytes, about; 0 where the stage cannot say."""
+
+    work: str
+    """How many images or tokens; empty where the stage cannot say."""
+
+
+def costs(registry: Registry, run: Run, planned: StagePlan) -> dict[Unit, Cost]:
+    """Return what each missing unit of a planned stage is about to cost.
+
+    Raises:
+        UserError: images that are to be counted are not there, with the place of the stage.
+
+    """
     if not planned.missing:
         return {}
     _, members = _list(registry, planned.name, run)
-    return {unit: stage.disk(unit, run) for stage, units in members for unit in units if unit in set(planned.missing)}
+    missing = set(planned.missing)
+    try:
+        return {
+            unit: Cost(stage.disk(unit, run), stage.work(unit, run))
+            for stage, units in members
+            for unit in units
+            if unit in missing
+        }
+    except UserError as error:
+        raise _placed(registry, planned.name, error) from error
 
 
 def run(

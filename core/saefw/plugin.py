@@ -369,6 +369,10 @@ class StageConfig(Entry):
         """Say about how many bytes a unit will take, for `saefw run --dry`; cheaply, so 0 where it is not known."""
         return 0
 
+    def work(self, unit: Unit, run: Run) -> str:
+        """Say how much there is to do for a unit, for `saefw run --dry`: `1,717 images`; cheaply, or nothing."""
+        return ""
+
 
 class FigureConfig(Entry):
     """A figure drawn from the store alone."""

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from saefw.gc import Spare
-from saefw.pipeline import Observer, StagePlan
+from saefw.pipeline import Cost, Observer, StagePlan
 from saefw.plugin import Unit, hookimpl
 from saefw.store import Store
 from saefw.tables import grid, table
@@ -160,8 +160,8 @@ class Printer(Observer):
         where.add_row("page", f"{saefw} serve{page}")
         self.console.print(where, soft_wrap=True)
 
-    def dry(self, plans: Sequence[StagePlan], sizes: Mapping[Unit, int]) -> None:
-        """List every unit, whether it is kept, and the disk that it needs."""
+    def dry(self, plans: Sequence[StagePlan], costs: Mapping[Unit, Cost]) -> None:
+        """List every unit, whether it is kept, and the work and the disk that it needs."""
         shown = table("stage", "unit", "what", "", "disk>")
         for plan in plans:
             missing = set(plan.missing)
@@ -170,15 +170,15 @@ class Printer(Observer):
                     plan.name if i == 0 else "",
                     unit.address,
                     Text(unit.label, overflow="ellipsis", no_wrap=True),
-                    "to make" if unit in missing else "kept",
-                    size(sizes.get(unit, 0)) if unit in missing else "",
+                    costs[unit].work or "to make" if unit in missing else "kept",
+                    size(costs[unit].disk) if unit in missing else "",
                 )
             if plan.reason:
                 shown.add_row(plan.name, "", Text(plan.reason, style="italic"), "", "")
         self.console.print(shown)
         to_make, kept = sum(len(plan.missing) for plan in plans), sum(len(plan.kept) for plan in plans)
         open_ended = " Those decided later are not counted." if any(plan.reason for plan in plans) else ""
-        need = f", about {size(sum(sizes.values())) or 'little disk'}" if to_make else ""
+        need = f", about {size(sum(cost.disk for cost in costs.values())) or 'little disk'}" if to_make else ""
         self.say(f"{_count(to_make, 'unit')} to make{need}; {kept:,} kept.{open_ended}")
 
     def say(self, what: RenderableType) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import duckdb
 from pydantic import Field, model_validator
@@ -17,9 +17,10 @@ from pydantic import Field, model_validator
 from saefw.care import Damage, damages, said, settle, weight, write_atomically, writing
 from saefw.entry import Entry, Member
 from saefw.errors import Faults, NotYet, UserError
+from saefw.imagesets import Dataset
 from saefw.index import INDEX, BrokenIndex
 from saefw.store import Store
-from saefw.unit import Unit
+from saefw.unit import Unit, canonical
 
 LOG = "metric.jsonl"
 """What a unit logged so far, one JSON list [step, {name: value}] a line; becomes its metric table when kept."""
@@ -83,6 +84,18 @@ class Pick(Entry):
         return min(fits, key=lambda unit: sign * metrics[unit].get(name, sign * math.inf))
 
 
+class Opens(Protocol):
+    """The entry of an image set."""
+
+    def content(self) -> dict[str, Any]:
+        """The settings that decide which images it has."""
+        ...
+
+    def open(self, base: Path) -> Dataset:
+        """List them; relative paths count from `base`."""
+        ...
+
+
 class Watcher:
     """What a run tells those who watch it; the pipeline passes it on to the hooks. By default it tells nobody."""
 
@@ -128,6 +141,7 @@ class Run:
         self._families, self._device = families, device
         self._made_with, self._watcher = made_with or {}, watcher or Watcher()
         self._made: dict[str, list[Unit]] = {}
+        self._datasets: dict[str, Dataset] = {}
         self._started = time.monotonic()
         self._unindexed: dict[str, Path] = {}
         self._logs: dict[str, int] = {}
@@ -142,6 +156,18 @@ class Run:
     def family(self, kind: str, names: Sequence[str]) -> list[Member]:
         """Return the members of the named entries, in order."""
         return [member for name in names for member in self._families[kind][name]]
+
+    def dataset(self, entry: Opens) -> Dataset:
+        """Return an image set, opened; its files are listed once in a run, whichever stages ask for it.
+
+        Raises:
+            UserError: it is not there, or cannot be opened.
+
+        """
+        key = canonical(entry.content())
+        if key not in self._datasets:
+            self._datasets[key] = entry.open(self.base)
+        return self._datasets[key]
 
     def made_by(self, stage: str) -> list[Unit]:
         """Return the units of a stage above, by its name in registry.yaml; in a dry run they may not be there yet.

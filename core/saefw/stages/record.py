@@ -109,6 +109,10 @@ class Record(StageConfig):
         n_examples = len(_dataset(unit, run))
         return n_examples * _layout(unit, n_examples).example_bytes
 
+    def work(self, unit: Unit, run: Run) -> str:
+        """Return how many images there are to record."""
+        return f"{len(_dataset(unit, run)):,} images"
+
     def make(self, units: Sequence[Unit], run: Run) -> None:
         """Record all layers of a (backbone, dataset) in one pass; complete shards of an earlier run are kept.
 
@@ -215,7 +219,7 @@ class Broken(NamedTuple):
 
 
 def _dataset(unit: Unit, run: Run) -> Dataset:
-    dataset = cast(DatasetConfig, unit.given["dataset"]).open(run.base)
+    dataset = run.dataset(cast(DatasetConfig, unit.given["dataset"]))
     if not len(dataset):
         raise UserError(f"{unit.label}: the dataset has no images")
     return dataset

@@ -424,7 +424,7 @@ def _picture(recording: Unit, run: Run, example: int, key: str) -> bytes:
     """Return what the model sees of an image, as PNG."""
     from io import BytesIO
 
-    image = again(recording.given["dataset"].open(run.base), example, key)
+    image = again(run.dataset(recording.given["dataset"]), example, key)
     file = BytesIO()
     recording.given["backbone"].build("cpu").view(image).save(file, "PNG")
     return file.getvalue()

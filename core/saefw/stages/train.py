@@ -140,6 +140,10 @@ class Train(StageConfig):
         d_sae = config.expansion * d_model
         return 4 * (2 * d_model * d_sae + d_sae + 2 * d_model)
 
+    def work(self, unit: Unit, run: Run) -> str:
+        """Return how many tokens there are to train on."""
+        return f"{self.n_tokens:,} tokens"
+
     def make(self, units: Sequence[Unit], run: Run) -> None:
         """Train the units of each recording together, one after the other recording.
 
