@@ -160,6 +160,26 @@ def test_progress_and_disk(tmp_path: Path) -> None:
     assert 0 < size - stage.model_copy(update={"dtype": "float32"}).disk(units[0], run) < 200
 
 
+def test_the_images_of_a_set_are_listed_once_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+    whole = TinySet.build
+
+    def build(self: TinySet, base: Path) -> Any:
+        opened.append(self.content())
+        return whole(self, base)
+
+    monkeypatch.setattr(TinySet, "build", build)
+    run = desk(tmp_path)
+    stage = Record(backbone="tiny", datasets=["tiny"], layers=[1, 2])
+    units = list(stage.units(run))
+    assert [stage.work(unit, run) for unit in units] == ["60 images"] * 2
+    assert [stage.disk(unit, run) for unit in units] == [60 * 17 * 16 * 4] * 2
+    stage.make(units, run)
+    assert opened == [TinySet().content()]
+    assert len(run.dataset(TinySet(limit=10))) == 10
+    assert len(opened) == 2
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_is_the_rounded_float32(tmp_path: Path, dtype: str) -> None:
     run = desk(tmp_path)

@@ -566,6 +566,7 @@ def test_the_disk_is_foreseen(whole: tuple[Run, list[Unit]]) -> None:
     for unit in units:
         size = (run.folder(unit) / FILE).stat().st_size
         assert STAGE.disk(unit, run) == pytest.approx(size, abs=1500)
+        assert STAGE.work(unit, run) == f"{STAGE.n_tokens:,} tokens"
 
 
 def test_the_index_is_one_store(whole: tuple[Run, list[Unit]]) -> None:

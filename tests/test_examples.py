@@ -1,0 +1,139 @@
+"""The registries in examples/: they check, plan what they say, and the one on real data runs."""
+
+import os
+from pathlib import Path
+
+import duckdb
+import pytest
+import trees
+from typer.testing import CliRunner
+
+from saefw import pipeline
+from saefw.catalog import Catalog
+from saefw.cli import app
+from saefw.registry import read
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CLIP = "clip_imagenet_classification.yaml"
+REAL = "real_small.yaml"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (CLIP, "fine; 1 backbone, 4 datasets, 18 saes, 30 probes, 5 figures, 8 stages"),
+        (REAL, "fine; 1 backbone, 2 datasets, 5 saes, 16 probes, 5 figures, 8 stages"),
+    ],
+)
+def test_they_check_without_images_and_weights(name: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("IMAGENET", raising=False)
+    monkeypatch.delenv("SAEFW_DATA", raising=False)
+    result = CliRunner().invoke(app, ["check", str(EXAMPLES / name)])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == f"{EXAMPLES / name}: {said}"
+
+
+@pytest.fixture
+def clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The example on CLIP beside small trees in the form of the true ones: 15, 100, 18 and 204 images."""
+    trees.imagenet(tmp_path / "ILSVRC")
+    trees.caltech101(tmp_path / "data" / "caltech101", {"accordion": 85, "anchor": 20, "BACKGROUND_Google": 3})
+    trees.cub200(tmp_path / "data" / "cub200")
+    trees.flowers102(tmp_path / "data" / "flowers102")
+    monkeypatch.setenv("IMAGENET", str(tmp_path / "ILSVRC"))
+    path = tmp_path / "examples" / CLIP
+    path.parent.mkdir()
+    path.write_text((EXAMPLES / CLIP).read_text())
+    return path
+
+
+def test_the_whole_experiment_is_planned(clip: Path) -> None:
+    catalog = Catalog()
+    registry = read(clip, catalog)
+    desk = pipeline.desk(registry, catalog)
+    plans = {plan.name: plan for plan in pipeline.plan(registry, catalog, run=desk)}
+    assert {name: len(plan.units) for name, plan in plans.items()} == {
+        "imagenet": 1, "tasks": 3 * 2, "sweep": 3 * 4 + 3 * 2, "visuals": 18, "classes": 18 * 3, "probes": 6 * 5 * 3,
+        "steer": 0, "figures": 0,
+    }  # fmt: skip
+    assert (plans["steer"].reason, plans["figures"].reason) == (
+        "decided once sweep is made", "decided once steer is made",
+    )  # fmt: skip
+
+    # 197 tokens of 768; float16 on ImageNet, float32 elsewhere. An SAE of 32 x 768 features: W_enc, W_dec, b_enc,
+    # b_dec and the mean. Tables: 20 maps of 196 patches a feature, 64 sheets of 20 images.
+    token, n_features = 768, 24_576
+    weights, tables = (2 * token + 1) * n_features + 2 * token, n_features * 20 * 196 + 64 * 20 * 5000
+    image = 197 * token
+    costs = {name: list(pipeline.costs(registry, desk, plan).values()) for name, plan in plans.items()}
+    assert costs["imagenet"] == [(15 * image * 2, "15 images")]
+    assert costs["tasks"] == [
+        (n * image * 4, f"{n} images") for n in (100, 18, 204) for _ in ("block 10", "block 11")
+    ]  # fmt: skip
+    assert costs["sweep"] == [(weights * 4, "100,000,000 tokens")] * 18
+    assert costs["visuals"] == [(tables, "")] * 18 and costs["classes"] == [(tables, "")] * 54
+    assert costs["probes"] == [(0, "")] * 90 and costs["steer"] == costs["figures"] == []
+
+    total = (15 * 2 + 322 * 2 * 4) * image + 18 * weights * 4 + 72 * tables
+    result = CliRunner().invoke(app, ["run", str(clip), "--dry"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == (
+        f"187 units to make, about {total / 1e9:.1f} GB; 0 kept. Those decided later are not counted."
+    )
+    assert not (clip.parents[1] / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("gone", "why"),
+    [
+        ("IMAGENET", "38:3: stages.imagenet: '$IMAGENET': the variable $IMAGENET is not set"),
+        ("data/cub200", "39:3: stages.tasks: {}/examples/../data/cub200: there is no such folder"),
+    ],
+)
+def test_images_that_are_not_there_have_a_place(
+    clip: Path, gone: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = clip.parents[1]
+    if gone == "IMAGENET":
+        monkeypatch.delenv(gone)
+    else:
+        (base / gone).rename(base / "away")
+    result = CliRunner().invoke(app, ["run", str(clip), "--dry"])
+    assert result.exit_code == 1
+    assert result.stderr == f"{clip}:{why.format(base)}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "SAEFW_DATA" not in os.environ, reason="SAEFW_DATA, the folder of real weights and images, is not set"
+)
+def test_the_example_on_real_data_runs(tmp_path: Path) -> None:
+    """All of it on few images, with small SAEs that train for a moment."""
+    text = (EXAMPLES / REAL).read_text()
+    for word, smaller in {
+        "layout: classes, test: 0": "layout: classes, test: 0, limit: 100",
+        "layout: splits": "layout: splits, limit: 505",
+        "expansion: 8": "expansion: 2",
+        "n_tokens: 1_000_000": "n_tokens: 40_000",
+        "amounts: [0, 0.5, 1, 2]": "amounts: [0, 2], n_examples: 40, n_effect: 101",
+    }.items():
+        assert word in text
+        text = text.replace(word, smaller.replace(", n_", "\n    n_") if "amounts" in word else smaller)
+    path = tmp_path / "examples" / REAL
+    path.parent.mkdir()
+    path.write_text(text)
+    result = CliRunner().invoke(app, ["run", str(path)])
+    assert result.exit_code == 0, result.output
+    store = tmp_path / "runs" / "real_small"
+    assert sorted(picture.stem for picture in store.glob("draw/*/*.png")) == [
+        "before-after", "dose-response", "feature-grid", "pareto", "probe-grid",
+    ]  # fmt: skip
+    with duckdb.connect(str(store / "saefw.duckdb"), read_only=True) as db:
+        counts = dict(db.execute("SELECT stage, count(*) FROM unit GROUP BY ALL").fetchall())
+        assert counts == {"record": 3, "train": 5, "visuals": 10, "probe": 16, "steer": 1, "draw": 5}
+        (nmse,) = db.execute("SELECT max(nmse) FROM pareto").fetchall()[0]
+        (accuracy,) = db.execute("SELECT max(value) FROM final WHERE name = 'test_accuracy'").fetchall()[0]
+        assert nmse < 0.8 and accuracy > 0.3
+        (n_edits,) = db.execute("SELECT count(*) FROM edit").fetchall()[0]
+        # Images x roles x kinds x amounts; the control of like features may have none that fires.
+        assert 40 * 2 * 3 * 2 < n_edits <= 40 * 2 * 4 * 2
