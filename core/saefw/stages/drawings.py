@@ -54,7 +54,7 @@ class FeatureGrid(FigureConfig):
         strips = [_strip(db, folder, feature, self.images, side, gap) for feature, _ in chosen]
         height, width = len(chosen) * (side + gap), left + max(strip.image.shape[1] for strip in strips)
         scale = WIDTH / width
-        figure = Figure(figsize=(WIDTH, height * scale + 0.42))
+        figure = Figure(figsize=(WIDTH, height * scale + 0.58))
         axes = figure.add_subplot()
         axes.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
         axes.axis("off")
@@ -68,7 +68,7 @@ class FeatureGrid(FigureConfig):
         told = f"{measured['n_live']:.0f} features that fire here"
         if "n_pure" in measured:
             told = f"{measured['n_pure']:.0f} of {told} are pure (at least 80 % of their top images of one class)"
-        figure.suptitle(f"{label}: {told}", x=0.006, ha="left", fontsize=9)
+        figure.suptitle(f"{label}\n{told}", x=0.006, ha="left", fontsize=9)
         return figure
 
     def _picked(self, db: "DuckDBPyConnection", folders: Sequence[Path]) -> tuple[Path, str, dict[str, float]]:
