@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import saefw
-from saefw.errors import UserError, did_you_mean
+from saefw.errors import UserError, did_you_mean, escaped
 
 if TYPE_CHECKING:
     from saefw.catalog import Catalog
@@ -99,7 +99,7 @@ class Commands(TyperGroup):
                 print(f"stopped; {KEPT}" if ctx.invoked_subcommand == "run" else "stopped", file=sys.stderr)
                 raise typer.Exit(130) from error
             if isinstance(error, UserError):
-                print(error, file=sys.stderr)
+                print("\n".join(map(escaped, str(error).split("\n"))), file=sys.stderr)
                 raise typer.Exit(1) from error
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
                 print(f"{error.filename or 'writing'}: {error.strerror}; {KEPT}", file=sys.stderr)

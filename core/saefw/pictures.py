@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from saefw.errors import UserError
+from saefw.errors import UserError, escaped
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -130,8 +130,8 @@ def sheet(tiles: Sequence[Tile], title: str, subtitle: str, columns: int, side: 
 
 
 def fitted(text: str, width: int, size: int) -> str:
-    """Return text cut, with an ellipsis, to a width in pixels at a font size."""
-    font = _font(size)
+    """Return text in one line, cut with an ellipsis to a width in pixels at a font size."""
+    font, text = _font(size), escaped(text)
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:
