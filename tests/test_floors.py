@@ -10,7 +10,7 @@ TOP = Path(__file__).parents[1]
 
 FLOORS = (
     ("saefw",),
-    ("errors", "moments", "sae", "unit", "vision"),
+    ("errors", "moments", "sae", "tensors", "unit", "vision"),
     ("entry", "pictures", "places", "store", "stream", "style", "wording"),
     ("run", "shards"),
     ("plugin",),

@@ -33,7 +33,7 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
 
 
 def escaped(text: str) -> str:
-    """Return text in one line with every character that does not print written out, as `\\x1b` or `\\n`.
+    """Return text in one line with every character that does not print written out as in Python's source.
 
     Names come from files and folders of anybody's; a terminal, a figure or a page shows them and obeys none of them.
     """

@@ -62,9 +62,29 @@ def read(path: Path, examples: Sequence[int]) -> dict[int, "Image"]:
                 "SELECT example, png FROM read_parquet(?) WHERE list_contains(?, example)",
                 [str(path), [int(example) for example in examples]],
             ).fetchall()
-    except duckdb.Error as error:
+        views: dict[int, Image.Image] = {example: Image.open(BytesIO(data)) for example, data in rows}
+        for view in views.values():
+            view.load()
+    except (duckdb.Error, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be read; delete {path.parent} to make it again") from error
-    return {example: Image.open(BytesIO(data)) for example, data in rows}
+    return views
+
+
+def maps(path: Path, feature: int) -> Bytes:
+    """Return how strongly the top images of a feature are lit, uint8 [t, p], from a `maps.safetensors`.
+
+    Raises:
+        UserError: the file cannot be read.
+
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            found: Bytes = file.get_slice("maps")[feature]
+    except (OSError, SafetensorError, IndexError) as error:
+        raise UserError(f"{path}: cannot be read; delete {path.parent} to make it again") from error
+    return found
 
 
 def enlarged(view: "Image", side: int) -> "Image":

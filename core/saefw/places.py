@@ -183,7 +183,7 @@ class _Reader:
             raise yaml.MarkedYAMLError(problem="a merge key (<<): write its settings out", problem_mark=node.start_mark)
         return self._text(node, "")
 
-    def _text(self, node: yaml.ScalarNode, allowed: str) -> str:
+    def _text(self, node: yaml.Node, allowed: str) -> str:
         """Return the text of a node, in which only characters that print may be, and those `allowed`."""
         for found in UNPRINTED.findall(node.value):
             if found not in allowed:

@@ -280,12 +280,20 @@ class Run:
 
 
 def _logged(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
-    """Read a log; a last line torn by a kill is left out."""
+    """Read a log; a line torn by a kill, or that nobody logged, is left out."""
     if not path.exists():
         return
     for line in path.read_text(errors="replace").splitlines():
         try:
-            step, values = json.loads(line)
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             continue
-        yield step, values
+        if _is_row(row):
+            yield row[0], row[1]
+
+
+def _is_row(row: Any) -> bool:
+    """Whether it is [step, {name: number}], and what a table can hold."""
+    if not (isinstance(row, list) and len(row) == 2 and type(row[0]) is int and -(2**63) <= row[0] < 2**63):
+        return False
+    return isinstance(row[1], dict) and all(type(value) in (int, float) for value in row[1].values())

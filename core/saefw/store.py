@@ -241,7 +241,7 @@ class Store:
         if not self.root.is_dir() or self._seen == (_version(path), kept.keys()):
             return 0
         try:
-            with duckdb.connect(str(path), read_only=True) as db:
+            with duckdb.connect(_local(path), read_only=True) as db:
                 current = db.execute("SELECT comment FROM duckdb_views() WHERE view_name = 'final'").fetchone()
                 indexed = {row[0] for row in db.execute("SELECT unit FROM unit").fetchall()}
             whole = current == (_schema_mark(),)
@@ -286,7 +286,7 @@ class Store:
                 _empty(copy)
             else:
                 shutil.copyfile(path, copy)
-            with duckdb.connect(str(copy)) as db:
+            with duckdb.connect(_local(copy)) as db:
                 db.execute("BEGIN")
                 for table in types():
                     db.execute(f'DELETE FROM "{table}" WHERE list_contains(?, unit)', [[*new, *gone]])
@@ -316,11 +316,16 @@ class Store:
         if not path.exists():
             raise UserError(f"{path}: there is no index yet; `saefw run` makes one, `saefw index` rebuilds it")
         try:
-            db = duckdb.connect(str(path), read_only=True)
+            db = duckdb.connect(_local(path), read_only=True)
         except duckdb.Error as error:
             raise UserError(f"{path}: cannot be opened; `saefw index` rebuilds it ({error})") from error
         with db:
             yield db
+
+
+def _local(path: Path) -> str:
+    """Return a path that DuckDB takes for one: `md:x` is a service to it."""
+    return str(path.absolute())
 
 
 def _version(path: Path) -> tuple[int, int] | None:
@@ -334,7 +339,7 @@ def _version(path: Path) -> tuple[int, int] | None:
 
 def _empty(path: Path) -> None:
     with duckdb.connect() as db:
-        db.execute(f"ATTACH '{_quoted(path)}' AS made (STORAGE_VERSION '{STORAGE}')")
+        db.execute(f"ATTACH '{_quoted(path.absolute())}' AS made (STORAGE_VERSION '{STORAGE}')")
         db.execute("USE made")
         db.execute(schema())
         db.execute(f"COMMENT ON VIEW final IS '{_schema_mark()}'")
@@ -366,7 +371,7 @@ def _insert(db: duckdb.DuckDBPyConnection, address: str, folder: Path, tables: I
             path = folder / f"{table}.parquet"
             if path.exists():
                 db.execute(f'INSERT INTO "{table}" BY NAME SELECT * FROM read_parquet(?)', [str(path)])
-    except (OSError, ValueError, KeyError, TypeError, duckdb.Error) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, duckdb.Error) as error:
         db.execute("ROLLBACK")
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: damaged ({why}); delete the folder {folder} to make it again") from error

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saefw import tensors
+
 IMAGE_FEATURES = 32
 """How many of its strongest features are kept for an image."""
 
@@ -120,7 +122,12 @@ class Tally:
         pairs: Path,
         state: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Begin with no images, or go on from a `state`; `pairs` is a file to work in, cut to what it held then."""
+        """Begin with no images, or go on from a `state`; `pairs` is a file to work in, cut to what it held then.
+
+        Raises:
+            ValueError: the state is not one of such a tally, or the file holds less than then.
+
+        """
         self.d_sae, self.n_patches, self.n_classes, self.top = d_sae, n_patches, n_classes, top
         self.seen = 0
         self.percentiles = Percentiles(d_sae)
@@ -138,6 +145,8 @@ class Tally:
             "peak_cs": torch.zeros(n_classes, d_sae, dtype=torch.float64),
             "mass_cs": torch.zeros(n_classes, d_sae, dtype=torch.float64),
         }
+        if state:
+            self._check(state)
         with pairs.open("ab") as file:
             file.truncate(int(state["pairs"]) if state else 0)
         if state:
@@ -145,6 +154,25 @@ class Tally:
             self._sums = {name: state[name].clone() for name in self._sums}
             self._images = [(state["images.example"], state["images.feature"], state["images.value"])]
             self.percentiles.load({name: state[f"percentiles.{name}"] for name in Percentiles.STATE})
+
+    def _check(self, state: Mapping[str, Tensor]) -> None:
+        """See that a state is one of such a tally before anything is made of it."""
+        whole: tensors.Form = dict.fromkeys(("seen", "pairs", "percentiles.n"), (torch.int64, ()))
+        kept = {"images.example": (torch.int64, (None,)), "images.feature": (torch.int64, (None, self._kept))}
+        kept["images.value"] = torch.float32, (None, self._kept)
+        bins = state.get("percentiles.histogram", torch.empty(0))
+        # Its counts are int32; where values are still exact it is empty.
+        counted = {"percentiles.histogram": (bins.dtype, (self.d_sae * _OCTAVES * _STEPS if len(bins) else 0,))}
+        keys = {"percentiles.keys": (torch.int64, (None,))}
+        tensors.check(state, {**tensors.form(self._sums), **whole, **kept, **counted, **keys})
+        for name, key_n in (
+            ("images.feature", state["images.feature"].flatten()),
+            ("percentiles.keys", state["percentiles.keys"] >> 32),
+        ):
+            if len(key_n) and not 0 <= int(key_n.min()) <= int(key_n.max()) < self.d_sae:
+                raise ValueError(f"'{name}' speaks of features that are none")
+        size = self._pairs.stat().st_size if self._pairs.exists() else 0
+        tensors.number(int(state["pairs"]), 0, size, "pairs")
 
     def add(self, example_e: Tensor, label_e: Tensor, codes_eps: Tensor) -> None:
         """Take in images, in ascending order of their index: int64 indices and labels (-1: none), dense codes."""

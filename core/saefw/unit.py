@@ -8,7 +8,6 @@ from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
-
 WORD = re.compile(r"[A-Za-z0-9_-]+")
 """What a name is made of: letters, digits, - and _."""
 

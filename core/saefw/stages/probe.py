@@ -10,11 +10,11 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from saefw import tensors as files
 from saefw.blocks import resolve
 from saefw.plugin import Names, Probe, ProbeConfig, Run, StageConfig, Task, Unit, UserError, hookimpl, settings
 from saefw.shards import Acts
@@ -163,9 +163,11 @@ def open_probe(config: ProbeConfig, folder: Path, task: Task, device: str = "cpu
     path = folder / FILE
     probe = config.build(task)
     try:
-        probe.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError) as error:
+        tensors, _ = files.read(path)
+        files.check(tensors, files.form(probe.state_dict()))
+    except ValueError as error:
         raise UserError(f"{path}: is not the probe it should be; delete {folder} to make it again ({error})") from error
+    probe.load_state_dict(tensors)
     return probe.to(device).eval().requires_grad_(False)
 
 

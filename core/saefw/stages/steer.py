@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from saefw import controls
+from saefw import tensors as files
 from saefw.blocks import resolve
 from saefw.controls import Ints
 from saefw.facts import Name, facts, names
@@ -210,7 +210,7 @@ class Steer(StageConfig):
         for start in range(0, len(plan.examples), self.batch_size):
             stop = min(start + self.batch_size, len(plan.examples))
             path = run.folder(unit) / f"part-{start:08d}-{stop:08d}.safetensors"
-            if (part := _stored(path)) is None:
+            if (part := _stored(path, self._form(stop - start, len(acts.classes)))) is None:
                 part = self._edit(steering, plan, acts, slice(start, stop), run.device)
                 write_atomically(path, save(part))
             parts.append(part)
@@ -257,7 +257,8 @@ class Steer(StageConfig):
     def _gradient(self, folder: Path, steering: Steering, acts: Acts, examples: Ints, run: Run) -> Tensor:
         """Return the mean gradient of each class's logit over train images, float64 [c, d]; it stays in the folder."""
         path = folder / GRADIENT
-        if (stored := _stored(path)) is not None:
+        form: files.Form = {"gradient": (torch.float64, (len(acts.classes), acts.d_model))}
+        if (stored := _stored(path, form)) is not None:
             return stored["gradient"]
         total_cd, done = torch.zeros(len(acts.classes), acts.d_model, dtype=torch.float64), 0
         for some, tokens_etd in acts.read("all", examples, self.batch_size):
@@ -305,6 +306,14 @@ class Steer(StageConfig):
             "after": _picked(after_erkac, label_erkal),
             "like": like_erf,
         }
+
+    def _form(self, n: int, n_classes: int) -> files.Form:
+        """Return what `_edit` gives of n images."""
+        grid = n, len(ROLES), len(KINDS), len(self.amounts)
+        some = *grid, n_classes if n_classes <= ALL_LOGITS else 2 * TOP + 2
+        logits = dict.fromkeys(("before", "after"), (torch.float32, some))
+        chosen = n, len(ROLES), self.n_features
+        return {"norm": (torch.float32, grid), "label": (torch.int64, some), "like": (torch.int64, chosen), **logits}
 
     # Writing it down
 
@@ -435,12 +444,14 @@ def _picked(logits: Tensor, label: Tensor) -> Tensor:
     return logits.gather(-1, label.clamp_min(0)).contiguous()
 
 
-def _stored(path: Path) -> dict[str, Tensor] | None:
+def _stored(path: Path, form: files.Form) -> dict[str, Tensor] | None:
     """Return what an interrupted run left, or None if it is not there or not whole."""
     try:
-        return load_file(path)
-    except (OSError, SafetensorError):
+        found, _ = files.read(path)
+        files.check(found, form)
+    except ValueError:
         return None
+    return found
 
 
 @hookimpl

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import numpy as np
 import torch
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from saefw import pictures
+from saefw import tensors as files
 from saefw.pictures import Tile
 from saefw.plugin import (
     Backbone,
@@ -165,7 +165,7 @@ class Visuals(StageConfig):
 
     def _watch(self, jobs: Sequence["Job"], acts: Acts, examples: Array, run: Run) -> None:
         """Feed the images to every SAE's tally, going on where an earlier run stopped."""
-        tallies = [_begun(job) for job in jobs]
+        tallies = [_begun(job, len(examples)) for job in jobs]
         first = min(tally.seen for tally in tallies)
         saving, telling = Clock(self.checkpoint_every), Clock(0.1)
         for indices, x_epd in acts.read("patches", examples[first:], READ):
@@ -274,16 +274,18 @@ def _fitting(jobs: Sequence[Job], n_images: int) -> Iterator[list[Job]]:
     yield group
 
 
-def _begun(job: Job) -> Tally:
+def _begun(job: Job, n_images: int) -> Tally:
     """Return the tally that an interrupted run left in the unit's folder, or a fresh one."""
     sizes = job.sae.d_sae, job.n_patches, job.n_classes, job.top, job.folder / PAIRS
     path = job.folder / CHECKPOINT
     if not path.exists():
         return Tally(*sizes)
     try:
-        with safe_open(path, "pt") as file:
-            return Tally(*sizes, {name: file.get_tensor(name) for name in file.keys()})
-    except (OSError, SafetensorError, KeyError) as error:
+        state, _ = files.read(path)
+        tally = Tally(*sizes, state)
+        files.number(tally.seen, 0, n_images, "seen")
+        return tally
+    except ValueError as error:
         raise UserError(f"{path}: cannot be read ({error}); delete {path.parent} to begin anew") from error
 
 
