@@ -86,8 +86,9 @@ def load(path: Path) -> tuple[Spot, list[Fault]]:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line, column = _position(data[: error.start].decode("utf-8-sig"))
-        raise UserError(f"{path}:{line}:{column}: not UTF-8 (byte 0x{data[error.start]:02x})") from None
+        # Of what was decoded: without the mark at its beginning.
+        line, column = _position(error.object[: error.start].decode())
+        raise UserError(f"{path}:{line}:{column}: not UTF-8 (byte 0x{error.object[error.start]:02x})") from None
     try:
         loader = _Loader(text)
         node = _node(loader)
