@@ -356,16 +356,17 @@ def _insert(db: duckdb.DuckDBPyConnection, address: str, folder: Path, tables: I
     db.execute("BEGIN")
     try:
         unit = json.loads(path.read_text())
+        stage, content, needs = unit["stage"], canonical(unit["content"]), list(dict.fromkeys(unit["needs"]))
         path = folder / "made.json"
         made = json.loads(path.read_text())
         db.execute(
             "INSERT INTO unit VALUES (?, ?, ?, ?, ?, ?, ?)",
             [
-                address, unit["stage"], made["label"], canonical(unit["content"]), json.dumps(made["made_with"]),
+                address, stage, made["label"], content, json.dumps(made["made_with"]),
                 made["made_at"], made["seconds"],
             ],
         )  # fmt: skip
-        for need in dict.fromkeys(unit["needs"]):
+        for need in needs:
             db.execute("INSERT INTO need VALUES (?, ?)", [address, need])
         for table in tables:
             path = folder / f"{table}.parquet"
