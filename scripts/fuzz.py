@@ -1,4 +1,4 @@
-"""Feeds every file that saefw reads with bytes nobody would write, led by the coverage (atheris, no part of the set-up).
+"""Feeds every file that saefw reads with bytes nobody would write, led by coverage (atheris, no part of the set-up).
 
     python scripts/fuzz.py 65 /tmp/fuzz     # minutes, a folder for what is found
 
@@ -207,7 +207,9 @@ def _unit(folder: Path, unit: bytes, made: bytes) -> None:
 
 
 UNIT = b'{"content":{"n":1},"needs":["0123456789ab"],"stage":"fake"}'
-MADE = b'{"label": "x", "seconds": 1.5, "made_at": "2025-01-01T00:00:00+00:00", "made_with": {"saefw": "1"}, "files": {}}'
+MADE = (
+    b'{"label": "x", "seconds": 1.5, "made_at": "2025-01-01T00:00:00+00:00", "made_with": {"saefw": "1"}, "files": {}}'
+)
 
 
 def read_unit(data: bytes, folder: Path) -> None:
@@ -305,9 +307,11 @@ stages:
   e: {use: steer, saes: s, sae: {layer: -2, lowest: nmse, below: {l0: 64}}, amounts: [0, 1]}
 """,
     "saefw: 1\nsaes: &x\n  a: &a {use: topk, k: 3}\n  b: *a\n  c: {<<: *a}\nfoo: *x\n",
-    'saefw: 1\nstore: "\\x1b\\U0001F600\\n"\nprobes:\n  ? p\n  : use: linear\n    note: |-\n      x\n    widths: [0x1f, 0b1, 1:30]\n',
+    'saefw: 1\nstore: "\\x1b\\U0001F600\\n"\n'
+    "probes:\n  ? p\n  : use: linear\n    note: |-\n      x\n    widths: [0x1f, 0b1, 1:30]\n",
     "%YAML 1.1\n---\nsaefw: !!int 1\nplugins: [x.py, ~/y.py]\nsaes: {a: {use: relu, l1: .nan}}\n...\n",
-    "\ufeffsaefw: 1\nfigures:\n  f: {use: pareto}\n  f: {use: paretto}\nstages: {s: {use: train, acts: f, saes: [\u7f8e]}}\n",
+    "\ufeffsaefw: 1\nfigures:\n  f: {use: pareto}\n  f: {use: paretto}\n"
+    "stages: {s: {use: train, acts: f, saes: [\u7f8e]}}\n",
 )
 
 
@@ -315,7 +319,22 @@ stages:
 
 
 _NUMBERS = (0, -1, 1, 2, 3, 4, 5, 2**31, 2**53, 2**63, 2**64, 10**30, -(2**63), 1e308, float("nan"), float("inf"))
-_PLAIN: tuple[Any, ...] = (*_NUMBERS, None, True, "", "../../x", "F32", "F64", "I64", "BF16", "\x00", "\ud800", [], {}, [[]])
+_PLAIN: tuple[Any, ...] = (
+    *_NUMBERS,
+    None,
+    True,
+    "",
+    "../../x",
+    "F32",
+    "F64",
+    "I64",
+    "BF16",
+    "\x00",
+    "\ud800",
+    [],
+    {},
+    [[]],
+)
 
 
 def _changed(value: Any, rng: random.Random) -> Any:
@@ -373,14 +392,14 @@ def _child(seconds: int, out: Path) -> None:
     sys.path.insert(0, str(TOP / "tests"))
     with atheris.instrument_imports(include=["saefw", "saefw_topk", "saefw_linear", "yaml", "kinds"]):
         import kinds
-        import saefw_linear
-        import saefw_topk
         import yaml
 
         import saefw.registry
         import saefw.stages.probe
         import saefw.stages.train
         import saefw.tally
+        import saefw_linear
+        import saefw_topk
 
         del kinds, saefw_linear, saefw_topk, yaml, saefw
 

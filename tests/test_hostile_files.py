@@ -101,7 +101,7 @@ BYTES: dict[str, tuple[bytes, str]] = {
     ),
     "a header that is no object": (
         headed(b"[1, 2]"),
-        "Error while deserializing header: invalid JSON in header: EOF while parsing a value",
+        "Error while deserializing header: invalid JSON in header: invalid type: sequence",
     ),
     "more data than there is": (
         headed((F32 % (10**9, 4 * 10**9)).encode()),
@@ -109,7 +109,7 @@ BYTES: dict[str, tuple[bytes, str]] = {
     ),
     "sizes whose product is too large": (
         headed((F32 % (f"{2**40}, {2**40}", 0)).encode()),
-        "Error while deserializing header: overflow computing buffer size from shape and/or dtype",
+        "Error while deserializing header: overflow computing buffer size from shape and/or",
     ),
     "no metadata": (save({"a": torch.ones(1)}), "Expecting value: line 1 column 1 (char 0)"),
     "metadata that are no object": (save({"a": torch.ones(1)}, {"saefw": "[3]"}), "list instead of a JSON object"),

@@ -7,6 +7,8 @@ import warnings
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
+from saefw.errors import escaped
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -78,6 +80,12 @@ def rendered(figure: "Figure") -> dict[str, bytes]:
             figure.savefig(file, format=kind, metadata=told)
             files[kind] = file.getvalue()
     return files
+
+
+def shown(name: str, most: int = 30) -> str:
+    """Return a name as figures write it: in one line, nothing in it obeyed, cut so that the axes keep their room."""
+    text = escaped(name)
+    return text if len(text) <= most else text[: most - 1].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def panels(n: int, height: float) -> "tuple[Figure, list[Axes]]":

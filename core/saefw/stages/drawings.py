@@ -11,9 +11,8 @@ import numpy as np
 from pydantic import Field
 
 from saefw import pictures
-from saefw.errors import escaped
 from saefw.plugin import FigureConfig, Pick, UserError, hookimpl
-from saefw.style import FAINT, WIDTH
+from saefw.style import FAINT, WIDTH, shown
 from saefw.tensors import number, parsed
 
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ class FeatureGrid(FigureConfig):
         unlabelled = self.sae == Pick(highest="n_pure") and not any("n_pure" in known for known in metrics.values())
         pick = Pick(highest="n_live") if unlabelled else self.sae
         unit, label = pick.choose(f"figure {self.use}", metrics)
-        return next(folder for folder in folders if folder.name == unit), escaped(label), metrics[unit, label]
+        return next(folder for folder in folders if folder.name == unit), shown(label, 100), metrics[unit, label]
 
     def _chosen(self, db: "DuckDBPyConnection", unit: str) -> list[tuple[int, str]]:
         """Return features, each with the class it detects best of all features, in the order of the classes."""
@@ -99,7 +98,7 @@ class FeatureGrid(FigureConfig):
             if len(taken) < self.rows and label not in taken and feature not in (f for _, f in taken.values()):
                 taken[label] = name, feature
         if taken:
-            return [(feature, escaped(name)) for _, (name, feature) in sorted(taken.items())]
+            return [(feature, shown(name)) for _, (name, feature) in sorted(taken.items())]
         strongest = db.execute(
             "SELECT feature FROM feature WHERE unit = ? AND frequency > 0 ORDER BY max DESC, feature LIMIT ?",
             [unit, self.rows],
@@ -207,7 +206,7 @@ def _strip(db: "DuckDBPyConnection", folder: Path, feature: int, n: int, side: i
     strip = np.full((height, n * (side + gap) - gap, 3), 255, dtype=np.uint8)
     for i, tile in enumerate(tiles):
         strip[: tile.shape[0], i * (side + gap) : i * (side + gap) + tile.shape[1]] = tile
-    names = [escaped(name) for _, _, name in rows if name is not None]
+    names = [shown(name) for _, _, name in rows if name is not None]
     commonest = max(dict.fromkeys(names), key=names.count) if names else ""
     return Strip(strip, f"{names.count(commonest)} of {len(rows)}: {commonest}" if names else "")
 
@@ -260,8 +259,8 @@ def _case(db: "DuckDBPyConnection", folder: Path) -> Case | None:
     seen = db.execute("SELECT DISTINCT unit FROM feature WHERE sae = ? AND acts = ?", [sae, acts]).fetchall()
     names, before, after = zip(*logits, strict=True)
     return Case(
-        folder, example, escaped(source), escaped(target), amount, mode, [feature for (feature,) in features],
-        list(map(escaped, names)),
+        folder, example, shown(source), shown(target), amount, mode, [feature for (feature,) in features],
+        list(map(shown, names)),
         _softmax(before), _softmax(after), {unit for (unit,) in seen},
     )  # fmt: skip
 
