@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -182,7 +183,7 @@ class Kept(RuleBasedStateMachine):
             patch.object(Path, "rename", counted(Path.rename)),
             patch.object(Path, "replace", counted(Path.replace)),
             patch.object(Path, "unlink", counted(Path.unlink)),
-            patch.object(module.os, "fsync", counted(module.os.fsync)),
+            patch.object(os, "fsync", counted(os.fsync)),
         ):
             try:
                 self.make(n)
