@@ -18,9 +18,11 @@ lint: .venv/ready
 types: .venv/ready
 	$(BIN)/mypy
 
-# Everything, minutes long: also the slow tests, among them the embedded experiment and the truth of its findings.
+# Everything, minutes long: also the slow tests, among them the embedded experiment and the truth of its findings;
+# then that experiment stopped 20 times at random moments.
 check-all: test
 	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python scripts/break_runs.py
 
 # The set-up: an environment of our own with the pinned versions; done again when what it hangs on changes.
 .venv/ready: pyproject.toml constraints.txt

@@ -85,13 +85,20 @@ def read_sae(data: bytes, folder: Path) -> None:
     open_sae(_config(), folder)(torch.ones(2, 3))
 
 
+def _run(folder: Path) -> Any:
+    from saefw.run import Run
+    from saefw.store import Store
+
+    return Run(Store(folder / "runs"), folder, {}, {}, device="cpu")
+
+
 def read_checkpoint(data: bytes, folder: Path) -> None:
     """Go on from a checkpoint by a step."""
     from saefw.stages.train import CHECKPOINT
 
-    (folder / CHECKPOINT).write_bytes(data)
-    training = _training()
-    training.resume(folder)
+    training, run = _training(), _run(folder)
+    (run.folder(training.unit) / CHECKPOINT).write_bytes(data)
+    training.resume(run)
     training.advance(torch.ones(4, 3), 100)
 
 
@@ -113,7 +120,7 @@ def _recording() -> dict[str, bytes]:
     from saefw.shards import Layout, Writer
 
     with tempfile.TemporaryDirectory() as where:
-        layout = Layout(4, 5, 1, 3, (2, 2), 0, "float32")
+        layout = Layout(4, 5, ("cls",), 3, (2, 2), 0, "float32")
         writer = Writer(Path(where), layout, np.array([True, True, True, False]), 2 * layout.example_bytes)
         for shard in writer.missing():
             writer.write(shard, torch.arange(30.0).reshape(5, 2, 3) + shard)
@@ -163,32 +170,49 @@ def read_moments(data: bytes, folder: Path) -> None:
     for name, good in _recording().items():
         (folder / name).write_bytes(good)
     (folder / "moments-00000.safetensors").write_bytes(data)
-    layout = Layout(4, 5, 1, 3, (2, 2), 0, "float32")
+    layout = Layout(4, 5, ("cls",), 3, (2, 2), 0, "float32")
     Writer(folder, layout, np.ones(4, dtype=bool), 2 * layout.example_bytes).missing()
+
+
+SIZES = 4, 2, 2, 2
 
 
 def read_tally(data: bytes, folder: Path) -> None:
     """Go on from what was counted of the features."""
-    from saefw.errors import UserError
-    from saefw.tally import Tally
-    from saefw.tensors import read
+    from saefw import sealed
+    from saefw.tally import Tally, check
 
     (folder / "tally.safetensors").write_bytes(data)
-    (folder / "pairs.bin").write_bytes(bytes(24))
+    (folder / "pairs.bin").write_bytes(_pairs())
+    found = sealed.read(folder / "tally.safetensors", lambda state, about: check(state, *SIZES))
     try:
-        state, _ = read(folder / "tally.safetensors")
-        tally = Tally(4, 2, 2, 2, folder / "pairs.bin", state)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+        tally = Tally(*SIZES, folder / "pairs.bin", found[0] if found else None)
+    except ValueError:
+        tally = Tally(*SIZES, folder / "pairs.bin")
     tally.add(torch.tensor([0]), torch.tensor([1]), torch.ones(1, 2, 4))
     tally.features(), tally.top_examples(), tally.maps(), tally.top_features()
+
+
+def _tally(folder: Path) -> Any:
+    from saefw.tally import Tally
+
+    tally = Tally(*SIZES, folder / "pairs.bin")
+    tally.add(torch.tensor([0]), torch.tensor([1]), torch.ones(1, 2, 4))
+    return tally
+
+
+@cache
+def _pairs() -> bytes:
+    with tempfile.TemporaryDirectory() as where:
+        _tally(Path(where))
+        return (Path(where) / "pairs.bin").read_bytes()
 
 
 @cache
 def _db() -> Any:
     import duckdb
 
-    from saefw.store import schema
+    from saefw.index import schema
 
     db = duckdb.connect()
     db.execute(schema())
@@ -196,12 +220,17 @@ def _db() -> Any:
 
 
 def _unit(folder: Path, unit: bytes, made: bytes) -> None:
-    from saefw.store import _insert
+    from saefw.care import damages
+    from saefw.errors import UserError
+    from saefw.index import Index
 
     (folder / "unit.json").write_bytes(unit)
     (folder / "made.json").write_bytes(made)
+    list(damages(folder))
+    index = Index(folder)
     try:
-        _insert(_db(), "0" * 12, folder, ())
+        if not index._insert(_db(), folder):
+            raise UserError(str(index.damage(folder)[0]))
     finally:
         _db().execute("DELETE FROM unit; DELETE FROM need")
 
@@ -223,12 +252,14 @@ def read_made(data: bytes, folder: Path) -> None:
 
 
 def read_log(data: bytes, folder: Path) -> None:
-    """Read a log of measurements."""
-    from saefw.run import _logged
+    """Go on with a log of measurements, as a checkpoint vouches for it."""
+    from saefw.plugin import Unit
+    from saefw.run import LOG, _mark, _rows
 
-    (folder / "metric.jsonl").write_bytes(data)
-    for step, values in _logged(folder / "metric.jsonl"):
-        assert isinstance(step, int) and all(float(value) is not None for value in values.values())
+    run, unit = _run(folder), Unit("train", {})
+    (run.folder(unit) / LOG).write_bytes(data)
+    if run.rewind(unit, _mark(data)):
+        assert all(isinstance(step, int) and isinstance(values, dict) for step, values in _rows(data))
 
 
 READERS: dict[bytes, Callable[[bytes, Path], None]] = {
@@ -265,24 +296,20 @@ def fed(data: bytes, folder: Path) -> None:
 
 def seeds() -> dict[str, bytes]:
     """Return a good file of every kind, and some registries that use all of YAML."""
-    import kinds
+    from saefw import sealed
 
-    from saefw.tally import Tally
-
-    del kinds
     found: dict[str, bytes] = {}
     with tempfile.TemporaryDirectory() as where:
         folder = Path(where)
-        training = _training()
+        training, run = _training(), _run(folder)
         for _ in range(2):
             training.advance(torch.randn(4, 3), 100)
-        training.checkpoint(folder)
+        training.checkpoint(run)
         training.write(folder, {"d_model": 3})
-        found["c-good"] = (folder / "checkpoint.safetensors").read_bytes()
+        found["c-good"] = (run.folder(training.unit) / "checkpoint.safetensors").read_bytes()
         found["s-good"] = (folder / "sae.safetensors").read_bytes()
-        tally = Tally(4, 2, 2, 2, folder / "pairs.bin")
-        tally.add(torch.tensor([0]), torch.tensor([1]), torch.ones(1, 2, 4))
-        found["y-good"] = save({**tally.state(), "pairs": torch.tensor(24)})
+        sealed.write(folder / "tally.safetensors", _tally(folder).state())
+        found["y-good"] = (folder / "tally.safetensors").read_bytes()
     weights = {"weight": torch.ones(3, 2), "bias": torch.ones(2), "mean": torch.ones(3), "std": torch.ones(3)}
     found["p-good"] = save(weights, {"saefw": "{}"})
     files = _recording()

@@ -18,6 +18,7 @@ from saefw import pictures, pipeline, registry, tensors
 from saefw.catalog import Catalog
 from saefw.controls import strongest
 from saefw.errors import escaped
+from saefw.originals import again
 from saefw.plugin import Entry, Run, Unit, UserError, settings
 from saefw.shards import Acts
 from saefw.stages.probe import open_probe, task_of
@@ -94,7 +95,7 @@ class About(NamedTuple):
     """What the tables say of a feature."""
 
     frequency: float
-    """Share of patches on which it fires."""
+    """Share of patches on which it fires; of images, for a feature of [CLS]."""
 
     p99: float
     """In the units of codes."""
@@ -136,9 +137,11 @@ class Experiment:
 
         """
         sae, probe, _, classes, recording = unit.needs
+        run.check(unit, sae, probe)  # what is small; a recording may be a terabyte
         self.unit, self._looks = unit, run.folder(classes)
         self.acts = Acts(run.folder(recording))
         read = Acts(run.folder(probe.needs[0]))
+        self.counted = "images" if sae.content["tokens"] == "cls" else "patches"
         self.place, self.mode = str(unit.content["place"]), str(unit.content["mode"])
         self.amounts = [float(amount) for amount in unit.content["amounts"]]
         # Escaped as for any other eye: HTML would show an override of the direction of writing by obeying it.
@@ -153,7 +156,7 @@ class Experiment:
             self.place,
         )
         self._device = run.device
-        self._images = recording.given["dataset"].build(run.base)
+        self._images = recording.given["dataset"].open(run.base)
         self.about = _about(unit, run)
         test = self.acts.of_split("test")
         self.test: Ints = test[self.labels[test] >= 0]
@@ -209,14 +212,15 @@ class Experiment:
         )
 
     def _view(self, example: int) -> "Image":
-        return self.steering.backbone.view(self._images[example].load()).convert("RGB")
+        image = again(self._images, example, self.acts.keys[example])
+        return self.steering.backbone.view(image).convert("RGB")
 
     def _thumbnails(self, feature: int) -> list[tuple[str, int]]:
         """Return the feature's top images with its patches lit, as data URIs, and which they are."""
         examples = self.about[feature].top[:THUMBNAILS].tolist()
         views = pictures.read(self._looks / PICTURES, examples)
-        maps_tp = pictures.maps(self._looks / MAPS, feature)
-        lit = [pictures.lit(views[e], maps_tp[i].reshape(self.acts.grid), SIDE) for i, e in enumerate(examples)]
+        maps_tp, grid = pictures.maps(self._looks / MAPS, feature), self.acts.grid
+        lit = [pictures.lit(views[e], pictures.on_grid(maps_tp[i], grid), SIDE) for i, e in enumerate(examples)]
         return [
             ("data:image/png;base64," + b64encode(pictures.png(x)).decode(), e)
             for x, e in zip(lit, examples, strict=True)

@@ -17,6 +17,7 @@ from bokeh.document import Document
 from bokeh.models.css import GlobalInlineStyleSheet
 from bokeh.models.layouts import Column, Row
 from bokeh.models.widgets import Button, Checkbox, RadioButtonGroup, Select
+from PIL import Image
 
 import saefw_steering_style as style
 from saefw.errors import UserError
@@ -301,7 +302,8 @@ class Session:
             f"<h2>For the class of the image, {escape(experiment.classes[label])} "
             f"<small>largest predicted effect on it</small></h2>"
         )
-        self.headings[2].text = "<h2>Strongest in this image <small>largest value on a patch</small></h2>"
+        largest = "value on [CLS]" if experiment.place == "cls" else "largest value on a patch"
+        self.headings[2].text = f"<h2>Strongest in this image <small>{largest}</small></h2>"
         if all(self.lit not in features for features in chosen):
             self.lit = next((features[0] for features in (*chosen[2:], *chosen) if features), -1)
         self.show_picture()
@@ -310,10 +312,17 @@ class Session:
     def show_picture(self) -> None:
         """Draw the image, lit or as it is."""
         experiment, about = self.experiment, self.experiment.about.get(self.lit)
-        on = bool(self.light.active) and about is not None
+        # A feature of [CLS] stands for nothing on a patch.
+        self.light.disabled = experiment.counted == "images"
+        on = bool(self.light.active) and not self.light.disabled and about is not None
         values = experiment.seen(self.example).patch_ps[:, self.lit] / about.p99 if on and about else None
+        try:
+            view = experiment.view(self.example)
+        except UserError as error:  # the edit needs the recording alone
+            view = Image.new("RGB", experiment.acts.grid[::-1], style.LINE)
+            self.about_image.text = f"<p>{escape(str(error))}</p>"
         self.picture.show(
-            experiment.view(self.example),
+            view,
             None if values is None else values.astype(np.float64),
             f"feature {self.lit} at",
         )
@@ -365,13 +374,15 @@ class Session:
         if about.label >= 0:
             name = escape(experiment.classes[about.label])
             pure = f"{about.n_label} of {experiment.top} images<br>"
+        n = int((values > 0).sum())
         return Facts(
             feature,
             f'<div class="name" title="{name}">{name}</div>'
-            f'<div class="facts">{pure}{100 * about.frequency:.2g} % of patches</div>',
+            f'<div class="facts">{pure}{100 * about.frequency:.2g} % of {experiment.counted}</div>',
             f"<div class=strip>{images}</div>",
             float(values.max() / about.p99),
-            int((values > 0).sum()),
+            n,
+            "[CLS]" if experiment.place == "cls" else f"{n} patch{'es' * (n > 1)}",
         )
 
     def _titled(self, example: int) -> str:

@@ -78,6 +78,9 @@ class Facts(NamedTuple):
     n_firing: int
     """On how many of them it fires."""
 
+    where: str
+    """Which these are, in words: `3 patches`."""
+
 
 class FeatureRow:
     """A feature with its example pictures, and a slider that is at rest until somebody moves it."""
@@ -162,8 +165,7 @@ class FeatureRow:
         if amount is not None:
             state = f'<div class="state edited">{ways.said} {amount:.2f}</div>'
         elif facts.n_firing:
-            patches = f"patch{'es' * (facts.n_firing > 1)}"
-            state = f'<div class="state">up to {facts.largest:.2f} on {facts.n_firing} {patches}</div>'
+            state = f'<div class="state">up to {facts.largest:.2f} on {facts.where}</div>'
         else:
             state = '<div class="state">silent here</div>'
         self.state.text = state

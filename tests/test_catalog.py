@@ -251,6 +251,14 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.parametrize("name", ["revision", "content", "names", "build"])
+@pytest.mark.filterwarnings("ignore:Field name .* shadows an attribute:UserWarning")
+def test_a_setting_that_would_hide_what_its_class_has(name: str) -> None:
+    fields: dict[str, Any] = {name: (int, 7)}
+    cls = sae("a", **fields)
+    assert faults(module("bad", saefw_saes=lambda: [cls])) == [f"{WHO}Variant: no setting can be called '{name}'"]
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_contract_is_told(name: str) -> None:
     hooks, message = BROKEN[name]

@@ -96,6 +96,14 @@ def test_a_place_is_expanded_only_when_opened(monkeypatch: pytest.MonkeyPatch, t
     assert Thing.model_validate({"root": "${HERE}/x"}).root.open(tmp_path) == Path("/data/x")
 
 
+def test_a_relative_place_counts_from_where_it_was_read(tmp_path: Path) -> None:
+    read = Thing.model_validate({"root": "photos"}, context=tmp_path).root
+    assert read.open() == tmp_path / "photos"
+    assert read.open(Path("/data")) == Path("/data/photos")
+    assert Place("photos").open() == Path("photos")
+    assert read == Thing.model_validate({"root": "photos"}).root == "photos"
+
+
 def test_a_place_with_an_unset_variable_names_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("HERE", raising=False)
     with pytest.raises(UserError) as caught:

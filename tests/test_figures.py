@@ -44,12 +44,12 @@ def recorded(run: Run) -> Unit:
     return unit
 
 
-def trained(run: Run, acts: Unit, variant: str, **settings: float) -> Unit:
+def trained(run: Run, acts: Unit, variant: str, **settings: Any) -> Unit:
     unit = Unit("train", {"variant": variant, **settings}, (acts,), label=f"{variant} {settings}")
     run.store.begin(unit)
     run.put(unit, "sae", acts=acts.address, variant=variant, n_features=4, config=json.dumps(settings))
     size = float(settings.get("k", 20))
-    run.log(unit, 9, nmse=1 / size, l0=size, dead=0.1, n_valid_tokens=1234)
+    run.log(unit, 9, nmse=1 / max(size, 1), l0=size, dead=0.1, n_valid_tokens=1234)
     run.keep(unit)
     return unit
 
@@ -82,10 +82,10 @@ def looked_at(run: Run, sae: Unit, acts: Unit, labelled: bool = True) -> Unit:
     return unit
 
 
-def probed(run: Run, acts: Unit, lr: float, weight_decay: float) -> Unit:
-    unit = Unit("probe", {"lr": lr, "weight_decay": weight_decay}, (acts,), label=f"lr {lr}")
+def probed(run: Run, acts: Unit, lr: float, weight_decay: float, **more: Any) -> Unit:
+    unit = Unit("probe", {"lr": lr, "weight_decay": weight_decay, **more}, (acts,), label=f"lr {lr}")
     run.store.begin(unit)
-    config = json.dumps({"lr": lr, "weight_decay": weight_decay, "steps": 100})
+    config = json.dumps({"lr": lr, "weight_decay": weight_decay, "steps": 100, **more})
     run.put(unit, "probe", acts=acts.address, variant="linear", config=config)
     good = 0.9 - abs(lr - 0.1) - weight_decay / 10
     run.log(unit, 0, valid_accuracy=good, valid_loss=1 - good, test_accuracy=good - 0.01, n_valid=50, n_test=60)
@@ -93,7 +93,7 @@ def probed(run: Run, acts: Unit, lr: float, weight_decay: float) -> Unit:
     return unit
 
 
-def steered(run: Run, sae: Unit, probe: Unit, seen: Unit, acts: Unit, flips: bool = True) -> Unit:
+def steered(run: Run, sae: Unit, probe: Unit, seen: Unit, acts: Unit, flips: bool = True, mode: str = "set") -> Unit:
     """Six images, both roles, all kinds, two amounts; features chosen by effect shift the target by 3 an amount."""
     unit = Unit("steer", {"flips": flips}, (sae, probe, seen), label="steered")
     run.store.begin(unit)
@@ -101,7 +101,7 @@ def steered(run: Run, sae: Unit, probe: Unit, seen: Unit, acts: Unit, flips: boo
     edit = np.arange(len(example))
     target = (example + role) % 3
     run.put(
-        unit, "edit", sae=sae.address, acts=acts.address, edit=edit, example=example, mode="set",
+        unit, "edit", sae=sae.address, acts=acts.address, edit=edit, example=example, mode=mode, place="patches",
         role=np.array(ROLES)[role], chosen_by=np.array(KINDS)[kind], dose=amount + 1.0, target=target,
     )  # fmt: skip
     run.put(unit, "edit_feature", edit=np.repeat(edit, 2), feature=np.tile([1, 2], len(edit)), amount=1.0)
@@ -187,6 +187,18 @@ def test_a_figure_without_its_units_is_skipped_with_a_sentence(stock: Run, caplo
     ]
 
 
+def test_the_revision_of_the_figure_and_of_the_stage_count(stock: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def address() -> str:
+        (unit,) = Draw(figures=["pareto"], of=["sweep"]).units(stock)
+        return unit.address
+
+    found = [address()]
+    for cls in (Pareto, Draw):
+        monkeypatch.setattr(cls, "revision", 7)
+        found.append(address())
+    assert len(set(found)) == 3
+
+
 class Broken(FigureConfig):
     """Cannot be drawn."""
 
@@ -220,6 +232,49 @@ def test_pareto_shows_each_sae_at_its_numbers(stock: Run) -> None:
     assert lines == {"topk": [[4, 0.25], [8, 0.125]], "relu": [[20, 0.05]]}
     said = texts(made)
     assert "k 4\n10% dead" in said and "N = 1,234 valid tokens" in said and "vit on pets, layer 1" in said
+
+
+def test_settings_of_any_kind_are_told(tmp_path: Path) -> None:
+    run = desk(tmp_path)
+    acts = recorded(run)
+    saes = [trained(run, acts, "my", kind=kind, l1=l1) for kind, l1 in (("soft", None), ("hard", [0.1, 2]))]
+    run.listed("sweep", saes)
+    said = texts(drawn(run, Pareto(), "sweep"))
+    assert "kind soft, l1 None\n10% dead" in said and "kind hard, l1 [0.1, 2]\n10% dead" in said
+    probes = [probed(run, acts, 0.1, 0.0, widths=widths) for widths in ([64, 64], [32], None)]
+    run.listed("probes", probes)
+    (axes,) = drawn(run, ProbeGrid(), "probes").axes
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["None", "[32]", "[64, 64]"]
+
+
+def test_an_sae_without_a_place_on_the_axes_is_counted(tmp_path: Path) -> None:
+    run = desk(tmp_path)
+    acts = recorded(run)
+    run.listed("sweep", [trained(run, acts, "topk", k=4), trained(run, acts, "topk", k=0.0)])
+    made = drawn(run, Pareto(), "sweep")
+    assert made.axes[0].lines[0].get_xydata().tolist() == [[4, 0.25]]
+    assert "vit on pets, layer 1 (1 of 2 not shown: L0 or error is 0)" in texts(made)
+    run.listed("sweep", run.made_by("sweep")[1:])
+    assert "(1 of 1 not shown: L0 or error is 0)" in texts(drawn(run, Pareto(), "sweep"))
+
+
+def test_names_are_no_formulas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("test_figures.CLASSES", ("$x_{", "$\\frac$", r"\\$"))
+    run = stocked(tmp_path)
+    for figure, stages in ((FeatureGrid(), ["seen"]), (DoseResponse(), ["steer"]), (BeforeAfter(), ["seen", "steer"])):
+        made = drawn(run, figure, *stages)
+        with styled():
+            assert rendered(made)["png"]
+        assert "$x_{" in texts(made)
+
+
+def test_amounts_of_edits_that_multiply_are_factors(tmp_path: Path) -> None:
+    run = desk(tmp_path)
+    acts = recorded(run)
+    sae, probe = trained(run, acts, "topk", k=4), probed(run, acts, 0.1, 0.0)
+    run.listed("steer", [steered(run, sae, probe, looked_at(run, sae, acts), acts, mode="scale")])
+    said = texts(drawn(run, DoseResponse(), "steer"))
+    assert "\nfactor\n" in said and "p99" not in said
 
 
 def test_feature_grid_shows_the_best_detector_of_each_class(stock: Run) -> None:

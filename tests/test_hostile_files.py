@@ -15,16 +15,17 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from saefw import sealed
+from saefw.care import MADE, checksum
 from saefw.errors import UserError
-from saefw.moments import Moments
 from saefw.plugin import Task, Unit
-from saefw.run import LOG, _logged
+from saefw.run import LOG, Run, _mark
 from saefw.shards import INDEX, STATS, Acts, Layout, Stats, Writer
 from saefw.stages.probe import FILE as PROBE
 from saefw.stages.probe import open_probe
 from saefw.stages.train import CHECKPOINT, FILE, Training, open_sae
 from saefw.store import Store
-from saefw.tally import Tally
+from saefw.tally import Tally, check
 from saefw.unit import canonical
 from saefw_linear import Linear
 from saefw_topk import TopK
@@ -39,9 +40,29 @@ def said(read: Callable[[], object]) -> str:
     return str(caught.value)
 
 
+TRAIN = Unit("train", {}, given={"sae": CONFIG})
+
+
 def fresh() -> Training:
-    unit = Unit("train", {}, given={"sae": CONFIG})
-    return Training(unit, 3, Stats(torch.zeros(3), torch.ones(3), 1.0, 1), 10, "cpu")
+    return Training(TRAIN, 3, Stats(torch.zeros(3), torch.ones(3), 1.0, 1), 10, "cpu")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(Store(tmp_path / "runs"), tmp_path, {}, {}, device="cpu")
+
+
+def resumed(run: Run) -> int:
+    """Return at which step a training goes on from what lies in its folder."""
+    training = fresh()
+    training.resume(run)
+    training.advance(torch.ones(4, 3), 100)
+    return training.step - 1
+
+
+def anew(path: Path) -> list[str]:
+    """What is said of a working file that is damaged."""
+    return [f"{path}: damaged; it is not used, and what it held is made again"]
 
 
 @pytest.fixture(scope="module")
@@ -118,21 +139,24 @@ BYTES: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", BYTES)
-def test_bytes_that_are_no_weights(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_that_are_no_weights(
+    name: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.chdir(tmp_path)
     data, why = BYTES[name]
-    for file, read in (
-        (FILE, lambda: open_sae(CONFIG, tmp_path)),
-        (CHECKPOINT, lambda: fresh().resume(tmp_path)),
-    ):
-        (tmp_path / file).write_bytes(data)
-        message = said(read)
-        start = f"{tmp_path / file}: cannot be read ({why}"
-        assert message.startswith(start) and message.endswith(f"); delete {tmp_path} to train it again"), message
+    (tmp_path / FILE).write_bytes(data)
+    message, start = said(lambda: open_sae(CONFIG, tmp_path)), f"{tmp_path / FILE}: cannot be read ({why}"
+    assert message.startswith(start) and message.endswith(f"); delete {tmp_path} to train it again"), message
+    path = run.folder(TRAIN) / CHECKPOINT
+    path.write_bytes(data)
+    assert (resumed(run), caplog.messages) == (0, anew(path))
     assert not Path("unpickled").exists()
 
 
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_is_not_waited_for(run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = run.folder(TRAIN) / CHECKPOINT
+    os.mkfifo(path)
+    assert (resumed(run), caplog.messages) == (0, anew(path))
     os.mkfifo(tmp_path / FILE)
     assert said(lambda: open_sae(CONFIG, tmp_path)) == (
         f"{tmp_path / FILE}: cannot be read (not a file); delete {tmp_path} to train it again"
@@ -226,65 +250,42 @@ def test_an_sae_that_is_none(name: str, good: dict[str, Any], tmp_path: Path) ->
     assert said(lambda: open_sae(CONFIG, tmp_path)) == f"{path}: {message.replace('{folder}', str(tmp_path))}"
 
 
-def test_a_good_sae_and_a_good_checkpoint_are_read(good: dict[str, Any], tmp_path: Path) -> None:
+def test_a_good_sae_and_a_good_checkpoint_are_read(
+    good: dict[str, Any], run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Else all of the others would be refused for something else than what is wrong with them."""
     (tmp_path / FILE).write_bytes(save(good["sae"], {"saefw": canonical(good["header"])}))
     assert torch.equal(open_sae(CONFIG, tmp_path).state_dict()["W_enc"], good["sae"]["W_enc"])
-    (tmp_path / CHECKPOINT).write_bytes(save(good["checkpoint"], {"saefw": '{"step": 3}'}))
-    training = fresh()
-    training.resume(tmp_path)
-    assert training.step == 3
-    training.advance(torch.ones(4, 3), 100)
+    sealed.write(run.folder(TRAIN) / CHECKPOINT, good["checkpoint"], {"step": 3, "log": _mark(b"")})
+    assert (resumed(run), caplog.messages) == (3, [])
 
 
-CHECKPOINTS: dict[str, tuple[Changed, str, str]] = {
-    "no step": (lambda tensors: tensors, "{}", "step must be a whole number from 0 to 10, and is None"),
-    "a step beyond the end": (
-        lambda tensors: tensors,
-        '{"step": 11}',
-        "step must be a whole number from 0 to 10, and is 11",
-    ),
-    "a step before the beginning": (
-        lambda tensors: tensors,
-        '{"step": -1}',
-        "step must be a whole number from 0 to 10, and is -1",
-    ),
-    "a step that is true": (
-        lambda tensors: tensors,
-        '{"step": true}',
-        "step must be a whole number from 0 to 10, and is True",
-    ),
-    "a step that is no number": (
-        lambda tensors: tensors,
-        '{"step": NaN}',
-        "step must be a whole number from 0 to 10, and is nan",
-    ),
-    "moments before the first step": (lambda tensors: tensors, '{"step": 0}', "'adam.0.exp_avg' is one too many"),
-    "no moments": (without("adam.1.exp_avg"), '{"step": 3}', "'adam.1.exp_avg' is missing"),
-    "moments of other sizes": (
-        put("adam.1.exp_avg", torch.ones(10**4)),
-        '{"step": 3}',
-        "'adam.1.exp_avg' is float32 [10000] instead of float32 [6]",
-    ),
-    "moments of nobody": (put("adam.9.exp_avg", torch.ones(3)), '{"step": 3}', "'adam.9.exp_avg' is one too many"),
-    "a name that is none": (put("adam.x", torch.ones(3)), '{"step": 3}', "'adam.x' is one too many"),
-    "nobody has fired": (without("since_s"), '{"step": 3}', "'since_s' is missing"),
-    "as floats": (put("since_s", torch.ones(6)), '{"step": 3}', "'since_s' is float32 [6] instead of int64 [6]"),
-    "a weight that is no number": (
-        put("sae.b_enc", torch.full((6,), float("nan"))),
-        '{"step": 3}',
-        "'sae.b_enc' holds numbers that are not finite",
-    ),
+WHOLE: Changed = lambda tensors: tensors  # noqa: E731
+CHECKPOINTS: dict[str, tuple[Changed, dict[str, Any]]] = {
+    "no step": (WHOLE, {"step": None}),
+    "a step beyond the end": (WHOLE, {"step": 11}),
+    "a step before the beginning": (WHOLE, {"step": -1}),
+    "a step that is true": (WHOLE, {"step": True}),
+    "a step that is a fraction": (WHOLE, {"step": 3.0}),
+    "no log": (WHOLE, {"log": None}),
+    "moments before the first step": (WHOLE, {"step": 0}),
+    "no moments": (without("adam.1.exp_avg"), {}),
+    "moments of other sizes": (put("adam.1.exp_avg", torch.ones(10**4)), {}),
+    "moments of nobody": (put("adam.9.exp_avg", torch.ones(3)), {}),
+    "a name that is none": (put("adam.x", torch.ones(3)), {}),
+    "nobody has fired": (without("since_s"), {}),
+    "as floats": (put("since_s", torch.ones(6)), {}),
+    "a weight that is no number": (put("sae.b_enc", torch.full((6,), float("nan"))), {}),
 }
+"""Of the third step, and sealed, yet not what a training writes."""
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_a_checkpoint_that_is_none(name: str, good: dict[str, Any], tmp_path: Path) -> None:
-    change, header, why = CHECKPOINTS[name]
-    path = tmp_path / CHECKPOINT
-    path.write_bytes(save(change(good["checkpoint"]), {"saefw": header}))
-    message = said(lambda: fresh().resume(tmp_path))
-    assert message == f"{path}: cannot be read ({why}); delete {tmp_path} to train it again"
+def test_a_checkpoint_that_is_none(name: str, good: dict[str, Any], run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    change, about = CHECKPOINTS[name]
+    path = run.folder(TRAIN) / CHECKPOINT
+    sealed.write(path, change(good["checkpoint"]), {"step": 3, "log": _mark(b""), **about})
+    assert (resumed(run), caplog.messages) == (0, anew(path))
 
 
 def test_a_probe_that_is_none(tmp_path: Path) -> None:
@@ -306,7 +307,7 @@ def test_a_probe_that_is_none(tmp_path: Path) -> None:
 
 # Recordings
 
-LAYOUT = Layout(4, 5, 1, 3, (2, 2), 0, "float32")
+LAYOUT = Layout(4, 5, ("cls",), 3, (2, 2), 0, "float32")
 
 
 @pytest.fixture
@@ -426,21 +427,29 @@ def test_a_share_of_the_statistics_that_is_none_is_made_again(recording: Path) -
         return Writer(recording, LAYOUT, np.ones(4, dtype=bool), 2 * LAYOUT.example_bytes).missing()
 
     assert missing(good) == []
-    tensors = load_file(path)
-    none = {f"{kind}.{key}": x for kind in ("patches", "cls") for key, x in Moments.none(3).tensors().items()}
-    for data in (
-        b"",
-        pickle.dumps(Bomb()),
-        save(tensors),
-        save(tensors, {"shard": "[]"}),
-        save(tensors, {"shard": '{"file": "../../x", "first": 0, "n": 2, "bytes": 1, "sha256": ""}'}),
-        save({**none, "cls.n": torch.ones(3)}, {"shard": "{}"}),
-        save(
-            {**none, "cls.n": torch.ones(3)},
-            json.loads(good[8 : 8 + int.from_bytes(good[:8], "little")])["__metadata__"],
-        ),
-    ):
+    found = sealed.read(path, lambda tensors, about: None)
+    assert found
+    tensors, about = found
+    for data in (b"", pickle.dumps(Bomb()), save(dict(tensors)), save(dict(tensors), {"saefw": "[]"})):
         assert missing(data) == [0]
+    for changed, told in (
+        ({}, {}),
+        ({}, {**about, "file": "../../x"}),
+        ({}, {**about, "file": 3}),
+        ({}, {**about, "n": "2"}),
+        ({}, {**about, "more": 1}),
+        ({}, {**about, "broken": 1}),
+        ({}, {**about, "broken": [[0]]}),
+        ({}, {**about, "broken": [["0", "why"]]}),
+        ({}, {**about, "broken": [[0, None]]}),
+        ({}, {**about, "broken": [[3, "of another shard"]]}),
+        ({"cls.n": torch.ones(3)}, about),
+        ({"more": torch.ones(3)}, about),
+    ):
+        sealed.write(path, {**tensors, **changed}, told)
+        assert missing(path.read_bytes()) == [0], (changed, told)
+    sealed.write(path, tensors, about)
+    assert missing(path.read_bytes()) == []
 
 
 @pytest.mark.parametrize(
@@ -464,13 +473,30 @@ def test_tables_of_other_images(query: str, recording: Path) -> None:
 # What a unit says of itself
 
 
-def test_a_log_of_anything(tmp_path: Path) -> None:
-    path = tmp_path / LOG
-    path.write_text(
-        '[1, {"a": 0.5}]\n3\n[1]\n[2, 3]\n["x", {"a": 1}]\n[true, {"a": 1}]\n[3, {"a": "x"}]\n[4, {"a": null}]\n'
-        + f'[{2**70}, {{"a": 1}}]\n{"[" * 100_000}\n{{}}\n[5, {{"a": NaN, "b": 2}}]\n[6, {{"a'
-    )
-    assert [(step, list(values)) for step, values in _logged(path)] == [(1, ["a"]), (5, ["a", "b"])]
+@pytest.mark.parametrize(
+    "line",
+    [
+        "3", "[1]", "[2, 3]", '["x", {"a": 1}]', '[true, {"a": 1}]', '[3, {"a": "x"}]', '[4, {"a": null}]',
+        f'[{2**70}, {{"a": 1}}]', "[" * 100_000, "{}", '[6, {"a', f'[1, {{"a": 1{"0" * 400}}}]', '[1, {"\\ud800": 1}]',
+        "\xff",
+    ],
+)  # fmt: skip
+def test_a_log_of_anything(line: str, run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    """Also under a checkpoint that vouches for it."""
+    path, data = run.folder(TRAIN) / LOG, b'[1, {"a": 0.5, "b": NaN}]\n'
+    path.write_bytes(data)
+    assert run.rewind(TRAIN, _mark(data)) and path.read_bytes() == data
+    data += line.encode("latin-1") + b"\n"
+    path.write_bytes(data)
+    assert not run.rewind(TRAIN, _mark(data))
+    assert caplog.messages == anew(path) and path.read_bytes() == b""
+
+
+@pytest.mark.parametrize("mark", ["x", "-1:", "9" * 5000 + ":", "0:", "3"])
+def test_a_mark_of_anything(mark: str, run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    (run.folder(TRAIN) / LOG).write_text('[1, {"a": 0.5}]\n')
+    assert not run.rewind(TRAIN, mark)
+    assert caplog.messages == anew(run.folder(TRAIN) / LOG)
 
 
 @pytest.mark.parametrize(
@@ -482,6 +508,9 @@ def test_a_log_of_anything(tmp_path: Path) -> None:
         ("unit.json", "[" * 100_000),
         ("unit.json", "\udcff"),
         ("made.json", ""),
+        ("made.json", '{"files": {"unit.json": {"bytes": Infinity, "sha256": ""}}}'),
+        ("made.json", '{"files": {"unit.json": {"bytes": 1, "sha256": ""}, "a\\u0000": {"bytes": 1, "sha256": ""}}}'),
+        ("made.json", '{"files": {"unit.json": {"bytes": 1, "sha256": ""}, "\\ud800": {"bytes": 1, "sha256": ""}}}'),
         ("made.json", '{"label": "x"}'),
         ("made.json", '{"label": "x", "seconds": "long", "made_at": "2025-01-01", "made_with": {}}'),
         ("made.json", '{"label": "\\ud800", "seconds": 1, "made_at": "2025-01-01", "made_with": {}}'),
@@ -497,9 +526,20 @@ def test_a_unit_that_says_nothing_of_itself(name: str, text: str, tmp_path: Path
         store.keep(unit, 1.0, {})
     folder = store.folder(units[0])
     (folder / name).write_bytes(text.encode(errors="surrogateescape"))
-    message = said(store.sync)
-    assert message.startswith(f"{folder / name}: damaged (") and "\n" not in message
-    assert message.endswith(f"); delete the folder {folder} to make it again")
+    try:
+        made = json.loads((folder / MADE).read_bytes())
+        made.setdefault("files", {"unit.json": {}})["unit.json"] |= {
+            "bytes": (folder / "unit.json").stat().st_size,
+            "sha256": checksum(folder / "unit.json"),
+        }
+    except ValueError:
+        pass
+    else:
+        if "Infinity" not in text:
+            (folder / MADE).write_text(json.dumps(made))
+    store.sync()
+    (damage,) = store.damage(folder)
+    assert damage.file == folder / name and damage.why and "\n" not in str(damage)
     with store.db() as db:
         assert db.execute("SELECT unit FROM unit").fetchall() == [(units[1].address,)]
 
@@ -518,10 +558,12 @@ def test_a_tally_that_is_none(tmp_path: Path) -> None:
             {"percentiles.histogram": torch.zeros(9, dtype=torch.int32)},
             "'percentiles.histogram' is int32 [9] instead of int32 [8192]",
         ),
-        ({"pairs": torch.tensor(2**60)}, "pairs must be a whole number from 0 to 48, and is 1152921504606846976"),
-        ({"pairs": torch.tensor(-1)}, "pairs must be a whole number from 0 to 48, and is -1"),
     ):
         with pytest.raises(ValueError) as caught:
-            Tally(4, 2, 2, 2, pairs, {**good, **changed})
+            check({**good, **changed}, 4, 2, 2, 2)
         assert str(caught.value) == why
-    assert pairs.stat().st_size == 48
+    for n in (2**60, -1, 0):
+        with pytest.raises(ValueError) as caught:
+            Tally(4, 2, 2, 2, pairs, {**good, "pairs": torch.tensor(n)})
+        assert [str(caught.value)] == anew(pairs)
+    assert not pairs.stat().st_size

@@ -245,5 +245,6 @@ def test_a_broken_image_is_named_in_one_line(tmp_path: Path) -> None:
         pipeline.run(registry.read(tmp_path / "registry.yaml", catalog), catalog)
     key = f"{CLASSES[1]}/../../1"
     assert str(caught.value) == (
-        f"{tmp_path / 'registry.yaml'}:16:3: stages.acts: image {key!r} cannot be read (the file is cut short)"
+        f"{tmp_path / 'registry.yaml'}:16:3: stages.acts: image {key!r} cannot be read (the file is cut short); "
+        "mend it, or leave out what cannot be read with broken: skip"
     )

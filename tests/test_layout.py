@@ -1,8 +1,12 @@
 """What lies where: each plugin file has its entry point and its prefix, and the wheel holds all that is needed."""
 
+import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
+import venv
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -78,3 +82,43 @@ def test_the_wheel_is_whole(tmp_path: Path) -> None:
     assert all(f"{name} = {value}" in points for name, value in POINTS.items())
     tops = {name.split("/")[0] for name in held}
     assert all(top.startswith("saefw") for top in tops), "nothing else is installed"
+
+
+@pytest.mark.slow
+def test_a_wheel_runs_in_an_empty_folder(tmp_path: Path) -> None:
+    """The wheel is built from the source distribution, and saefw is there by the wheel alone, its libraries by ours."""
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(TOP)]
+    subprocess.run(build, check=True, capture_output=True)  # without --sdist or --wheel: the one from the other
+    (wheel,) = tmp_path.glob("*.whl")
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index"]
+    subprocess.run([*pip, "--disable-pip-version-check", str(wheel)], check=True)
+    # A copy of what is installed here, but for saefw itself and what would put this checkout on the path.
+    libraries = tmp_path / "libraries"
+    libraries.mkdir()
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if "saefw" not in path.name.lower() and path.suffix != ".pth":
+            (libraries / path.name).symlink_to(path)
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (site / "libraries.pth").write_text(f"{libraries}\n")
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+    def call(*command: str) -> str:
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), done
+        return done.stdout
+
+    where = call(str(python), "-c", "import saefw, saefw_topk; print(saefw.__file__, saefw_topk.__file__)")
+    assert str(TOP) not in where and where.count(str(site)) == 2
+    saefw = str(python.with_name("saefw"))
+    assert call(saefw, "init") == "registry.yaml: written. Next: saefw run\n"
+    assert "\nMade " in call(saefw, "run", "registry.yaml")
+    assert call(saefw, "run").startswith("Nothing to make: ")
+    assert len(list(folder.glob("runs/draw/*/*.png"))) >= 5
+    moved = folder.rename(tmp_path / "moved")
+    folder = moved
+    assert call(saefw, "run").startswith("Nothing to make: ")
+    shutil.rmtree(moved)

@@ -1,10 +1,14 @@
 """Softmax regression: the stacked fit is the fit one by one, and both are torch's AdamW."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.overrides import TorchFunctionMode
 
+import saefw_linear
 from saefw.plugin import Task
 from saefw_linear import Linear, LinearProbe
 
@@ -109,3 +113,26 @@ def test_a_stored_state_gives_the_same_logits() -> None:
     again = Linear(steps=5).build(TASK)
     again.load_state_dict(probe.state_dict())
     assert torch.equal(again(x_nd.float()), probe(x_nd.float()))
+
+
+class Largest(TorchFunctionMode):
+    """Notes the bytes of the largest tensor that is made."""
+
+    bytes = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and made._base is None and not any(made is arg for arg in args):
+            self.bytes = max(self.bytes, made.nbytes)
+        return made
+
+
+def test_no_copy_of_the_tokens_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in float64, nor standardised, nor of their classes: with many tokens a batch is all there is."""
+    monkeypatch.setattr(saefw_linear, "PART", 1000)
+    x_nd, y_n = clouds(30_000)
+    x_nd = x_nd.float()
+    with Largest() as largest:
+        Linear(steps=3, batch_size=64).fit(Task(5, tuple(map(str, range(50)))), x_nd, y_n)
+    # The order of the tokens, 8 bytes each.
+    assert largest.bytes == 8 * len(x_nd) < x_nd.nbytes

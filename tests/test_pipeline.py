@@ -222,7 +222,7 @@ class Killed(BaseException):
     ("where", "made_again"),
     [
         ("write", ["number 1"]),  # before the parquet
-        ("rename", ["number 1"]),  # between the parquet and the rename
+        ("rename", []),  # when all is there but the rename
         ("index", []),  # between the rename and the index
         ("replace", []),  # between the index and its publication
     ],

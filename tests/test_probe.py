@@ -39,6 +39,22 @@ def made(run: Run, name: str, stage: Any) -> list[Unit]:
     return units
 
 
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+class Killer(Watcher):
+    """Stops a run when it has kept its n-th unit."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def kept(self, unit: Unit, folder: Path, seconds: float) -> None:
+        self.left -= 1
+        if not self.left:
+            raise Stop
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = recorded(tmp_path_factory.mktemp("probe"))
@@ -112,6 +128,23 @@ def test_the_best_is_chosen_on_valid(run: Run) -> None:
         _, labels, logits = naive(run, unit, "valid")
         right[unit] = (logits.argmax(axis=1) == labels).mean()
     assert right[run.best("probes", Pick(highest="valid_accuracy"))] == max(right.values())
+
+
+def test_the_view_shows_the_best_of_each_recording_also_of_two_with_one_name(tmp_path: Path) -> None:
+    runs = [recorded(tmp_path), recorded(tmp_path, datasets={"tiny": tiny.TinySet(seed=5)})]
+    units = [unit for run in runs for unit in made(run, "probes", ProbeStage(acts="acts", probes=list(SWEEP)))]
+    with runs[1].db() as db:
+        rows = db.execute("SELECT acts, backbone, dataset, layer, probe, value FROM best_probe").fetchall()
+        measured = {
+            unit: dict(db.execute("SELECT name, value FROM final WHERE unit = ?", [unit.address]).fetchall())
+            for unit in units
+        }
+    wanted = []
+    for acts in dict.fromkeys(unit.needs[0] for unit in units):
+        of = [unit for unit in units if unit.needs[0] == acts]
+        best = min(of, key=lambda unit: (-measured[unit]["valid_accuracy"], measured[unit]["valid_loss"]))
+        wanted.append((acts.address, "tiny", "tiny", 2, best.address, measured[best]["valid_accuracy"]))
+    assert len(wanted) == 2 and sorted(rows) == sorted(wanted)
 
 
 def test_a_probe_is_reopened(run: Run) -> None:
@@ -208,3 +241,22 @@ def test_a_dataset_that_cannot_be_probed(tmp_path: Path, dataset: Without, messa
     run = recorded(tmp_path, datasets={"tiny": dataset})
     with pytest.raises(UserError, match=f"^{message}$"):
         made(run, "probes", ProbeStage(acts="acts", probes=["p0"]))
+
+
+def test_stopped_while_probes_are_kept(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those left are the ones that were fitted together with those kept, not fitted anew in other company."""
+    stage = ProbeStage(acts="acts", probes=list(SWEEP))
+    broken = tiny.desk(tmp_path, {"probes": SWEEP}, watcher=Killer(3))  # two recordings come first
+    made(broken, "acts", Record(backbone="tiny", datasets=["tiny"], layers=[1, 2]))
+    with pytest.raises(Stop):
+        made(broken, "probes", stage)
+    monkeypatch.setattr(Linear, "fit_many", None)
+    again = tiny.desk(tmp_path, {"probes": SWEEP})
+    made(again, "acts", Record(backbone="tiny", datasets=["tiny"], layers=[1, 2]))
+    units = made(again, "probes", stage)
+    for unit in units:
+        files = [
+            {path.name: path.read_bytes() for path in desk.folder(unit).iterdir() if path.name != "made.json"}
+            for desk in (run, again)
+        ]
+        assert files[0] == files[1]

@@ -96,6 +96,28 @@ def test_knobs_change_no_address_and_no_result(tmp_path: Path) -> None:
     torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 
+def test_workers_change_no_byte(tmp_path: Path) -> None:
+    found = []
+    for workers in (None, 1, 5):
+        run = desk(tmp_path / str(workers))
+        (unit,) = record(run, layers=[1], workers=workers, batch_size=7)
+        found.append(files(run.folder(unit)))
+    assert found[0] == found[1] == found[2]
+
+
+def test_precision_is_that_of_the_matrix_products(tmp_path: Path) -> None:
+    run = desk(tmp_path)
+    expected = truth()[2]
+    (full,) = record(run, layers=[2])
+    for precision, digits in (("bfloat16", 8), ("float16", 11)):
+        (unit,) = record(run, layers=[2], precision=precision)
+        assert unit.content == {**full.content, "precision": precision}
+        found = torch.cat([x for _, x in Acts(run.folder(unit)).read("all")])
+        error = float((found - expected).norm() / expected.norm())
+        assert 2.0 ** -(digits + 3) < error < 2.0 ** -(digits - 2), precision
+    assert set(full.content) == {"revision", "backbone", "dataset", "layer", "tokens", "dtype"}
+
+
 def test_one_pass_serves_all_layers_and_families(tmp_path: Path) -> None:
     counted = CountedVit()
     run = desk(tmp_path, {"backbones": {"counted": counted}, "datasets": {"more": TinySet(n=30, seed=1)}})
@@ -176,7 +198,10 @@ def test_broken_image_is_named(tmp_path: Path) -> None:
     run = desk(tmp_path, {"datasets": {"cut": TinySet(broken=[33])}})
     with pytest.raises(UserError) as told:
         record(run, datasets=["cut"])
-    assert str(told.value) == "image 'tiny-033' cannot be read (the file is cut short)"
+    assert str(told.value) == (
+        "image 'tiny-033' cannot be read (the file is cut short); mend it, or leave out what cannot be read with "
+        "broken: skip"
+    )
 
 
 def test_faults_of_the_settings(tmp_path: Path) -> None:
@@ -211,7 +236,7 @@ class Stop(torch.nn.Module):
         return tokens
 
 
-def test_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+def test_goes_on_where_it_was_stopped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Complete shards are not recorded again, damaged ones are, and the result is the same to the byte."""
     settings = {"backbone": "vit", "layers": [0, 1], "shard_mb": 0.01, "batch_size": 4}
     whole = desk(tmp_path / "whole", {"backbones": {"vit": StoppedVit()}})
@@ -225,10 +250,13 @@ def test_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     # Nine images are a shard: four shards are complete, the fifth is lost.
     assert len(list(folder.glob("acts-*"))) == 4 and not stopped.store.has(expected[1])
     (folder / "acts-00002.safetensors").write_bytes(b"damaged")
+    moments = folder / "moments-00001.safetensors"
+    moments.write_bytes(moments.read_bytes()[:-1] + bytes([moments.read_bytes()[-1] ^ 1]))
     (folder / "acts-00004.safetensors.part").write_bytes(b"torn")
     CALLS[:] = [0]
     assert record(stopped, **settings) == expected
-    assert sum(CALLS) == 60 - 3 * 9
+    assert sum(CALLS) == 60 - 2 * 9
+    assert caplog.messages == [f"{moments}: damaged; it is not used, and what it held is made again"]
     for unit in expected:
         assert files(stopped.folder(unit)) == files(whole.folder(unit))
     CALLS[:] = [0]

@@ -248,7 +248,7 @@ BAD = {
     "an entry twice": (SAE + "{use: topk}\n  a: {use: topk}\n", "4:3: 'a' is set twice"),
     "an unknown setting": (
         HEAD + "datasets:\n  a: {use: folder, zebra: 1}\n",
-        "3:20: datasets.a.zebra: no such setting (there are: root)",
+        "3:20: datasets.a.zebra: no such setting (there are: limit, root)",
     ),
     "not finite": (SAE + "{use: relu, l1: .inf}\n", "3:18: saes.a.l1: Input should be a finite number (got inf)"),
     "settings that do not fit together": (SAE + "{use: topk, k: 65}\n", "3:3: saes.a: k 65 is over 64"),

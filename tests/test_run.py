@@ -2,18 +2,24 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from typer.testing import CliRunner
 
 from saefw import pipeline
 from saefw.catalog import Catalog
 from saefw.cli import app
+from saefw.index import types
 from saefw.registry import read
+from saefw.shards import Acts
 from saefw.store import Store
 
 REGISTRY = f"""
@@ -81,6 +87,62 @@ def test_the_same_registry_gives_the_same_bytes(made: Path, tmp_path: Path) -> N
     again = prepared(tmp_path / "again")
     assert CliRunner().invoke(app, ["run", str(again)]).exit_code == 0
     assert fingerprints(Store(again.parent / "runs")) == fingerprints(Store(made.parent / "runs"))
+
+
+def test_neither_workers_nor_the_place_change_a_byte(made: Path, tmp_path: Path) -> None:
+    """Another number of workers, another working directory, the registry named by a path."""
+    base = tmp_path / "else where"
+    again = prepared(base, REGISTRY.replace("layers: [1, -1]}", "layers: [1, -1], workers: 5}"))
+    inside = base / "deeper"
+    inside.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "saefw", "run", f"../{again.name}"], cwd=inside, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(inside.iterdir()) == []
+    assert fingerprints(Store(base / "runs")) == fingerprints(Store(made.parent / "runs"))
+
+
+def test_shards_of_another_size_hold_the_same_activations(made: Path, tmp_path: Path) -> None:
+    again = prepared(tmp_path / "again", REGISTRY.replace("layers: [1, -1]}", "layers: [1, -1], shard_mb: 0.05}"))
+    assert CliRunner().invoke(app, ["run", str(again), "--stage", "acts"]).exit_code == 0
+    stores = [Store(path.parent / "runs") for path in (made, again)]
+    for address, folder in stores[1].kept().items():
+        one, two = Acts(stores[0].root / "record" / address), Acts(folder)
+        assert len(one.shards) == 1 < len(two.shards)
+        for (_, a), (_, b) in zip(one.read("all"), two.read("all"), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_a_store_can_be_moved(made: Path, tmp_path: Path) -> None:
+    """Copied to another place with its registry, then renamed, it is as whole as it was: nothing in it says where."""
+    place = tmp_path / "elsewhere"
+    shutil.copytree(made.parent, tmp_path / "copied")
+    (tmp_path / "copied").rename(place)
+    before = fingerprints(Store(place / "runs"))
+    for command in (["run", str(place / made.name)], ["index", "--registry", str(place / made.name)]):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+    assert fingerprints(Store(place / "runs")) == before == fingerprints(Store(made.parent / "runs"))
+    result = CliRunner().invoke(app, ["run", str(place / made.name)])
+    assert result.output.startswith(f"Nothing to make: {N_UNITS} units kept in ")
+    result = CliRunner().invoke(
+        app, ["sql", "--csv", "SELECT count(*) FROM unit", "--registry", str(place / made.name)]
+    )
+    assert result.output.split() == ["count_star()", str(N_UNITS)]
+
+
+def test_no_path_is_stored(made: Path) -> None:
+    """Neither that of the store nor that of this checkout, whose plugin file the registry names; rows are unpacked."""
+    paths = [str(made.parent).encode(), str(Path(__file__).parent).encode()]
+    store = Store(made.parent / "runs")
+    for file in store.root.rglob("*"):
+        if file.is_file():
+            assert not any(path in file.read_bytes() for path in paths), file
+    with store.db() as db:
+        for table in types():
+            rows = db.execute(f"SELECT CAST(t AS TEXT) FROM {table} t").fetchall()
+            assert not any(path.decode() in text for path in paths for (text,) in rows), table
 
 
 def test_new_names_and_another_order_make_nothing(made: Path) -> None:

@@ -38,7 +38,8 @@ def vectors(layout: Layout, seed: int = 0) -> Tensor:
 
 
 def layout_of(n_examples: int, side: int = 2, n_prefix: int = 1, d_model: int = 3, dtype: str = "float32") -> Layout:
-    return Layout(n_examples, n_prefix + side * side, n_prefix, d_model, (side, side), 0, dtype)
+    prefix = ("cls", "register")[:n_prefix]
+    return Layout(n_examples, n_prefix + side * side, prefix, d_model, (side, side), 0, dtype)
 
 
 def recording(folder: Path, layout: Layout, per_shard: int, train: Tensor | None = None) -> tuple[Acts, Tensor]:
@@ -72,7 +73,7 @@ def test_read_in_order(shape: tuple[int, int, int, int, str], per_shard: int, ba
         acts, truth_etd = recording(Path(folder), layout, per_shard)
         kinds = {"all": truth_etd, "patches": truth_etd[:, layout.n_prefix :], "cls": truth_etd[:, :1]}
         for tokens, expected_etd in kinds.items():
-            if tokens == "cls" and not layout.n_prefix:
+            if tokens == "cls" and not layout.prefix:
                 continue
             read = list(acts.read(tokens, examples, batch))
             assert [len(some) for some, _ in read][:-1] == [batch] * (len(read) - 1)
@@ -171,7 +172,7 @@ def test_statistics(shape: tuple[int, int, int, int, str], per_shard: int, data:
     train = torch.tensor(data.draw(st.lists(st.booleans(), min_size=layout.n_examples, max_size=layout.n_examples)))
     with TemporaryDirectory() as folder:
         acts, truth_etd = recording(Path(folder), layout, per_shard, train)
-        for tokens in ("patches", "cls") if layout.n_prefix else ("patches",):
+        for tokens in ("patches", "cls") if layout.prefix else ("patches",):
             if not train.any():
                 with pytest.raises(UserError, match="has no train images"):
                     acts.stats(tokens)

@@ -236,6 +236,31 @@ def test_like_features_are_near_in_frequency_and_not_the_class_s_own() -> None:
     assert not np.array_equal(again(7, 1)[1], drawn(8, 1)[1])
 
 
+def test_features_that_must_fire_are_drawn_from_those_that_do() -> None:
+    frequency_s = 10.0 ** np.linspace(-4, -0.5, 200)
+    usable_s = np.ones(200, dtype=bool)
+    usable_s[60] = False
+    drawn = Drawn(np.array([[48, 49, 150]]), frequency_s, usable_s, 8, seed=0)
+    fires_s = np.zeros(200, dtype=bool)
+    fires_s[[10, 48, 60, 100, 101, 180]] = True
+    seen = {tuple(drawn.firing(example, 0, fires_s).tolist()) for example in range(100)}
+    assert all(len(set(features)) == 3 and set(features) <= {10, 100, 101, 180} for features in seen) and len(seen) > 6
+    assert drawn.firing(3, 0, fires_s).tolist() == drawn.firing(3, 0, fires_s).tolist()
+    fires_s[[10, 100, 101]] = False
+    for example in range(20):
+        first, *rest = drawn.firing(example, 0, fires_s)
+        assert first == 180 and len({first, *rest}) == 3 and not {first, *rest} & {48, 49, 150, 60}
+    fires_s[180] = False
+    assert len(set(drawn.firing(0, 0, fires_s))) == 3
+
+
+def test_fires_are_those_of_the_dense_codes() -> None:
+    engine = steering()
+    reading = engine.read(parts()[2])
+    wanted = engine.sae.dense(reading.tokens_btd[:, engine.edited].flatten(0, 1)).view(2, 16, -1).amax(dim=1) > 0
+    assert torch.equal(engine.fires(reading), wanted) and 0 < wanted.sum() < wanted.numel()
+
+
 # What came of it
 
 
@@ -273,6 +298,21 @@ def test_the_summary_counts_as_one_would_by_hand() -> None:
     assert told["flip_rate_random_directions"] == 0
     assert told["classes_above_controls"] == 3
     assert told["classes_above_controls_by_mass"] == 1
+
+
+def test_controls_left_out_are_left_out_of_the_summary() -> None:
+    read, before, after, target = outcome()
+    whole = summary(read, 1)
+    read.shift_erka[::7, 1, 2, 1] = np.nan
+    told = summary(read, 1)
+    changed = {name for name in told if told[name] != whole[name]}
+    assert changed == {"shift_like_features"}
+    rows = np.flatnonzero(np.arange(60) % 7)
+    shift = (after - before)[rows, 1, 2, 1, target[rows, 1]]
+    assert told["shift_like_features"] == pytest.approx(shift.mean(), abs=1e-6)
+    read.shift_erka[:, 1, 2, 1] = np.nan
+    told = summary(read, 1)
+    assert np.isnan(told["shift_like_features"]) and told["classes_above_controls"] == 0
 
 
 def test_the_first_example_is_clear_then_easily_named_then_small() -> None:

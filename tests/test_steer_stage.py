@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 from torch import Tensor
 
+from saefw.controls import Drawn
 from saefw.errors import UserError
 from saefw.metrics import Nmse
 from saefw.plugin import NotYet, Run, Unit
@@ -193,6 +195,62 @@ def test_controls_share_norm_image_and_target_with_the_edit(steered: Steered) ->
     assert all(not like[target] & chosen[target] for target in chosen)
 
 
+@pytest.mark.parametrize(("mode", "amounts"), [("scale", [0.0, 3.0]), ("set", [0.0, 1.0]), ("set", [0.0])])
+def test_controls_have_the_norm_of_the_edit_where_only_what_fires_changes(
+    steered: Steered, mode: str, amounts: list[float]
+) -> None:
+    run = steered.run
+    stage = Steer(**{**SETTINGS, "mode": mode, "amounts": amounts, "max_frequency": 0.4, "n_features": 1})
+    redrawn: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        firing = Drawn.firing
+
+        def counted(self: Drawn, example: int, target: int, fires_s: Any) -> Any:
+            redrawn.append(example)
+            return firing(self, example, target, fires_s)
+
+        patch.setattr(Drawn, "firing", counted)
+        (unit,) = made(run, "off", stage)
+    assert redrawn, "or this tests nothing"
+    with run.db() as db:
+        pairs = db.execute(
+            "SELECT e.norm, c.norm FROM edit e JOIN edit c USING (unit, example, role, dose, target) WHERE unit = ? "
+            "AND e.chosen_by = 'effect' AND c.chosen_by IN ('like features', 'random directions')",
+            [unit.address],
+        ).fetchall()
+        told = dict(db.execute("SELECT name, value FROM final WHERE unit = ?", [unit.address]).fetchall())
+    assert len(pairs) == len(steered.test) * 2 * len(amounts) * 2 and max(norm for norm, _ in pairs) > 0
+    for norm, control in pairs:
+        assert control == pytest.approx(norm, rel=1e-4)
+    assert told["n_controls_left_out"] == 0
+
+
+def test_a_control_that_nothing_can_give_a_norm_is_left_out_and_counted(steered: Steered) -> None:
+    """An SAE of which one feature fires on [CLS]: switching that one off, there is nothing to compare with."""
+    run = steered.run
+    cls = Train(acts="acts", saes=["poor"], layers=[2], tokens="cls", n_tokens=8192, batch_size=256)
+    made(run, "poor sweep", cls)
+    made(run, "poor looks", Visuals(saes="poor sweep", acts="acts", top=4, n_features=0))
+    settings = {"saes": "poor sweep", "visuals": "poor looks", "place": "cls", "max_frequency": 1.0, "n_features": 1}
+    (unit,) = made(run, "poor", Steer(**{**SETTINGS, **settings, "sae": SaePick(), "mode": "scale", "amounts": [0.0]}))
+    with run.db() as db:
+        rows = db.execute(
+            "SELECT e.norm, c.norm FROM edit e LEFT JOIN edit c ON c.unit = e.unit AND c.example = e.example "
+            "AND c.role = e.role AND c.chosen_by = 'like features' WHERE e.unit = ? AND e.chosen_by = 'effect'",
+            [unit.address],
+        ).fetchall()
+        told = dict(db.execute("SELECT name, value FROM final WHERE unit = ?", [unit.address]).fetchall())
+        ((n_edits,),) = db.execute("SELECT count(*) FROM edit WHERE unit = ?", [unit.address]).fetchall()
+        ((n_of_logits,),) = db.execute(
+            "SELECT count(DISTINCT edit) FROM edit_logit WHERE unit = ?", [unit.address]
+        ).fetchall()
+    missing = [norm for norm, control in rows if control is None]
+    assert missing and min(missing) > 0
+    assert all(control == 0 for norm, control in rows if norm == 0)
+    assert told["n_controls_left_out"] == len(missing)
+    assert told["n_edits"] == n_edits == n_of_logits == len(rows) * 4 - len(missing)
+
+
 def test_metrics_are_those_of_sql(steered: Steered) -> None:
     told = dict(steered.sql("SELECT name, value FROM final WHERE unit = $unit"))
     shifts = steered.sql(
@@ -254,14 +312,20 @@ class Stopper(Watcher):
             raise Stop
 
 
-def test_a_run_that_was_stopped_goes_on_and_batches_do_not_matter(steered: Steered, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_run_that_was_stopped_goes_on_and_batches_do_not_matter(
+    steered: Steered, tmp_path: Path, damaged: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     stopper = Stopper()
     run = pipeline(copied(steered, tmp_path), stopper)
     stopper.after = 10
     with pytest.raises(Stop):
         made(run, "steer", Steer(**SETTINGS, batch_size=5))
     stopper.after, stopper.told = None, []
-    assert len(list(run.store.begin(run.made_by("steer")[0]).glob("part-*"))) == 2
+    parts = sorted(run.store.begin(run.made_by("steer")[0]).glob("part-*"))
+    assert len(parts) == 2
+    if damaged:
+        parts[1].write_bytes(parts[1].read_bytes()[:-1] + bytes([parts[1].read_bytes()[-1] ^ 1]))
     edited: list[slice] = []
     with pytest.MonkeyPatch.context() as patch:
         edit = Steer._edit
@@ -272,7 +336,9 @@ def test_a_run_that_was_stopped_goes_on_and_batches_do_not_matter(steered: Steer
 
         patch.setattr(Steer, "_edit", counted)
         (unit,) = made(run, "steer", Steer(**SETTINGS, batch_size=5))
-    assert edited == [slice(10, 12)], "images already done were done again"
+    told = f"{parts[1]}: damaged; it is not used, and what it held is made again"
+    assert caplog.messages == ([told] if damaged else [])
+    assert edited == [*([slice(5, 10)] if damaged else []), slice(10, 12)], "images already done were done again"
     assert "train images" not in {what for _, what in stopper.told}, "the gradient was taken again"
     assert unit == steered.unit
     assert not list(run.folder(unit).glob("part-*"))
@@ -332,10 +398,53 @@ def test_what_does_not_fit_together_is_refused(steered: Steered, settings: dict[
     assert str(caught.value) == message
 
 
+def test_tables_over_other_images_than_train_are_refused(steered: Steered) -> None:
+    """Those that say p99 of the features as well as those that say their classes."""
+    run = steered.run
+    run.listed("looked on test", list(Visuals(saes="sweep", acts="acts", top=4, n_features=0, split="test").units(run)))
+    for settings in (
+        {"visuals": "looked on test"},
+        {"visuals": "looked on test", "classes": "visuals"},
+        {"classes": "looked on test"},
+    ):
+        with pytest.raises(UserError) as caught:
+            list(Steer(**{**SETTINGS, **settings}).units(run))
+        assert str(caught.value) == (
+            "steer: 'looked on test' looked at the test split, but features are chosen on train alone"
+        )
+
+
 def test_off_distribution_is_allowed_when_it_is_said(steered: Steered) -> None:
     stage = Steer(**{**SETTINGS, "place": "cls", "allow_off_distribution": True, "n_examples": 3})
     (unit,) = made(steered.run, "cls", stage)
     assert set(tables(steered.run.folder(unit))["edit"]["place"]) == {"cls"}
+
+
+def test_an_sae_of_cls_is_edited_on_cls(steered: Steered) -> None:
+    run = steered.run
+    cls = Train(acts="acts", saes=["topk"], layers=[2], tokens="cls", n_tokens=8192, batch_size=256)
+    (sae,) = made(run, "sweep of cls", cls)
+    (looks,) = made(run, "looks at cls", Visuals(saes="sweep of cls", acts="acts", top=4, n_features=0))
+    settings = {"saes": "sweep of cls", "visuals": "looks at cls", "place": "cls", "max_frequency": 1.0}
+    (unit,) = made(run, "steer cls", Steer(**{**SETTINGS, **settings, "sae": SaePick()}))
+    assert unit.needs[0] == sae and unit.needs[2:4] == (looks, looks)
+    edits = tables(run.folder(unit), "1, 2")
+    with run.db() as db:
+        p99 = dict(db.execute("SELECT feature, p99 FROM feature WHERE unit = ?", [looks.address]).fetchall())
+    recording = Acts(run.folder(sae.needs[0]))
+    opened = open_sae(sae.given["sae"], run.folder(sae))
+    probe = open_probe(unit.needs[1].given["probe"], run.folder(unit.needs[1]), task_of(recording))
+    # Block 2 is the last and the probe reads what it puts out, so an edit of [CLS] there is one product by hand.
+    rows = edits["edit"]["edit"][(edits["edit"]["chosen_by"] == "effect") & (edits["edit"]["dose"] == 4)]
+    for edit in rows[::7]:
+        here = edits["edit_feature"]["edit"] == edit
+        features = edits["edit_feature"]["feature"][here]
+        ((_, x_11d),) = recording.read("cls", edits["edit"]["example"][edits["edit"]["edit"] == edit])
+        before = opened.dense(x_11d[0])[0, features]
+        change = torch.tensor([4 * p99[f] for f in features.tolist()]) - before
+        wanted = probe(x_11d[0] + opened.scale * (change @ opened.W_dec[features]))[0]
+        told = edits["edit_logit"]["after"][edits["edit_logit"]["edit"] == edit]
+        np.testing.assert_allclose(told, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_more_features_than_there_are(steered: Steered) -> None:
@@ -359,3 +468,18 @@ def test_names_do_not_change_the_address(steered: Steered) -> None:
     renamed = {**SETTINGS, "saes": "my sweep", "probes": "my probes", "visuals": "my visuals", "batch_size": 3}
     (unit,) = Steer(**renamed).units(run)
     assert unit.address == steered.unit.address
+
+
+def test_what_is_allowed_does_not_change_the_address(steered: Steered) -> None:
+    (unit,) = Steer(**SETTINGS, allow_off_distribution=True).units(steered.run)
+    assert unit.address == steered.unit.address
+
+
+def test_an_image_that_is_gone_is_named(steered: Steered, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(self: tiny.TinyImages, index: int) -> Image.Image:
+        raise FileNotFoundError("no such file")
+
+    monkeypatch.setattr(tiny.TinyImages, "image", gone)
+    with pytest.raises(UserError) as caught:
+        made(steered.run, "again", Steer(**{**SETTINGS, "seed": 3, "amounts": [4.0]}))
+    assert str(caught.value).startswith("image 'tiny-0") and str(caught.value).endswith("cannot be read (no such file)")

@@ -12,6 +12,7 @@ import tiny
 from bokeh.document import Document
 from bokeh.events import ButtonClick, SelectionGeometry, Tap
 from bokeh.models.widgets import Div
+from PIL import Image
 
 from saefw import pipeline, registry
 from saefw.catalog import Catalog
@@ -195,6 +196,22 @@ def test_the_neutral_amount_of_a_mode_changes_nothing(visitor: Visitor, mode: in
     visitor["number-image-0"].value = neutral
     before, after = visitor.bars()
     np.testing.assert_allclose(after, before, atol=1e-7)
+
+
+def test_an_image_that_is_gone_is_told_in_its_place(visitor: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(self: tiny.TinyImages, index: int) -> Image.Image:
+        raise FileNotFoundError("no <such> file")
+
+    visitor.experiment.view.cache_clear()
+    monkeypatch.setattr(tiny.TinyImages, "image", gone)
+    visitor.press("next")
+    key = escape(visitor.experiment.keys[int(visitor["image"].value)])
+    assert f"image '{key}' cannot be read (no &lt;such&gt; file)".replace("'", "&#x27;") in visitor.html()
+    before, after = visitor.bars()
+    assert np.array_equal(before, after) and before.sum() == pytest.approx(1)
+    monkeypatch.undo()
+    visitor.press("first")
+    assert "cannot be read" not in visitor.html()
 
 
 def test_edits_are_those_of_the_engine_on_the_patches_chosen(visitor: Visitor) -> None:

@@ -12,9 +12,11 @@ import duckdb
 import numpy as np
 import pytest
 
-from saefw.errors import Faults, UserError
+from saefw.care import damages, write_atomically
+from saefw.errors import UserError
+from saefw.index import INDEX
 from saefw.run import LOG, Run
-from saefw.store import INDEX, Store, write_atomically
+from saefw.store import Store
 from saefw.unit import Unit
 
 
@@ -142,17 +144,25 @@ def test_folders_of_another_unit_are_refused(store: Store) -> None:
     with pytest.raises(UserError) as caught:
         store.has(one)
     assert str(caught.value) == f"{store.folder(one)}: holds another unit than 'fake 1'; delete it to make that one"
-    store.folder(one).rename(store.partial(one))
-    with pytest.raises(UserError) as caught:
-        store.begin(one)
-    assert str(caught.value) == f"{store.partial(one)}: holds another unit than 'fake 1'; delete it to make that one"
 
 
-def test_a_unit_without_its_content_is_said(store: Store) -> None:
+@pytest.mark.parametrize("text", ['{"stage":"fake"', unit(2).text])
+def test_a_working_folder_of_something_else_is_begun_anew(
+    store: Store, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = store.begin(unit(1))
+    (folder / "checkpoint").write_text("of what?")
+    (folder / "unit.json").write_text(text)
+    assert store.begin(unit(1)) == folder
+    assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("unit.json", unit(1).text)]
+    assert caplog.messages == [f"{folder / 'unit.json'}: is not what it should be; 'fake 1' is begun anew"]
+
+
+def test_a_unit_without_its_content_counts_as_missing(store: Store) -> None:
     folder = make(store, unit(1))
     (folder / "unit.json").unlink()
-    with pytest.raises(UserError, match=r"unit\.json: cannot be read .*; delete the folder .* to make it again"):
-        store.has(unit(1))
+    assert not store.has(unit(1))
+    assert [str(one) for one in store.damage(folder)] == [f"{folder / 'unit.json'}: damaged (is not there)"]
 
 
 def test_what_an_interrupted_run_left_is_still_there(store: Store) -> None:
@@ -209,14 +219,16 @@ def test_damaged_parquet(store: Store) -> None:
         make(store, unit(n))
     path = store.folder(unit(1)) / "metric.parquet"
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(Faults) as caught:
-        store.sync()
-    (line,) = caught.value.lines
-    assert line.startswith(f"{path}: damaged (") and line.endswith(f"delete the folder {path.parent} to make it again")
+    assert store.sync() == 2
+    ((folder, (damage,)),) = store.broken().items()
+    assert folder == path.parent and str(damage) == f"{path}: damaged (40 bytes, not 674)"
     assert {row[0] for row in values(store)} == {unit(0).address, unit(2).address}
-    with pytest.raises(Faults):
-        store.rebuild()
+    assert not store.has(unit(1)) and store.sync() == 0
+    assert store.rebuild() == 2
     assert {row[0] for row in values(store)} == {unit(0).address, unit(2).address}
+    make(store, unit(1))
+    assert store.has(unit(1)) and store.broken() == {} and store.sync() == 1
+    assert len(values(store)) == 6
 
 
 def test_a_reader_neither_waits_nor_delays(store: Store) -> None:
@@ -339,13 +351,18 @@ def test_a_log_survives_a_kill(store: Store) -> None:
         run = Run(Store(Path(sys.argv[1])), Path(), {}, {})
         for step in range(5):
             run.log(Unit("fake", {"n": 1}), step, loss=step / 2)
+            if step == 3:
+                print(run.mark(Unit("fake", {"n": 1})), flush=True)
         os.kill(os.getpid(), 9)
     """
-    assert subprocess.run([sys.executable, "-c", code, str(store.root)], check=False).returncode == -9
+    killed = subprocess.run(
+        [sys.executable, "-c", code, str(store.root)], check=False, stdout=subprocess.PIPE, text=True
+    )
+    assert killed.returncode == -9
     one, run = unit(1), desk(store)
     with (store.partial(one) / LOG).open("a") as torn:
         torn.write('[5, {"lo')
-    run.rewind(one, 3)
+    assert run.rewind(one, killed.stdout.strip())
     run.log(one, 4, loss=40.0)
     run.log(one, 4, loss=44.0)
     run.log(one, 5, loss=55.0, nmse=float("nan"))
@@ -356,22 +373,70 @@ def test_a_log_survives_a_kill(store: Store) -> None:
     assert rows == [(0, 0.0), (1, 0.5), (2, 1.0), (3, 1.5), (4, 44.0), (5, 55.0)]
 
 
-def test_killed_before_the_rename_no_log_is_lost(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    one, run = unit(1), desk(store)
-    run.log(one, 1, loss=1.0)
-
-    def killed(self: Path, target: Path) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "rename", killed)
-        run.keep(one)
+def test_a_log_that_nobody_goes_on_from_begins_anew(store: Store) -> None:
+    one = unit(1)
+    desk(store).log(one, 1, old=1.0)
     run = desk(store)
-    run.log(one, 1, loss=1.0)
-    run.log(one, 2, loss=2.0)
+    run.log(one, 1, new=2.0)
     run.keep(one)
     with run.db() as db:
-        assert db.execute("SELECT step, value FROM metric ORDER BY ALL").fetchall() == [(1, 1.0), (2, 2.0)]
+        assert db.execute("SELECT name, value FROM metric").fetchall() == [("new", 2.0)]
+
+
+@pytest.mark.parametrize("cut", [10, None])
+def test_a_damaged_log_is_not_gone_on_from(store: Store, cut: int | None) -> None:
+    one, run = unit(1), desk(store)
+    run.log(one, 1, loss=1.5)
+    mark, path = run.mark(one), store.partial(one) / LOG
+    path.write_bytes(path.read_bytes()[:cut].replace(b"1.5", b"1.7"))
+    run = desk(store)
+    assert not run.rewind(one, mark) and path.read_bytes() == b""
+    assert run.mark(one) == desk(store).mark(one)
+
+
+def test_being_set_back_is_not_whole(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while a damaged unit was set back, between the rename and the end of made.json."""
+    one, run = unit(1), desk(store)
+    run.log(one, 1, loss=1.0)
+    run.keep(one)
+    (store.folder(one) / "metric.parquet").write_bytes(b"damaged")
+    damage = list(damages(store.folder(one)))
+    unlink = Path.unlink
+
+    def killed(self: Path, missing_ok: bool = False) -> None:
+        if self.name == "made.json":
+            raise KeyboardInterrupt
+        unlink(self, missing_ok)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", killed)
+        store.set_back(store.folder(one), damage)
+    assert not store.has(one) and (store.partial(one) / "made.json").exists()
+    assert not store.settled(one) and not (store.partial(one) / "made.json").exists()
+
+
+def test_whole_but_not_renamed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before the rename, whether what served the making was dropped by then or not, a unit is kept as it is."""
+    one, run = unit(1), desk(store)
+
+    def killed(self: Path, *args: object, **more: object) -> None:
+        if (store.partial(one) / "made.json").exists():
+            raise KeyboardInterrupt
+
+    assert not store.settled(one)
+    run.log(one, 1, loss=1.0)
+    (run.folder(one) / "checkpoint").write_text("half way")
+    for method in ("unlink", "rename"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, method, killed)
+            if method == "unlink":
+                run.keep(one, without=["checkpoint"])
+            else:
+                store.settled(one)
+        assert not store.has(one)
+    assert store.settled(one) and store.settled(one)
+    assert sorted(path.name for path in store.folder(one).iterdir()) == ["made.json", "metric.parquet", "unit.json"]
+    assert not store.partial(one).exists()
 
 
 def test_logging_is_cheap(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

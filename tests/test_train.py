@@ -21,7 +21,7 @@ from saefw.sae import Loss, Sae
 from saefw.shards import Acts, Stats
 from saefw.stages import train as module
 from saefw.stages.record import Record
-from saefw.stages.train import CHECKPOINT, FILE, Train, Training, learning_rate, open_sae, saefw_metrics
+from saefw.stages.train import CHECKPOINT, FILE, Train, Training, learning_rate, open_sae, saefw_metrics, seeded
 from saefw.store import Store
 from saefw_relu import Relu
 from saefw_topk import TopK
@@ -205,6 +205,19 @@ def test_chance_is_each_members_own(store: Path, tmp_path: Path) -> None:
     assert files[0] == files[1]
 
 
+def test_each_seed_draws_other_weights_and_another_course() -> None:
+    seeds = (0, 1, 2, 2**31, 2**32 - 1)
+    made = [training(Noisy(expansion=2, seed=seed)) for seed in seeds]
+    weights = {tuple(one.sae.W_dec.detach().flatten().tolist()) for one in made}
+    assert len(weights) == len(seeds)
+    for step in (0, 1, 7):
+        drawn = set()
+        for seed in seeds:
+            with seeded(seed, step):
+                drawn.add(float(torch.rand(())))
+        assert len(drawn) == len(seeds)
+
+
 # Stopped and gone on
 
 
@@ -249,11 +262,31 @@ def test_a_stop_loses_no_step(whole: tuple[Run, list[Unit]], store: Path, tmp_pa
     assert results(run, trained(run)) == results(*whole)
 
 
+def test_a_stop_between_a_step_and_its_note_loses_neither(
+    whole: tuple[Run, list[Unit]], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, log = 3, Run.log
+
+    def stopped(self: Run, unit: Unit, step: int, **values: float) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise Stop
+        log(self, unit, step, **values)
+
+    monkeypatch.setattr(Run, "log", stopped)
+    with pytest.raises(Stop):
+        trained(fresh(tmp_path, store))
+    run = fresh(tmp_path, store)
+    assert len([step for step in starting_steps(run) if step]) == 2
+    assert results(run, trained(run)) == results(*whole)
+
+
 def starting_steps(run: Run) -> list[int | None]:
     steps = []
     for unit in STAGE.units(run):
         training = Training(unit, 16, Stats(torch.zeros(16), torch.ones(16), 1.0, 1), N_STEPS, "cpu")
-        training.resume(run.store.partial(unit))
+        training.resume(run)
         steps.append(training.step if (run.store.partial(unit) / CHECKPOINT).exists() else None)
     return steps
 
@@ -264,10 +297,10 @@ def test_members_may_be_checkpoints_apart(
     """A kill between two checkpoints leaves one member ahead; the other catches up and nothing is trained twice."""
     often, checkpoint = STAGE.model_copy(update={"checkpoint_every": 0.0}), Training.checkpoint
 
-    def checkpoint_or_die(self: Training, folder: Path) -> None:
+    def checkpoint_or_die(self: Training, run: Run) -> None:
         if self.step == 4 and isinstance(self.config, TopK):
             raise Stop
-        checkpoint(self, folder)
+        checkpoint(self, run)
 
     monkeypatch.setattr(module, "WORTH", 0)
     monkeypatch.setattr(Training, "checkpoint", checkpoint_or_die)
@@ -278,23 +311,33 @@ def test_members_may_be_checkpoints_apart(
     assert starting_steps(run) == [4, 3]
     advance, steps = Training.advance, []
 
-    def noted(self: Training, x_nd: Tensor, dead_after: int) -> dict[str, Any]:
+    def noted(self: Training, x_nd: Tensor, dead_after: int) -> None:
         steps.append((self.unit.label, self.step))
-        return advance(self, x_nd, dead_after)
+        advance(self, x_nd, dead_after)
 
     monkeypatch.setattr(Training, "advance", noted)
     assert results(run, trained(run)) == results(*whole)
     assert len(set(steps)) == len(steps) == (N_STEPS - 4) + (N_STEPS - 3)
 
 
-def test_a_damaged_checkpoint_is_named(store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "log"])
+def test_a_damaged_checkpoint_is_not_used(
+    damage: str, whole: tuple[Run, list[Unit]], store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor is one whose log is damaged; that SAE is trained anew, the other goes on, and the bytes are the same."""
     with pytest.raises(Stop):
         trained(fresh(tmp_path, store, watcher=Killer(8)), STAGE.model_copy(update={"checkpoint_every": 0.0}))
     run = fresh(tmp_path, store)
-    path = run.store.partial(next(iter(STAGE.units(run)))) / CHECKPOINT
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(UserError, match=f"{path}: cannot be read .*delete {path.parent} to train it again"):
-        trained(run)
+    folder = run.store.partial(next(iter(STAGE.units(run))))
+    path = folder / ("metric.jsonl" if damage == "log" else CHECKPOINT)
+    data = path.read_bytes()
+    flipped = data[:-7] + bytes([data[-7] ^ 1]) + data[-6:]
+    path.write_bytes({"cut": data[:-7], "flipped": flipped, "empty": b"", "log": data.replace(b"1", b"2")}[damage])
+    first, second = starting_steps(fresh(tmp_path, store))
+    assert first == 0 and second
+    told = f"{path}: damaged; it is not used, and what it held is made again"
+    assert set(caplog.messages) == {told}
+    assert results(run, trained(run)) == results(*whole)
 
 
 # One step
@@ -375,7 +418,10 @@ class ScriptedSae(Sae):
 def test_a_feature_is_dead_after_so_many_tokens_and_alive_when_it_fires() -> None:
     script = [[0, 1, 2], [0, 1], [0], [0, 3], [0, 2], [0]]
     made = training(Scripted(expansion=2, script=script), d_model=2)
-    shares = [made.advance(torch.ones(10, 2), 20)["train_dead"].item() for _ in script]
+    shares = []
+    for _ in script:
+        made.advance(torch.ones(10, 2), 20)
+        shares.append(made.values["train_dead"].item())
     sae = made.sae
     assert isinstance(sae, ScriptedSae)
     # Three batches of 10 tokens without firing are 30, of which the third sees 20 behind it.

@@ -14,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from saefw import care
 from saefw import store as module
 from saefw.errors import UserError
 from saefw.plugin import Pick
 from saefw.store import Store
 from saefw.unit import Unit, canonical
 
-QUICK = settings(max_examples=150, deadline=None, derandomize=True)
+QUICK = settings(max_examples=80, deadline=None, derandomize=True)
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=6),
@@ -178,7 +179,7 @@ class Kept(RuleBasedStateMachine):
         if self.store.has(self.units[n]):
             return
         with (
-            patch.object(module, "_settle", counted(module._settle)),
+            patch.object(module, "settle", counted(care.settle)),
             patch.object(Path, "rename", counted(Path.rename)),
             patch.object(Path, "replace", counted(Path.replace)),
             patch.object(Path, "unlink", counted(Path.unlink)),
@@ -233,4 +234,4 @@ class Kept(RuleBasedStateMachine):
 
 
 TestKept = Kept.TestCase
-TestKept.settings = settings(max_examples=25, stateful_step_count=20, deadline=None, derandomize=True)
+TestKept.settings = settings(max_examples=12, stateful_step_count=20, deadline=None, derandomize=True)

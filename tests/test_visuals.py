@@ -1,6 +1,8 @@
 """The stage that looks at features, on a tiny recording and a tiny SAE."""
 
 import hashlib
+import shutil
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,19 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import TinySet, TinyVit, desk
+from tiny import TinyImages, TinySet, TinyVit, desk
 
 from saefw import pictures
-from saefw.plugin import Run, SaeConfig, Unit, UserError
+from saefw.facts import names
+from saefw.plugin import Pick, Run, SaeConfig, Unit, UserError
 from saefw.shards import Acts
 from saefw.stages import visuals
+from saefw.stages.drawings import FeatureGrid
 from saefw.stages.record import Record
 from saefw.stages.train import Train, open_sae
 from saefw.stages.visuals import Visuals, percent
-from saefw.tally import Tally
+from saefw.style import styled
+from saefw.tally import EXACT, Tally
 from saefw_topk import TopK
 
 TOP = 6
@@ -56,6 +61,88 @@ def made(run: Run, **settings: Any) -> list[Unit]:
 def seen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, list[Unit]]:
     run = trained(tmp_path_factory.mktemp("visuals"))
     return run, made(run, n_features=4, include=[31])
+
+
+@pytest.fixture(scope="module")
+def of_cls(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, list[Unit]]:
+    """The same, and an SAE of [CLS] beside it, seen together."""
+    run = trained(tmp_path_factory.mktemp("cls"))
+    (patches,) = run.made_by("sweep")
+    run.enter("cls")
+    stage = Train(acts="acts", saes=["topk"], tokens="cls", n_tokens=8192, batch_size=256)
+    units = list(stage.units(run))[:1]
+    stage.make(units, run)
+    run.listed("sweep", [patches, *units])
+    return run, made(run, n_features=4, include=[31])
+
+
+def test_an_sae_of_cls_is_ranked_by_its_value_there(
+    of_cls: tuple[Run, list[Unit]], seen: tuple[Run, list[Unit]]
+) -> None:
+    run, units = of_cls
+    assert units[:2] == seen[1] and len(units) == 4
+    for unit in units[2:]:
+        acts = Acts(run.folder(unit.needs[1]))
+        examples = acts.of_split("train")
+        ((_, x_e1d),) = acts.read("cls", examples, batch=1000)
+        x = open_sae(unit.needs[0].given["sae"], run.folder(unit.needs[0])).dense(x_e1d[:, 0]).numpy()
+        found, top = table(run, unit, "feature"), table(run, unit, "top_example")
+        maps = load_file(run.folder(unit) / "maps.safetensors")["maps"]
+        np.testing.assert_allclose(found["frequency"], (x > 0).mean(axis=0), rtol=1e-6)
+        assert np.ma.getmaskarray(top["token"]).all() and maps.shape == (32, TOP, 1)
+        for s in range(32):
+            wanted = [i for i in np.argsort(-x[:, s], kind="stable") if x[i, s] > 0][:TOP]
+            assert top["example"][top["feature"] == s].tolist() == examples[wanted].tolist()
+            np.testing.assert_allclose(top["value"][top["feature"] == s], x[wanted, s], rtol=1e-5)
+            lit = np.rint(x[wanted, s] / max(x[:, s].max(), 1e-9) * 255)
+            assert abs(maps[s, : len(wanted), 0].numpy() - lit).max(initial=0) <= 1
+        sheets = list((run.folder(unit) / "features").iterdir())
+        assert 4 <= len(sheets) <= 5
+        with run.db() as db:
+            told = names(db, unit.address, TOP, acts.grid)
+        assert {name.place for name in told.values()} == {0.0} and max(name.purity for name in told.values()) > 0.3
+
+
+def test_the_pictures_of_an_sae_of_cls_are_as_they_are(of_cls: tuple[Run, list[Unit]]) -> None:
+    run, units = of_cls
+    views = pictures.read(run.folder(units[2]) / "picture.parquet", range(60))
+    view = next(iter(views.values()))
+    assert pictures.on_grid(np.zeros(1, dtype=np.uint8), (4, 4)) is None
+    np.testing.assert_array_equal(np.asarray(pictures.lit(view, None, 64)), np.asarray(pictures.enlarged(view, 64)))
+    with run.db() as db, styled():
+        figure: Any = FeatureGrid(rows=2, images=3, sae=Pick()).draw(db, {"visuals": [run.folder(units[2])]})
+    assert len(figure.axes[0].images) == 2
+
+
+def test_what_does_not_fit_in_memory_is_seen_in_another_pass(
+    tmp_path: Path, of_cls: tuple[Run, list[Unit]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained(tmp_path)
+    (sae,) = run.made_by("sweep")
+    twin = Unit(sae.stage, {**sae.content, "seed": 1}, sae.needs, "twin", sae.given)
+    shutil.copytree(run.folder(sae), run.store.partial(twin))
+    (run.store.partial(twin) / "unit.json").write_text(twin.text)
+    run.store.keep(twin, 1, {})
+    run.listed("sweep", [sae, twin])
+    held: list[int] = []
+    fitting = visuals._fitting
+
+    def counted(jobs: Any, n_images: int, memory: float) -> Any:
+        for some in fitting(jobs, n_images, memory):
+            held.append(len(some))
+            yield some
+
+    monkeypatch.setattr(visuals, "_fitting", counted)
+    one = visuals.Job(unit := of_cls[1][0], Path(), TOP, 16, 3).bytes(42)
+    assert one > 8 * EXACT
+    units = made(run, n_features=4, include=[31], memory_mb=1.5 * one / 2**20)
+    assert held == [1, 1, 1, 1]
+    assert digests(run.folder(units[0])) == digests(of_cls[0].folder(unit))
+    for made_of in units:
+        shutil.rmtree(run.folder(made_of))
+    held.clear()
+    again = made(run, n_features=4, include=[31])
+    assert held == [2, 2] and digests(run.folder(again[0])) == digests(of_cls[0].folder(unit))
 
 
 def codes(run: Run, unit: Unit) -> tuple[np.ndarray[Any, Any], Any]:
@@ -129,6 +216,22 @@ def test_maps_pictures_and_metrics_belong_to_the_top_images(seen: tuple[Run, lis
         assert final == {"n_live": (x > 0).any(axis=(0, 1)).sum(), "n_images": len(examples), "n_pure": pure}
 
 
+def test_the_view_counts_the_images_of_each_unit_apart(seen: tuple[Run, list[Unit]]) -> None:
+    run, units = seen
+    more = made(run, n_features=0)
+    with run.db() as db:
+        rows = db.execute("SELECT unit, feature, class, n FROM feature_class").fetchall()
+    for unit in [*units, *more]:
+        top = table(run, unit, "top_example")
+        wanted = {
+            (unit.address, s, name): n
+            for s in range(32)
+            for label, name in enumerate(("red", "green", "blue"))
+            if (n := (top["example"][top["feature"] == s] % 3 == label).sum())
+        }
+        assert {row[:3]: row[3] for row in rows if row[0] == unit.address} == wanted
+
+
 def test_sheets_are_of_the_features_asked_for(seen: tuple[Run, list[Unit]]) -> None:
     run, units = seen
     names = {path.stem for path in (run.folder(units[0]) / "features").iterdir()}
@@ -186,6 +289,32 @@ def test_stopped_and_started_again_it_makes_the_same_bytes(
         assert digests(run.folder(unit)) == digests(seen[0].folder(unit))
 
 
+@pytest.mark.parametrize("file", [visuals.CHECKPOINT, visuals.PAIRS])
+def test_a_damaged_checkpoint_is_not_used(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    seen: tuple[Run, list[Unit]],
+    file: str,
+) -> None:
+    run = trained(tmp_path)
+    monkeypatch.setattr(visuals, "READ", 8)
+    settings: dict[str, Any] = {"n_features": 4, "include": [31], "checkpoint_every": 0.0}
+
+    def stopping(self: Run, *units: Unit, without: Sequence[str] = ()) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "keep", stopping)
+        made(run, **settings)
+    path = run.store.partial(seen[1][0]) / file
+    data = path.read_bytes()
+    path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    for unit in made(run, **settings):
+        assert digests(run.folder(unit)) == digests(seen[0].folder(unit))
+    assert caplog.messages == [f"{path}: damaged; it is not used, and what it held is made again"]
+
+
 def test_what_does_not_fit_is_said(tmp_path: Path, seen: tuple[Run, list[Unit]]) -> None:
     run, _ = seen
     with pytest.raises(UserError, match="include: feature 32 is not among the 32 of topk"):
@@ -194,9 +323,6 @@ def test_what_does_not_fit_is_said(tmp_path: Path, seen: tuple[Run, list[Unit]])
     run.listed("elsewhere", list(Record(backbone="tiny", datasets=["tiny"], layers=[1]).units(run)))
     with pytest.raises(UserError, match="'elsewhere' has no recording of the backbone and layer of topk"):
         list(Visuals(saes="sweep", acts="elsewhere").units(run))
-    run.listed("cls", [Unit("train", {**sae.content, "tokens": "cls"}, sae.needs, "topk")])
-    with pytest.raises(UserError, match="topk was trained on cls, which cover no patch"):
-        list(Visuals(saes="cls", acts="acts").units(run))
     without = desk(tmp_path, {"datasets": {"tiny": TinySet(n=3)}})
     stage = Record(backbone="tiny", datasets=["tiny"], layers=[0])
     units = list(stage.units(without))
@@ -204,6 +330,17 @@ def test_what_does_not_fit_is_said(tmp_path: Path, seen: tuple[Run, list[Unit]])
     unit = Unit("visuals", {}, (sae, units[0]), "topk")
     with pytest.raises(UserError, match="no image is in the test split"):
         Visuals(saes="sweep", acts="acts", split="test").make([unit], without)
+
+
+def test_an_image_that_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trained(tmp_path)
+
+    def gone(self: TinyImages, index: int) -> Image.Image:
+        raise FileNotFoundError("no such file")
+
+    monkeypatch.setattr(TinyImages, "image", gone)
+    with pytest.raises(UserError, match=r"^image 'tiny-\d\d\d' cannot be read \(it is missing\)$"):
+        made(run)
 
 
 @pytest.mark.parametrize(

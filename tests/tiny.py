@@ -1,5 +1,6 @@
 """A backbone and a dataset so small that a whole pipeline runs in a second, and a desk to run one stage on."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from saefw.plugin import (
     DatasetConfig,
     Entry,
     Example,
+    Place,
     Run,
     Split,
     hookimpl,
@@ -37,7 +39,7 @@ class TinyVit(BackboneConfig):
     """Of the random weights."""
 
     def describe(self) -> BackboneInfo:
-        return BackboneInfo(d_model=16, n_blocks=3, grid=(4, 4), n_prefix=1)
+        return BackboneInfo(d_model=16, n_blocks=3, grid=(4, 4), prefix=("cls",))
 
     def build(self, device: str) -> "TinyBackbone":
         mend_torchvision()
@@ -126,6 +128,31 @@ class TinyImages:
         return Image.fromarray(pixels)
 
 
+class TinyFolder(DatasetConfig):
+    """The PNG files of a folder, as many and split as in TinySet."""
+
+    use: Literal["tiny-folder"] = "tiny-folder"
+
+    root: Place
+    """Where they lie."""
+
+    def build(self, base: Path) -> Dataset:
+        root = self.root.open(base)
+        return FolderImages(root, sorted(path.name for path in os.scandir(root)))
+
+
+class FolderImages(TinyImages):
+    """The images of TinyFolder."""
+
+    def __init__(self, root: Path, names: Sequence[str]) -> None:
+        super().__init__(len(names), 0, frozenset())
+        self.root, self.names = root, names
+
+    def __getitem__(self, index: int) -> Example:
+        example = super().__getitem__(index)
+        return example._replace(key=self.names[index], load=lambda: Image.open(self.root / self.names[index]))
+
+
 @hookimpl
 def saefw_backbones() -> list[type[BackboneConfig]]:
     """One: tiny-vit."""
@@ -134,8 +161,8 @@ def saefw_backbones() -> list[type[BackboneConfig]]:
 
 @hookimpl
 def saefw_datasets() -> list[type[DatasetConfig]]:
-    """One: tiny-set."""
-    return [TinySet]
+    """Two: tiny-set, tiny-folder."""
+    return [TinySet, TinyFolder]
 
 
 def desk(
@@ -159,6 +186,6 @@ def desk(
         }
         for kind, entries in given.items()
     }
-    run = Run(Store(path / "runs"), path, members, metrics or {}, device="cpu", watcher=watcher)
+    run = Run(Store(path / "runs"), path, members, metrics or {}, device="cpu", watcher=watcher, mend=True)
     run.enter("test")
     return run

@@ -281,8 +281,11 @@ def _class_faults(cls: Any, kind: str) -> Iterable[str]:
         yield f'{cls.__name__} says no name; write use: Literal["{cls.__name__.lower()}"] = "{cls.__name__.lower()}"'
     elif not WORD.fullmatch(words[0]):
         yield f"{cls.__name__}: a name is made of letters, digits, - and _ (got '{words[0]}')"
-    if "vary" in cls.model_fields:
-        yield f"{cls.__name__}: no setting can be called 'vary'"
+    # A setting called like what the base has would hide it: `revision` in the address, too.
+    taken = {"vary", *(name for parent in base.__mro__ if issubclass(parent, Entry) for name in vars(parent))}
+    for name in cls.model_fields:
+        if name in taken:
+            yield f"{cls.__name__}: no setting can be called '{name}'"
     for name, info in cls.model_fields.items():
         for mark in info.metadata:
             if isinstance(mark, Knob | Late):

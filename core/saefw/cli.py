@@ -8,9 +8,12 @@ import errno
 import os
 import signal
 import sys
+import threading
+import time
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,11 +24,20 @@ from saefw.errors import UserError, did_you_mean, escaped
 
 if TYPE_CHECKING:
     from saefw.catalog import Catalog
+    from saefw.printer import Printer
+    from saefw.registry import Registry
     from saefw.store import Store
 
 REGISTRY = Path("registry.yaml")
 
+GRACE = 5.0
+"""Seconds that a command has to end in order once it is told to stop. It may need them to write a checkpoint; but it
+may also not hear, in the midst of a long query."""
+
 KEPT = "what is kept stays, and the next run goes on from there"
+
+SHOWN = "\x1b[?25h"
+"""Shows the cursor."""
 
 EXAMPLES = """Examples:
 
@@ -34,6 +46,7 @@ EXAMPLES = """Examples:
   saefw run --dry          only list what would be made
   saefw plugins topk       the settings of a plugin
   saefw sql "FROM pareto"  look at the results
+  saefw gc                 delete what no registry needs
 
 Exit codes: 0 fine, 1 yours to mend, 2 wrong usage, 130 stopped.
 """
@@ -80,12 +93,36 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command; of the user's errors print the text alone, and treat SIGTERM like Ctrl-C."""
-        stopped = False
+        stopped = over = False
 
-        def stop(number: int, frame: object) -> None:
+        def said() -> str:
+            return f"stopped; {KEPT}" if ctx.invoked_subcommand == "run" else "stopped"
+
+        def leave() -> None:
+            # A store is safe whenever a process ends; the cursor of a terminal is not, where a bar moves.
+            os.write(2, f"{SHOWN if sys.stderr.isatty() else ''}{said()}\n".encode())
+            os._exit(130)
+
+        def watch() -> None:
+            if os.read(heard, 1):
+                time.sleep(GRACE)
+            os.close(heard)
+            if not over:
+                leave()
+
+        def stop(number: int, frame: FrameType | None) -> None:
             nonlocal stopped
+            # Told twice; or in an import, where an exception may be caught by anybody, or abort the process.
+            if stopped or _importing(frame):
+                leave()
             stopped = True
             raise KeyboardInterrupt
+
+        # Written to by the system itself, also while no Python code runs.
+        heard, told = os.pipe()
+        os.set_blocking(told, False)
+        fd = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+        threading.Thread(target=watch, daemon=True).start()
 
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         for number, handler in before.items():
@@ -96,7 +133,7 @@ class Commands(TyperGroup):
         except (Exception, KeyboardInterrupt) as error:
             # DuckDB, for one, makes an error of its own of an interrupted query.
             if stopped:
-                print(f"stopped; {KEPT}" if ctx.invoked_subcommand == "run" else "stopped", file=sys.stderr)
+                print(said(), file=sys.stderr)
                 raise typer.Exit(130) from error
             if isinstance(error, UserError):
                 print("\n".join(map(escaped, str(error).split("\n"))), file=sys.stderr)
@@ -106,6 +143,9 @@ class Commands(TyperGroup):
                 raise typer.Exit(1) from error
             raise
         finally:
+            over = True
+            signal.set_wakeup_fd(fd)
+            os.close(told)
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -170,10 +210,11 @@ def run(
         catalog.manager.trace.root.setwriter(lambda text: print(text, end="", file=sys.stderr))
         catalog.manager.enable_tracing()
     registry = read(file, catalog)
-    desk = pipeline.desk(registry, catalog)
+    desk = pipeline.desk(registry, catalog, mend=not dry)
     plans = pipeline.plan(registry, catalog, stage, desk)
     printer = Printer(console())
     if dry:
+        _damaged(desk.store)
         sizes = {unit: n for plan in plans for unit, n in pipeline.disk(registry, desk, plan).items()}
         printer.dry(plans, sizes)
         return
@@ -188,7 +229,12 @@ def run(
 
 
 @app.command()
-def check(file: File = REGISTRY) -> None:
+def check(
+    file: File = REGISTRY,
+    duplicates: Annotated[
+        bool, typer.Option("--duplicates", help="Also open every image, and find those that are in two splits.")
+    ] = False,
+) -> None:
     """Read a registry and list its units; say all that is wrong with it."""
     from saefw import pipeline
     from saefw.catalog import Catalog
@@ -198,14 +244,51 @@ def check(file: File = REGISTRY) -> None:
 
     catalog = Catalog()
     registry = read(file, catalog)
-    plans = pipeline.plan(registry, catalog)
+    desk = pipeline.desk(registry, catalog)
+    plans = pipeline.plan(registry, catalog, run=desk)
+    _damaged(desk.store)
     counts = [
         f"{sum(map(len, block.values()))} {kind if sum(map(len, block.values())) != 1 else kind[:-1]}"
         for kind, block in registry.families.items()
         if block
     ]
-    Printer(console()).planned(plans)
+    printer = Printer(console())
+    printer.planned(plans)
     print(f"{file}: fine; {', '.join(counts)}")
+    if duplicates and _duplicates(registry, printer):
+        raise typer.Exit(1)
+
+
+def _duplicates(registry: "Registry", printer: "Printer") -> int:
+    """Print the pictures that are in two splits of a dataset; return how many."""
+    from contextlib import closing
+    from typing import cast
+
+    from saefw.duplicates import Duplicates
+    from saefw.plugin import DatasetConfig
+
+    total = 0
+    members = [(name, member) for name, family in registry.families["datasets"].items() for member in family]
+    for name, member in members:
+        try:
+            dataset, seen = cast(DatasetConfig, member.entry).open(registry.base), Duplicates()
+        except UserError as error:
+            raise UserError(f"{registry.place('datasets', name)}: datasets.{name}: {error}") from error
+        try:
+            with closing(seen.watch(dataset)) as steps:
+                for done in steps:
+                    printer.saefw_progressed(member.label, done, len(dataset), "images")
+        finally:
+            printer.close()
+        found = seen.across()
+        for copies in found:
+            same = ", ".join(f"{copy.key} ({copy.split})" for copy in copies)
+            print(escaped(f"{member.label}: one picture in {same}"))
+        for text in seen.unread:
+            print(escaped(f"{member.label}: {text}"))
+        print(f"{member.label}: {len(dataset):,} images, {len(found):,} in more than one split")
+        total += len(found)
+    return total
 
 
 @app.command()
@@ -260,6 +343,37 @@ def init(folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", show_default
     print(f"{target}: written. Next: {'' if folder == Path() else f'cd {folder}; '}saefw run")
 
 
+@app.command()
+def get(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="The dataset; without it they are listed.")
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="DIR", help="A new or empty folder. Default: data/NAME.")
+    ] = None,
+    registry: Of = REGISTRY,
+) -> None:
+    """Download a public dataset; one that broke off goes on from there.
+
+    Files are checked against published checksums where there are any.
+    """
+    from saefw import tables
+    from saefw.get import get as bring
+    from saefw.get import public
+    from saefw.printer import Printer
+
+    datasets, console = _catalog(registry).lookup("datasets"), tables.console()
+    if name is None:
+        console.print(tables.sources(public(datasets)))
+        return
+    folder, printer = to or Path("data", name), Printer(console)
+    try:
+        n = bring(name, datasets, folder, lambda what, done, of: printer.saefw_progressed(name, done, of, what))
+    finally:
+        printer.close()
+    print(f"{folder}: {n:,} images. In registry.yaml:\n\ndatasets:\n  {name}: {{use: {name}, root: {folder}}}")
+
+
 @app.command(context_settings={"ignore_unknown_options": True})  # a query may start with a comment, as an option does
 def sql(
     query: Annotated[str, typer.Argument(metavar="QUERY", help="In DuckDB's SQL: FROM pareto ORDER BY l0")],
@@ -277,8 +391,8 @@ def sql(
 
     if csv and json:
         raise typer.BadParameter("--csv or --json, not both")
-    with _store(registry).db() as db:
-        try:
+    try:
+        with _store(registry).db() as db:
             db.execute(query)
             if csv:
                 tables.write_csv(db, sys.stdout)
@@ -288,21 +402,99 @@ def sql(
                 console = tables.console()
                 for part in tables.found(db, console.width):
                     console.print(part)
-        except duckdb.Error as error:
-            # What follows names our files: DuckDB adds it where a value needs a module that is missing.
-            raise UserError(str(error).split("\nTraceback")[0]) from error
+    except duckdb.Error as error:
+        # What follows names our files: DuckDB adds it where a value needs a module that is missing.
+        raise UserError(str(error).split("\nTraceback")[0]) from error
 
 
 @app.command()
 def index(registry: Of = REGISTRY) -> None:
     """Make saefw.duckdb anew from the parquet in the folders of the units."""
-    from saefw.store import INDEX
+    from saefw.care import said
+    from saefw.index import INDEX
+    from saefw.pipeline import MEND
 
     store = _store(registry)
     if not store.root.is_dir():
         raise UserError(f"{store.root}: there is no such folder; `saefw run` makes it")
     n = store.rebuild()
     print(f"{store.root / INDEX}: {n} unit{'' if n == 1 else 's'}")
+    left_out = [f"{said(damage)}; its unit is left out; {MEND}" for damage in store.broken().values()]
+    if left_out:
+        raise UserError("\n".join(left_out))
+
+
+@app.command()
+def verify(
+    stage: Annotated[str | None, typer.Argument(metavar="[STAGE]", help="Only units of this `use`: record.")] = None,
+    mend: Annotated[bool, typer.Option("--mend", help="Set damaged units back; a run makes them again.")] = False,
+    registry: Of = REGISTRY,
+) -> None:
+    """Check every file of the store against its checksum.
+
+    Says what is damaged, file by file, and exits with 1 if anything is. Without --mend nothing changes.
+    """
+    from saefw import verify
+    from saefw.printer import Printer
+    from saefw.tables import console
+
+    printer = Printer(console())
+    try:
+        verify.verify(_store(registry), stage, mend, printer, _other(registry))
+    finally:
+        printer.close()
+
+
+def _damaged(store: "Store") -> None:
+    """Say what is damaged of units that therefore count as missing, or are left out of the index."""
+    from saefw.care import said
+
+    for damage in store.broken().values():
+        print(escaped(f"{said(damage)}; its unit counts as missing"), file=sys.stderr)
+
+
+def _other(registry: Path) -> str:
+    return "" if registry == REGISTRY else f" --registry {registry}"
+
+
+@app.command()
+def gc(
+    files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", show_default=False)] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
+    dry: Annotated[bool, typer.Option("--dry", help="Only list what can go.")] = False,
+) -> None:
+    """Delete the units that no named registry needs, after asking.
+
+    Name every registry of the store that you still want; by default that is registry.yaml alone.
+    """
+    from saefw.gc import delete, find
+    from saefw.printer import Printer, short, size
+    from saefw.tables import console
+
+    found = find(files or [REGISTRY])
+    for reason, n in found.held.items():
+        print(f"{n} unit{'' if n == 1 else 's'} stay{'s' if n == 1 else ''}: {reason}")
+    if not found.spare:
+        print(f"Nothing to delete in {short(found.store.root)}: {found.kept} kept and needed.")
+        return
+    Printer(console()).spare(found.spare)
+    n, total = len(found.spare), size(sum(spare.bytes for spare in found.spare)) or "nothing on disk"
+    what = f"{n} unit{'' if n == 1 else 's'}, {total}"
+    if dry:
+        print(f"{what}, can go; {found.kept} kept and needed.")
+        return
+    if not yes and not sys.stdin.isatty():
+        raise UserError(f"{what}, can go; nothing was deleted, since nobody is there to be asked (--yes: do not ask)")
+    if not yes and not typer.confirm(f"Delete {what}?"):
+        print("Nothing was deleted.")
+        return
+    gone = []
+    for spare, holder in delete(found):
+        if holder:
+            print(f"{spare.address} stays: {holder} is making it")
+        else:
+            gone.append(spare.bytes)
+    print(f"Deleted {len(gone)} unit{'' if len(gone) == 1 else 's'}, {size(sum(gone)) or 'nothing on disk'}.")
 
 
 def _header(registry: Path) -> dict[str, Any]:
@@ -333,6 +525,13 @@ def _catalog(registry: Path) -> "Catalog":
         files = _header(registry).get("plugins") or []
         catalog.add_files([Place(file).open(registry.parent) for file in files if isinstance(file, str)])
     return catalog
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a frame runs for the sake of an import."""
+    while frame and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def _doc(cls: type) -> str:

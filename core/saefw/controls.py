@@ -90,6 +90,23 @@ class Drawn:
             self._pools[target] = [free[np.argsort(far, kind="stable")[:size]] for far in distance]
         return self._pools[target]
 
+    def firing(self, example: int, target: int, fires_s: NDArray[np.bool_]) -> Ints:
+        """Return features [f], none twice, for an edit that changes only what fires on the image.
+
+        Each is drawn from those that fire there, nearest in log frequency; from all, as for other edits, where none of
+        them is left.
+        """
+        rng = np.random.default_rng([self.seed, 3, example, target])
+        chosen_f = self.chosen_cf[target]
+        free = self._usable[fires_s[self._usable] & ~np.isin(self._usable, chosen_f)]
+        taken: list[int] = []
+        for feature, pool in zip(chosen_f, self.pools(target), strict=True):
+            left = free[~np.isin(free, taken)]
+            far = np.abs(self._log_frequency_s[left] - self._log_frequency_s[feature])
+            near = left[np.argsort(far, kind="stable")[:POOL]]
+            taken.append(int(rng.choice(near if len(near) else pool[~np.isin(pool, taken)])))
+        return np.array(taken)
+
     def __call__(self, example: int, target: int) -> tuple[Ints, NDArray[np.float64]]:
         """Return features [f], none twice, and a unit direction [d], for an edit of an image towards a class."""
         rng = np.random.default_rng([self.seed, 2, example, target])

@@ -38,15 +38,24 @@ class Names:
 class Place(str):
     """A path that is hashed as written (`$IMAGES/train`) and expanded only when opened."""
 
+    base: Path = Path()
+    """The folder of the registry that it was read from, from which a relative path counts."""
+
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Validate as a string, keep as a Place."""
-        return core_schema.no_info_after_validator_function(
-            cls, core_schema.str_schema(min_length=1), serialization=core_schema.to_string_ser_schema()
+        """Validate as a string, keep as a Place; the context of the validation is the base."""
+
+        def place(text: str, info: core_schema.ValidationInfo) -> Place:
+            made = cls(text)
+            made.base = info.context or Path()
+            return made
+
+        return core_schema.with_info_after_validator_function(
+            place, core_schema.str_schema(min_length=1), serialization=core_schema.to_string_ser_schema()
         )
 
-    def open(self, base: Path) -> Path:
-        """Return the path with variables and `~` expanded, relative to `base`.
+    def open(self, base: Path | None = None) -> Path:
+        """Return the path with variables and `~` expanded, relative to `base` or else to where it was read.
 
         Raises:
             UserError: a variable in it is not set, or no path can be called so.
@@ -56,7 +65,7 @@ class Place(str):
         unset = re.search(r"\$(\w+|\{[^}]*\})", text)
         if unset:
             raise UserError(f"'{self}': the variable {unset.group(0)} is not set")
-        path = base / text
+        path = (self.base if base is None else base) / text
         try:
             path.stat()
         except FileNotFoundError:

@@ -26,7 +26,7 @@ class Name(NamedTuple):
     """Share of the commonest class among them."""
 
     place: float
-    """Share of them whose strongest patch lies at most one patch from the commonest place."""
+    """Share of them whose strongest patch lies at most one patch from the commonest place; 0 of a feature of [CLS]."""
 
 
 def facts(db: DuckDBPyConnection, features: str, classes: str, d_sae: int, n_classes: int) -> Facts:
@@ -49,12 +49,12 @@ def names(db: DuckDBPyConnection, unit: str, top: int, grid: tuple[int, int]) ->
         "ON e.unit = t.acts AND e.example = t.example WHERE t.unit = ?",
         [unit],
     ).fetchnumpy()
-    labels, tokens = np.ma.filled(rows["label"], -1), np.ma.filled(rows["token"], 0)
+    labels, tokens = np.ma.filled(rows["label"], -1), np.ma.filled(rows["token"], -1)
     named = {}
     for feature in np.unique(rows["feature"]):
         here = rows["feature"] == feature
-        label, place = labels[here], np.stack(np.divmod(tokens[here], grid[1]), axis=1)
+        label, place = labels[here], np.stack(np.divmod(tokens[here][tokens[here] >= 0], grid[1]), axis=1)
         counts = np.bincount(label[label >= 0], minlength=1)
         near = np.abs(place[:, None] - place[None]).max(axis=2) <= 1
-        named[int(feature)] = Name(float(counts.max() / top), float(near.sum(axis=1).max() / top))
+        named[int(feature)] = Name(float(counts.max() / top), float(near.sum(axis=1).max(initial=0) / top))
     return named

@@ -51,18 +51,20 @@ def summary(read: Readout, amount: int) -> dict[str, float]:
     `shift_<kind>`: the mean change of the target's logit; `flip_rate_<kind>`: of the images that were not taken for
     the target, the share that is after the edit; `classes_above_controls`: targets whose 95 % interval of the change,
     of features chosen by effect, lies wholly above those of both controls; `..._by_mass`: the same of those by mass.
-    The interval is Student's t over the test images with that target.
+    The interval is Student's t over the test images with that target. Edits whose shift is NaN were left out.
     """
     shift_ek, target_e = read.shift_erka[:, 1, :, amount], read.target_er[:, 1]
-    already_ek = read.predicted_before[:, 1, :, amount] == target_e[:, None]
-    flipped_ek = (read.predicted_after[:, 1, :, amount] == target_e[:, None]) & ~already_ek
+    there_ek = ~np.isnan(shift_ek)
+    wrong_ek = there_ek & (read.predicted_before[:, 1, :, amount] != target_e[:, None])
+    flipped_ek = (read.predicted_after[:, 1, :, amount] == target_e[:, None]) & wrong_ek
     told = {}
     for k, kind in enumerate(KINDS):
-        told[f"shift_{kind.replace(' ', '_')}"] = float(shift_ek[:, k].mean())
-        told[f"flip_rate_{kind.replace(' ', '_')}"] = float(flipped_ek[:, k].sum() / max(1, (~already_ek[:, k]).sum()))
+        shift_n = shift_ek[there_ek[:, k], k]
+        told[f"shift_{kind.replace(' ', '_')}"] = float(shift_n.mean()) if len(shift_n) else np.nan
+        told[f"flip_rate_{kind.replace(' ', '_')}"] = float(flipped_ek[:, k].sum() / max(1, wrong_ek[:, k].sum()))
     above = np.zeros(2, dtype=int)
     for target in np.unique(target_e):
-        bounds = [interval(shift_ek[target_e == target, k]) for k in range(len(KINDS))]
+        bounds = [interval(shift_ek[there_ek[:, k] & (target_e == target), k]) for k in range(len(KINDS))]
         highest = max(bounds[2][1], bounds[3][1])
         above += [bounds[0][0] > highest, bounds[1][0] > highest]
     return {**told, "classes_above_controls": int(above[0]), "classes_above_controls_by_mass": int(above[1])}

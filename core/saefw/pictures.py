@@ -32,8 +32,8 @@ class Tile(NamedTuple):
     view: "Image"
     """What the model saw."""
 
-    patches: Bytes
-    """uint8 [rows, columns]: how strongly the feature fires on each patch, 255 at most."""
+    patches: Bytes | None
+    """uint8 [rows, columns]: how strongly the feature fires on each patch, 255 at most; none for one of [CLS]."""
 
     caption: str
     """Written below it."""
@@ -54,7 +54,6 @@ def read(path: Path, examples: Sequence[int]) -> dict[int, "Image"]:
 
     """
     import duckdb
-    from PIL import Image
 
     try:
         with duckdb.connect() as db:
@@ -62,12 +61,26 @@ def read(path: Path, examples: Sequence[int]) -> dict[int, "Image"]:
                 "SELECT example, png FROM read_parquet(?) WHERE list_contains(?, example)",
                 [str(path), [int(example) for example in examples]],
             ).fetchall()
-        views: dict[int, Image.Image] = {example: Image.open(BytesIO(data)) for example, data in rows}
-        for view in views.values():
-            view.load()
-    except (duckdb.Error, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return {example: opened(data) for example, data in rows}
+    except (duckdb.Error, ValueError) as error:
         raise UserError(f"{path}: cannot be read; delete {path.parent} to make it again") from error
-    return views
+
+
+def opened(data: bytes) -> "Image":
+    """Return a picture that `png` made, decoded.
+
+    Raises:
+        ValueError: it is none.
+
+    """
+    from PIL import Image
+
+    try:
+        view = Image.open(BytesIO(data), formats=["PNG"])
+        view.load()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(str(error)) from error
+    return view
 
 
 def maps(path: Path, feature: int) -> Bytes:
@@ -77,12 +90,12 @@ def maps(path: Path, feature: int) -> Bytes:
         UserError: the file cannot be read.
 
     """
-    from safetensors import SafetensorError, safe_open
+    from saefw.tensors import opened
 
     try:
-        with safe_open(path, "np") as file:
-            found: Bytes = file.get_slice("maps")[feature]
-    except (OSError, SafetensorError, IndexError) as error:
+        with opened(path) as file:
+            found: Bytes = file.get_slice("maps")[feature].numpy()
+    except (ValueError, IndexError) as error:
         raise UserError(f"{path}: cannot be read; delete {path.parent} to make it again") from error
     return found
 
@@ -96,18 +109,25 @@ def enlarged(view: "Image", side: int) -> "Image":
     return view.convert("RGB").resize((width, height), Resampling.BICUBIC if scale > 1 else Resampling.LANCZOS)
 
 
-def lit(view: "Image", patches: Bytes, side: int) -> "Image":
+def on_grid(map_p: Bytes, grid: tuple[int, int]) -> Bytes | None:
+    """Return a map of a feature as its patches lie, [rows, columns]; one of [CLS], a single number, has none."""
+    return map_p.reshape(grid) if len(map_p) > 1 else None
+
+
+def lit(view: "Image", patches: Bytes | None, side: int) -> "Image":
     """Return a picture, its longer side `side` pixels, grey and dim but for the patches that glow.
 
     Args:
         view: what the model saw.
-        patches: uint8 [rows, columns], 0 for a patch that is off, 255 for the brightest.
+        patches: uint8 [rows, columns], 0 for a patch that is off, 255 for the brightest; None: the picture as it is.
         side: in pixels.
 
     """
     from PIL import Image
 
     large = enlarged(view, side)
+    if patches is None:
+        return large
     grey_hw1 = np.asarray(large.convert("L"), dtype=np.float32)[..., None] / 255
     # Patch borders stay sharp: the patch is what the model knows, not the pixel.
     rows, columns = patches.shape

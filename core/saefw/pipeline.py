@@ -4,6 +4,7 @@ A stage lists its units when its turn comes, so it may choose by what those abov
 missing ones are made, each under its lock: of two runs at once one makes a unit and the other waits for it.
 """
 
+import logging
 import resource
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import saefw
+from saefw.care import said
 from saefw.catalog import Catalog
 from saefw.entry import KINDS
 from saefw.errors import NotYet, UserError, did_you_mean
@@ -21,6 +23,12 @@ from saefw.registry import Registry
 from saefw.run import Run, Watcher
 from saefw.store import Store
 from saefw.unit import Unit
+
+log = logging.getLogger("saefw")
+
+
+MEND = "`saefw verify --mend` sets it back"
+"""What to do about a damaged unit that nobody asked for."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +84,11 @@ class HookWatcher(Watcher):
         self.hook.saefw_kept(unit=unit, folder=folder, seconds=seconds)
 
 
-def desk(registry: Registry, catalog: Catalog, watcher: Watcher | None = None) -> Run:
-    """Set the desk on which the stages of a registry work; by default the hooks are told what happens."""
+def desk(registry: Registry, catalog: Catalog, watcher: Watcher | None = None, mend: bool = False) -> Run:
+    """Set the desk on which the stages of a registry work; by default the hooks are told what happens.
+
+    With `mend`, damage that is met is put right, as far as a run does that; or else it is only said.
+    """
     return Run(
         Store(registry.store),
         registry.base,
@@ -86,6 +97,7 @@ def desk(registry: Registry, catalog: Catalog, watcher: Watcher | None = None) -
         registry.device,
         _made_with(registry, catalog),
         watcher or HookWatcher(catalog),
+        mend,
     )
 
 
@@ -147,7 +159,7 @@ def run(
 
     """
     observer = observer or Observer()
-    work = desk(registry, catalog, watcher)
+    work = desk(registry, catalog, watcher, mend=True)
     done: list[StagePlan] = []
     try:
         for name in _names(registry, only):
@@ -164,6 +176,8 @@ def run(
             work.listed(name, planned.units)
             done.append(StagePlan(name, planned.units, planned.units, []))
             observer.left(planned, made)
+        for damage in work.store.broken().values():
+            log.warning("%s; its unit is left out of the index; %s", said(damage), MEND)
     except BaseException:
         # A fault or Ctrl-C: what the stage kept until then is in the index for those who look.
         with suppress(Exception):
@@ -221,7 +235,10 @@ def _make(
         # In one order everywhere, so that two runs never wait for each other.
         for unit in sorted(missing, key=lambda unit: unit.address):
             locks.enter_context(store.lock(unit, partial(observer.waiting, unit)))
-        late = [unit for unit in missing if store.has(unit)]
+            if damage := store.damage(store.folder(unit)):
+                store.unkeep(store.folder(unit), damage)
+                log.warning("%s; '%s' is made again", said(damage), unit.label)
+        late = [unit for unit in missing if store.settled(unit)]
         if late:
             store.sync()
             run.found(*late)
@@ -230,6 +247,7 @@ def _make(
             return []
         run.enter(name)
         try:
+            run.check(*(need for unit in missing for need in unit.needs))
             stage.make(missing, run)
         except UserError as error:
             raise _placed(registry, name, error) from error
@@ -251,7 +269,10 @@ def _placed(registry: Registry, name: str, error: UserError) -> UserError:
 
 
 def _made_with(registry: Registry, catalog: Catalog) -> dict[str, str]:
-    """Return the versions of saefw and torch, and the origin of each plugin in use that is not saefw's own."""
+    """Return the versions of saefw and torch, and the origin of each plugin in use that is not saefw's own.
+
+    Of a plugin file its name alone: a store may be moved, and shown to others.
+    """
     own = f"saefw {saefw.__version__}"
     made_with = {"saefw": saefw.__version__}
     if torch := sys.modules.get("torch"):
@@ -261,7 +282,8 @@ def _made_with(registry: Registry, catalog: Catalog) -> dict[str, str]:
             for cls in {type(member.entry) for member in members}:
                 origin = catalog.origin(cls)
                 if origin != own:
-                    made_with[f"{kind}.{cls.model_fields['use'].default}"] = origin
+                    name = Path(origin).name if Path(origin).is_absolute() else origin
+                    made_with[f"{kind}.{cls.model_fields['use'].default}"] = name
     return made_with
 
 

@@ -1,17 +1,22 @@
 """All that a plugin author imports."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, final
 
 import pluggy
 from pydantic import Field
 from torch import Tensor, nn
 
 from saefw.entry import Entry, Knob, Late, Names, Place
-from saefw.errors import NotYet, UserError
+from saefw.errors import NotYet, UserError, did_you_mean
+from saefw.fetch import Source
+from saefw.images import open_image
+from saefw.imagesets import Dataset, Example, Files, ImageFiles, clean, folder, image_files, inside, read_lines
 from saefw.run import Pick, Run
 from saefw.sae import Codes, Sae
+from saefw.splits import Split, carve, stratified
 from saefw.unit import Unit
 from saefw.vision import mend_torchvision
 
@@ -30,6 +35,8 @@ __all__ = [
     "Entry",
     "Example",
     "FigureConfig",
+    "Files",
+    "ImageFiles",
     "Knob",
     "Late",
     "Metric",
@@ -37,26 +44,37 @@ __all__ = [
     "NotYet",
     "Pick",
     "Place",
+    "Prefix",
     "Probe",
     "ProbeConfig",
     "Run",
     "SaeConfig",
+    "Source",
     "Split",
     "StageConfig",
     "Task",
     "Unit",
     "UserError",
+    "carve",
+    "clean",
+    "did_you_mean",
+    "folder",
     "hookimpl",
+    "image_files",
+    "inside",
     "mend_torchvision",
+    "open_image",
+    "read_lines",
+    "stratified",
 ]
 
 hookimpl = pluggy.HookimplMarker("saefw")
 """Marks a function of a plugin module as its answer to the hook of the same name."""
 
-Split = Literal["train", "valid", "test"]
-
-
 # Backbones
+
+Prefix = Literal["cls", "dist", "register"]
+"""What a token before the patches is: [CLS], the distillation token of DeiT, or a register."""
 
 
 class BackboneInfo(NamedTuple):
@@ -71,14 +89,38 @@ class BackboneInfo(NamedTuple):
     grid: tuple[int, int]
     """Patches: rows, columns."""
 
-    n_prefix: int
-    """Tokens before the patches; the first is [CLS]; 0 if there is none."""
+    prefix: tuple[Prefix, ...]
+    """The tokens before the patches, in order; [CLS], where there is one, comes first."""
+
+    d_embed: int = 0
+    """Width of what `Backbone.embedding` gives; 0: it gives none."""
+
+    @property
+    def n_prefix(self) -> int:
+        """How many tokens come before the patches."""
+        return len(self.prefix)
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens an image has."""
+        return len(self.prefix) + self.grid[0] * self.grid[1]
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether the first token is [CLS]."""
+        return self.prefix[:1] == ("cls",)
 
 
 class Backbone(nn.Module):
     """A vision transformer whose blocks can be watched and edited, in eval mode, its weights frozen."""
 
     info: BackboneInfo
+
+    logit_scale: float = 1.0
+    """What cosines between `embedding` and `text` are multiplied by to become logits, as the model was trained."""
+
+    logit_bias: float = 0.0
+    """What is added to them (SigLIP)."""
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -110,6 +152,26 @@ class Backbone(nn.Module):
         """Return the output of the last block, [batch, token, d_model]; no final norm."""
         return self.tail(self.embed(images), 0)
 
+    def embedding(self, tokens: Tensor) -> Tensor:
+        """Return the image embedding [batch, d_embed], not normalised, of the last block's output.
+
+        That is what follows the blocks: final norm, pooling and, where the model has one, projection.
+
+        Raises:
+            UserError: the backbone gives none.
+
+        """
+        raise UserError(f"{type(self).__name__} has no image embedding")
+
+    def text(self, prompts: Sequence[str]) -> Tensor:
+        """Return the embeddings [prompt, d_embed], not normalised, of texts by the model's own text tower.
+
+        Raises:
+            UserError: the model has no text tower.
+
+        """
+        raise UserError(f"{type(self).__name__} has no text tower")
+
 
 class BackboneConfig(Entry):
     """A vision transformer that a plugin can load."""
@@ -126,44 +188,67 @@ class BackboneConfig(Entry):
 # Datasets
 
 
-class Example(NamedTuple):
-    """One image of a dataset."""
+class _Subset:
+    """Some images of a dataset, in its order."""
 
-    key: str
-    """Stable name of the image, unique in its dataset."""
-
-    label: int
-    """Index into the dataset's classes; -1: none."""
-
-    split: Split
-    """The plugin decides it, with a fixed rule or seed."""
-
-    load: Callable[[], "Image"]
-    """Opens the image, late, perhaps in a worker."""
-
-
-class Dataset(Protocol):
-    """An ordered set of images; the order never changes."""
-
-    @property
-    def classes(self) -> Sequence[str]:
-        """Names of the classes, by label."""
-        ...
+    def __init__(self, whole: Dataset, indices: Sequence[int]) -> None:
+        self.classes, self._whole, self._indices = whole.classes, whole, indices
 
     def __len__(self) -> int:
-        """How many images."""
-        ...
+        return len(self._indices)
 
     def __getitem__(self, index: int) -> Example:
-        """The image at an index, not yet loaded."""
-        ...
+        return self._whole[self._indices[index]]
 
 
 class DatasetConfig(Entry):
     """An image set that a plugin can open."""
 
+    sources: ClassVar[tuple[Source, ...]] = ()
+    """The files that `saefw get` downloads and unpacks into the folder that the setting `root` then names."""
+
+    n_images: ClassVar[int] = 0
+    """How many images it has when it is whole, for `saefw get` to count; 0: not known."""
+
+    terms: ClassVar[str] = ""
+    """Where it comes from and on what terms, in one sentence, for who downloads it."""
+
+    limit: Annotated[int | None, Late] = Field(None, gt=0)
+    """At most so many images, to try first: of every split and class its share, always the same ones; null: all."""
+
+    @final
+    def open(self, base: Path) -> Dataset:
+        """Open it with its `limit`; what everybody but the plugin itself calls.
+
+        The choice hangs on the keys alone, so that a larger limit holds the images of a smaller one.
+
+        Raises:
+            UserError: it is not there, or cannot be opened.
+
+        """
+        try:
+            whole = self.build(base)
+        except OSError as error:
+            use = type(self).model_fields["use"].default
+            raise UserError(f"dataset '{use}' cannot be opened ({error}); put it back and run again") from error
+        if self.limit is None or len(whole) <= self.limit:
+            return whole
+        keys, labels, splits = zip(*(whole[i][:3] for i in range(len(whole))), strict=True)
+        # First among the splits, then among the classes of each: else of many classes the large split would take all.
+        counts = Counter(splits[i] for i in stratified(keys, splits, self.limit))
+        chosen: list[int] = []
+        for split, n in counts.items():
+            ours = [i for i, other in enumerate(splits) if other == split]
+            chosen += [ours[i] for i in stratified([keys[i] for i in ours], [labels[i] for i in ours], n)]
+        return _Subset(whole, sorted(chosen))
+
     def build(self, base: Path) -> Dataset:
-        """Open it; `base` is the folder of registry.yaml, from which relative paths count."""
+        """Open all of it; `base` is the folder of registry.yaml, from which relative paths count.
+
+        Raises:
+            UserError: it is not there, or not as it should be; the text names what is missing.
+
+        """
         raise NotImplementedError(f"{type(self).__name__} cannot be built")
 
 

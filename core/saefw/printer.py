@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -16,6 +17,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from saefw.errors import escaped
+from saefw.gc import Spare
 from saefw.pipeline import Observer, StagePlan
 from saefw.plugin import Unit, hookimpl
 from saefw.store import Store
@@ -64,7 +67,7 @@ class Printer(Observer):
         """Begin a stage."""
         self._stage, self._entered, self._line_at = plan, time.monotonic(), time.monotonic()
         if plan.missing and not self.console.is_terminal:
-            self._say(f"{plan.name}: {_count(len(plan.missing), 'unit')} to make, {len(plan.kept):,} kept")
+            self.say(f"{plan.name}: {_count(len(plan.missing), 'unit')} to make, {len(plan.kept):,} kept")
         if plan.missing and self.console.is_terminal:
             self._show(Bar(plan.name, 0, 0, ""))
 
@@ -72,7 +75,7 @@ class Printer(Observer):
         """Say who is waited for, once."""
         if holder not in self._waits:
             self._waits.add(holder)
-            self._say(f"{self._name}: waiting for {holder}, which makes '{unit.label}'")
+            self.say(f"{self._name}: waiting for {holder}, which makes '{unit.label}'")
 
     def left(self, plan: StagePlan, made: Sequence[Unit]) -> None:
         """End a stage."""
@@ -83,7 +86,7 @@ class Printer(Observer):
             text = Text(f"{plan.name:<{self._width}}  ", style="bold")
             text.append(f"{len(made):,} made", style="green")
             text.append(f", {len(plan.units) - len(made):,} kept, {span(time.monotonic() - self._entered)}", style="")
-            self._say(text)
+            self.say(text)
 
     # The hooks
 
@@ -104,7 +107,7 @@ class Printer(Observer):
         self._show(bar)
         if not self.console.is_terminal and time.monotonic() - self._line_at >= EVERY:
             self._line_at = time.monotonic()
-            self._say(bar.text())
+            self.say(bar.text())
 
     @hookimpl
     def saefw_kept(self, unit: Unit, folder: Path, seconds: float) -> None:
@@ -117,7 +120,7 @@ class Printer(Observer):
                 Text(f"  {unit.label}", overflow="ellipsis", no_wrap=True),
                 Text(numbers(told), style="dim", overflow="ellipsis", no_wrap=True),
             )
-            self._say(row)
+            self.say(row)
 
     # After
 
@@ -132,9 +135,9 @@ class Printer(Observer):
         kept = sum(len(plan.units) for plan in done) - self.made
         if self.made:
             took = span(time.monotonic() - self._started)
-            self._say(f"\nMade {_count(self.made, 'unit')} in {took}; {kept:,} were there.")
+            self.say(f"\nMade {_count(self.made, 'unit')} in {took}; {kept:,} were there.")
         else:
-            self._say(f"Nothing to make: {_count(kept, 'unit')} kept in {short(store.root)}.")
+            self.say(f"Nothing to make: {_count(kept, 'unit')} kept in {short(store.root)}.")
         pictures = [
             path
             for plan in done
@@ -147,7 +150,7 @@ class Printer(Observer):
         page = "" if registry == Path("registry.yaml") else f" {registry}"
         if not self.made:
             folder = f"Pictures: {short(pictures[0].parent.parent)}. " if pictures else ""
-            self._say(f'{folder}Tables: {saefw} sql "FROM pareto"{other}. Page: {saefw} serve{page}')
+            self.say(f'{folder}Tables: {saefw} sql "FROM pareto"{other}. Page: {saefw} serve{page}')
             return
         where = grid(2)
         for i, path in enumerate(pictures[:FEW]):
@@ -177,16 +180,29 @@ class Printer(Observer):
         to_make, kept = sum(len(plan.missing) for plan in plans), sum(len(plan.kept) for plan in plans)
         open_ended = " Those decided later are not counted." if any(plan.reason for plan in plans) else ""
         need = f", about {size(sum(sizes.values())) or 'little disk'}" if to_make else ""
-        self._say(f"{_count(to_make, 'unit')} to make{need}; {kept:,} kept.{open_ended}")
+        self.say(f"{_count(to_make, 'unit')} to make{need}; {kept:,} kept.{open_ended}")
+
+    def say(self, what: RenderableType) -> None:
+        """Print a line, or a table, above the bar."""
+        if isinstance(what, str):  # may name files, which anybody may have named
+            self.console.print("\n".join(map(escaped, what.split("\n"))), soft_wrap=True)
+        else:
+            self.console.print(what)
+
+    def spare(self, spares: Sequence[Spare]) -> None:
+        """List what can be deleted."""
+        shown = table("stage", "unit", "what", "disk>", "age>")
+        for i, spare in enumerate(spares):
+            label = Text(escaped(spare.label), overflow="ellipsis", no_wrap=True)
+            first = i == 0 or spare.stage != spares[i - 1].stage
+            shown.add_row(spare.stage if first else "", spare.address, label, size(spare.bytes), age(spare.at))
+        self.console.print(shown)
 
     # Inside
 
     @property
     def _name(self) -> str:
         return self._stage.name if self._stage else ""
-
-    def _say(self, what: RenderableType) -> None:
-        self.console.print(what, soft_wrap=isinstance(what, str))
 
     def _show(self, bar: "Bar") -> None:
         self._bar = bar
@@ -269,6 +285,12 @@ def span(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def age(at: datetime) -> str:
+    """Write how long ago something was: 48 s, 2 h 10 min, 3 days."""
+    seconds = (datetime.now(UTC) - at).total_seconds()
+    return f"{seconds / 86400:.0f} days" if seconds >= 2 * 86400 else span(max(seconds, 0))
 
 
 def size(n_bytes: int) -> str:

@@ -258,7 +258,7 @@ class _Reader:
         for choice in expand(vary):
             settings = rest | {key: vary[key][i] for key, i in choice.items()}
             try:
-                entries.append((choice, cls.model_validate(settings)))
+                entries.append((choice, cls.model_validate(settings, context=self.base)))
             except ValidationError as error:
                 faults = self._sentences(here, cls, error, choice) | faults
             except UserError as error:  # from a validator of the plugin

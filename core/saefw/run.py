@@ -1,25 +1,34 @@
 """What a stage finds on its desk."""
 
 import json
+import logging
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import duckdb
 from pydantic import Field, model_validator
 
+from saefw.care import Damage, damages, said, settle, weight, write_atomically, writing
 from saefw.entry import Entry, Member
-from saefw.errors import NotYet, UserError
-from saefw.store import Store, write_atomically
+from saefw.errors import Faults, NotYet, UserError
+from saefw.index import INDEX, BrokenIndex
+from saefw.store import Store
 from saefw.unit import Unit
 
 LOG = "metric.jsonl"
 """What a unit logged so far, one JSON list [step, {name: value}] a line; becomes its metric table when kept."""
 
+PATIENCE, PAUSE = 0.5, 0.1
+"""Seconds before a check says how far it is, and between two such words."""
+
+
+logger = logging.getLogger("saefw")
 
 T = TypeVar("T")
 
@@ -99,6 +108,7 @@ class Run:
         device: str = "auto",
         made_with: Mapping[str, str] | None = None,
         watcher: Watcher | None = None,
+        mend: bool = False,
     ) -> None:
         """Set the desk.
 
@@ -110,6 +120,7 @@ class Run:
             device: `auto`, `cpu`, `cuda`, `mps` or `cuda:1`.
             made_with: versions of the code, stored with each unit.
             watcher: who is told.
+            mend: whether damage that is met is put right, as in a run; or only said.
 
         """
         self.store, self.base, self.metrics = store, base, metrics
@@ -120,6 +131,11 @@ class Run:
         self._started = time.monotonic()
         self._unindexed: dict[str, Path] = {}
         self._logs: dict[str, int] = {}
+        self._begun: set[str] = set()
+        """Units whose log is that of this run, from its start or from a mark on."""
+        self._sound: set[str] = set()
+        """Kept units that need no check any more: made by this process, or found whole."""
+        self._mend = mend
 
     # What was asked for
 
@@ -187,26 +203,95 @@ class Run:
     # Where to put it
 
     def folder(self, unit: Unit) -> Path:
-        """Return the unit's folder: the kept one, or the one it is being made in."""
-        return self.store.folder(unit) if self.store.has(unit) else self.store.begin(unit)
+        """Return the unit's folder: the kept one, or the one it is being made in.
+
+        Raises:
+            UserError: in a run, the unit is kept but no longer what it was when it was made.
+
+        """
+        if not self.store.has(unit):
+            return self.store.begin(unit)
+        if self._mend:
+            self.check(unit)
+        return self.store.folder(unit)
+
+    def check(self, *units: Unit) -> None:
+        """See that the files of kept units are what they were when they were made; once for each unit.
+
+        Raises:
+            UserError: some are damaged. In a run their units are set back, so that the next run makes them again.
+
+        """
+        units = tuple(unit for unit in dict.fromkeys(units) if unit.address not in self._sound)
+        told = self._checking([self.store.folder(unit) for unit in units])
+        found = {unit: damage for unit in units if (damage := list(damages(self.store.folder(unit), told=told)))}
+        self._sound.update(unit.address for unit in units if unit not in found)
+        if found:
+            raise Faults([self._put_right(unit, damage) for unit, damage in found.items()])
+
+    def _checking(self, folders: Sequence[Path]) -> Callable[[int], None]:
+        """Return what takes the number of bytes that were checked and, where it takes long, says how far it is."""
+        total, done, due = sum(map(weight, folders)), 0, time.monotonic() + PATIENCE
+
+        def told(n: int) -> None:
+            nonlocal done, due
+            done += n
+            if time.monotonic() >= due:
+                due = time.monotonic() + PAUSE
+                self.progress(done, total, "bytes checked")
+
+        return told
+
+    def _put_right(self, unit: Unit, damage: Sequence[Damage]) -> str:
+        """Set a damaged unit back, in a run; return what there is to say of it."""
+        folder, text = self.store.folder(unit), said(damage)
+        if not self._mend:
+            return f"{text}; `saefw verify --mend` sets '{unit.label}' back, and `saefw run` makes it again"
+        try:
+            self.store.set_back(folder, damage)
+        except (OSError, UserError):
+            return f"{text}, and '{unit.label}' cannot be set back; delete {folder}, and the next run makes it again"
+        return f"{text}; '{unit.label}' is set back: the next run makes it again, and all else is kept"
 
     def put(self, unit: Unit, table: str, **columns: Any) -> None:
         """Write all rows of a table of schema.sql that belong to a unit: arrays, lists or single values by column."""
         self.store.write(unit, table, columns)
 
     def log(self, unit: Unit, step: int, **values: float) -> None:
-        """Note what was measured at a step; it survives a stop and becomes rows of `metric`."""
+        """Note what was measured at a step; becomes rows of `metric`.
+
+        It survives a stop, for a stage that goes on from a checkpoint and rewinds to the mark in it.
+        """
         log = self._logs.get(unit.address) or self._open_log(unit)
-        # One write a line, straight to the system: killed at any moment, what was logged is there.
-        os.write(log, (json.dumps([step, values]) + "\n").encode())
+        line = (json.dumps([step, values]) + "\n").encode()
+        with writing(self.store.partial(unit) / LOG):
+            # Straight to the system: killed at any moment, what was logged is there.
+            while line:
+                line = line[os.write(log, line) :]
         self._watcher.logged(unit, step, values)
 
-    def rewind(self, unit: Unit, step: int) -> None:
-        """Forget what was logged after a step, when going on from a checkpoint made there."""
-        self._close_logs()
+    def mark(self, unit: Unit) -> str:
+        """Return the place in a unit's log, to be put into a checkpoint: how long it is, and its checksum."""
         path = self.store.begin(unit) / LOG
-        lines = [json.dumps(row) + "\n" for row in _logged(path) if row[0] <= step]
-        write_atomically(path, "".join(lines).encode())
+        if unit.address not in self._begun:
+            return _mark(b"")
+        settle(path)  # or a power cut could leave a checkpoint of more than its log
+        return _mark(path.read_bytes())
+
+    def rewind(self, unit: Unit, mark: str = "") -> bool:
+        """Forget what was logged after a mark, when going on from a checkpoint made there; without a mark, forget all.
+
+        Returns False, and forgets all, if what was logged before the mark is damaged.
+        """
+        if (log := self._logs.pop(unit.address, None)) is not None:
+            os.close(log)
+        path = self.store.begin(unit) / LOG
+        data = _taken(path, mark) if mark else b""
+        if data is None:
+            logger.warning("%s: damaged; it is not used, and what it held is made again", path)
+        write_atomically(path, data or b"")
+        self._begun.add(unit.address)
+        return data is not None
 
     def keep(self, *units: Unit, without: Sequence[str] = ()) -> None:
         """Commit units that are complete; units kept in one call share the time since the last one.
@@ -217,16 +302,19 @@ class Run:
         seconds = (time.monotonic() - self._started) / len(units)
         self._close_logs()
         for unit in units:
-            # A stage that was killed before this point logs its last steps again: the later value counts.
+            # A step may have been logged twice: the later value counts.
             rows = {
                 (step, name): value
-                for step, values in _logged(self.store.begin(unit) / LOG)
+                for step, values in (
+                    _rows((self.store.begin(unit) / LOG).read_bytes()) if unit.address in self._begun else ()
+                )
                 for name, value in values.items()
             }
             if rows:
                 steps, names = zip(*rows, strict=True)
-                self.put(unit, "metric", step=list(steps), name=list(names), value=[float(v) for v in rows.values()])
+                self.put(unit, "metric", step=list(steps), name=list(names), value=list(rows.values()))
             self._unindexed[unit.address] = self.store.keep(unit, seconds, self._made_with, without=[LOG, *without])
+            self._sound.add(unit.address)
             self._watcher.kept(unit, self._unindexed[unit.address], seconds)
         self._started = time.monotonic()
 
@@ -236,10 +324,25 @@ class Run:
 
     @contextmanager
     def db(self) -> Iterator[duckdb.DuckDBPyConnection]:
-        """Open the index to read, with everything kept so far in it."""
+        """Open the index to read, with everything kept so far in it.
+
+        Raises:
+            UserError: it is damaged. In a run it is removed, so that the next run makes it anew.
+
+        """
         self.publish()
-        with self.store.db() as db:
-            yield db
+        try:
+            with self.store.db() as db:
+                yield db
+        except BrokenIndex as error:
+            if not self._mend:
+                raise
+            try:
+                self.store.drop()
+            except (OSError, UserError):
+                raise error from None
+            text = f"{self.store.root / INDEX}: damaged; it is removed, and the next run makes it anew from the folders"
+            raise UserError(text) from error
 
     # What the pipeline does
 
@@ -259,17 +362,21 @@ class Run:
 
     def publish(self) -> None:
         """Bring what was kept into the index; a failure costs nothing but a later `saefw index`."""
-        if self._unindexed:
-            new, self._unindexed = self._unindexed, {}
+        new = dict(self._unindexed)
+        if new:
             self.store.index(new)
+        # Only now: told to stop while it was indexed, a run tries once more before it goes.
+        self._unindexed = {address: folder for address, folder in self._unindexed.items() if address not in new}
 
     def _open_log(self, unit: Unit) -> int:
         if self.store.has(unit):
             raise RuntimeError(f"'{unit.label}' was logged to after it was kept")
         if len(self._logs) >= 200:  # a sweep may be wider than the system lets one process open files
             self._close_logs()
-        handle = os.open(self.store.begin(unit) / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        os.write(handle, b"\n")  # ends a line that a power cut may have torn
+        # What an earlier run logged counts only for a stage that rewound to a mark in it.
+        anew = 0 if unit.address in self._begun else os.O_TRUNC
+        handle = os.open(self.store.begin(unit) / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | anew, 0o666)
+        self._begun.add(unit.address)
         self._logs[unit.address] = handle
         return handle
 
@@ -279,21 +386,38 @@ class Run:
         self._logs.clear()
 
 
-def _logged(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
-    """Read a log; a line torn by a kill, or that nobody logged, is left out."""
-    if not path.exists():
-        return
-    for line in path.read_text(errors="replace").splitlines():
+def _rows(data: bytes) -> list[tuple[int, dict[str, float]]]:
+    """Return what a log holds; raise ValueError if that is nothing that was logged, or that no table can hold."""
+    rows = []
+    for line in data.splitlines():
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if _is_row(row):
-            yield row[0], row[1]
+            match json.loads(line):
+                case [int(step), dict(values)] if type(step) is int and -(2**63) <= step < 2**63:
+                    rows.append((step, {name: _float(value) for name, value in values.items() if name.encode()}))
+                case _:
+                    raise ValueError("not a row of a log")
+        except (RecursionError, OverflowError) as error:
+            raise ValueError(str(error)) from error
+    return rows
 
 
-def _is_row(row: Any) -> bool:
-    """Whether it is [step, {name: number}], and what a table can hold."""
-    if not (isinstance(row, list) and len(row) == 2 and type(row[0]) is int and -(2**63) <= row[0] < 2**63):
-        return False
-    return isinstance(row[1], dict) and all(type(value) in (int, float) for value in row[1].values())
+def _float(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise ValueError("not a number")
+    return float(value)
+
+
+def _taken(path: Path, mark: str) -> bytes | None:
+    """Return the log up to a mark, or None if it is not what it was then."""
+    if not path.is_file():
+        return b"" if mark == _mark(b"") else None
+    try:
+        data = path.read_bytes()[: int(mark.partition(":")[0])]
+        _rows(data)
+    except ValueError:
+        return None
+    return data if _mark(data) == mark else None
+
+
+def _mark(data: bytes) -> str:
+    return f"{len(data)}:{sha256(data).hexdigest()}"

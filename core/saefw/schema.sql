@@ -3,17 +3,21 @@ CREATE TABLE unit (unit TEXT PRIMARY KEY, stage TEXT, label TEXT, content JSON, 
 CREATE TABLE need (unit TEXT, needs TEXT, PRIMARY KEY (unit, needs));
 CREATE TABLE metric (unit TEXT, name TEXT, step BIGINT, value DOUBLE);
 
--- Recording. layer counts blocks from 0; tokens: all, cls or patches; mean_norm: mean L2 norm of a train patch.
+-- Recording. layer counts blocks from 0; tokens: all, cls or patches; prefix: the tokens before the patches, in order, as
+-- `cls` or `cls, register, register`; mean_norm: mean L2 norm of a train patch.
 CREATE TABLE acts (unit TEXT PRIMARY KEY, backbone TEXT, dataset TEXT, layer SMALLINT, tokens TEXT, d_model INTEGER,
-    grid_h SMALLINT, grid_w SMALLINT, n_examples INTEGER, n_tokens SMALLINT, dtype TEXT, mean_norm REAL);
+    grid_h SMALLINT, grid_w SMALLINT, n_examples INTEGER, n_tokens SMALLINT, prefix TEXT, dtype TEXT, mean_norm REAL);
 CREATE TABLE shard (unit TEXT, shard INTEGER, file TEXT, first_example INTEGER, n_examples INTEGER, bytes BIGINT, sha256 TEXT);
+-- split: train, valid, test, or `broken` of an image that could not be read: it keeps its place and counts nowhere.
 CREATE TABLE example (unit TEXT, example INTEGER, key TEXT, label SMALLINT, split TEXT);
+CREATE TABLE broken (unit TEXT, example INTEGER, key TEXT, why TEXT);
 CREATE TABLE class (unit TEXT, label SMALLINT, name TEXT);
 
--- Features. frequency: share of patches on which it fires; mean, p99, max: of its positive values, in SAE units.
+-- Features. Those of an SAE of [CLS] have one token an image: read "image" for "patch". frequency: share of patches on
+-- which it fires; mean, p99, max: of its positive values, in SAE units.
 CREATE TABLE sae (unit TEXT PRIMARY KEY, acts TEXT, variant TEXT, n_features INTEGER, config JSON);
 CREATE TABLE feature (unit TEXT, sae TEXT, acts TEXT, feature INTEGER, frequency REAL, mean REAL, p99 REAL, max REAL);
--- The strongest images of a feature, one row an image, at its best token (0: the first patch).
+-- The strongest images of a feature, one row an image, at its best token (0: the first patch; NULL: [CLS]).
 CREATE TABLE top_example (unit TEXT, sae TEXT, acts TEXT, feature INTEGER, rank SMALLINT, example INTEGER, token SMALLINT, value REAL);
 -- The strongest features of an image, by their largest value over its patches.
 CREATE TABLE top_feature (unit TEXT, sae TEXT, acts TEXT, example INTEGER, rank SMALLINT, feature INTEGER, value REAL);
@@ -35,10 +39,10 @@ CREATE TABLE edit_logit (unit TEXT, edit INTEGER, label SMALLINT, before REAL, a
 CREATE VIEW final AS SELECT unit, name, arg_max(value, step) AS value FROM metric GROUP BY ALL;
 CREATE VIEW pareto AS SELECT s.unit AS sae, s.variant, a.layer, m.nmse, m.l0, m.dead FROM sae s JOIN acts a ON a.unit = s.acts
     JOIN (PIVOT final ON name IN ('nmse', 'l0', 'dead') USING first(value) GROUP BY unit) m ON m.unit = s.unit;
-CREATE VIEW best_probe AS SELECT DISTINCT ON (p.acts) a.backbone, a.dataset, a.layer, p.unit AS probe, f.value
+CREATE VIEW best_probe AS SELECT DISTINCT ON (p.acts) p.acts, a.backbone, a.dataset, a.layer, p.unit AS probe, f.value
     FROM probe p JOIN acts a ON a.unit = p.acts JOIN final f ON f.unit = p.unit AND f.name = 'valid_accuracy'
     LEFT JOIN final l ON l.unit = p.unit AND l.name = 'valid_loss'
-    ORDER BY a.backbone, a.dataset, a.layer, f.value DESC, l.value;
-CREATE VIEW feature_class AS SELECT t.sae, t.acts, t.feature, c.name AS class, count(*) AS n, avg(t.value) AS mean_value
+    ORDER BY a.backbone, a.dataset, a.layer, p.acts, f.value DESC, l.value, p.unit;
+CREATE VIEW feature_class AS SELECT t.unit, t.sae, t.acts, t.feature, c.name AS class, count(*) AS n, avg(t.value) AS mean_value
     FROM top_example t JOIN example e ON e.unit = t.acts AND e.example = t.example
     JOIN class c ON c.unit = t.acts AND c.label = e.label GROUP BY ALL;

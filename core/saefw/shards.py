@@ -10,7 +10,7 @@ Shapes: t n_tokens, e examples, d d_model, n vectors; `acts_ted` has shape [t, e
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -22,10 +22,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from saefw import sealed
 from saefw import tensors as files
+from saefw.care import checksum, write_atomically
 from saefw.errors import UserError
 from saefw.moments import Moments
-from saefw.store import checksum, write_atomically
 from saefw.stream import BUFFER_MB, Indices, Stream
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -62,12 +63,18 @@ class Layout:
 
     n_examples: int
     n_tokens: int
-    n_prefix: int
+    prefix: tuple[str, ...]
+    """What the tokens before the patches are; [CLS], where there is one, comes first."""
     d_model: int
     grid: tuple[int, int]
     layer: int
     dtype: str
     tokens: str = "all"
+
+    @property
+    def n_prefix(self) -> int:
+        """How many tokens come before the patches."""
+        return len(self.prefix)
 
     @property
     def example_bytes(self) -> int:
@@ -87,6 +94,9 @@ class Shard(NamedTuple):
 
     bytes: int
     sha256: str
+
+    broken: Sequence[tuple[int, str]] = ()
+    """Its images that could not be read, by example, and why: their activations are zeros and count nowhere."""
 
 
 class Writer:
@@ -118,17 +128,34 @@ class Writer:
         """Return the shards still to write."""
         return [i for i in range(self.n_shards) if i not in self._done]
 
-    def write(self, shard: int, acts_ted: Tensor) -> None:
-        """Write a shard, [t, e, d] in the layout's dtype; the file is there whole or not at all."""
-        from safetensors.torch import save
+    @property
+    def broken(self) -> dict[int, str]:
+        """The images that could not be read and why, by example, as far as shards are written."""
+        return {example: why for i in sorted(self._done) for example, why in self._done[i][0].broken}
 
+    def forget(self, shard: int) -> None:
+        """Make a shard count as missing."""
+        (self.folder / _moments_name(shard)).unlink(missing_ok=True)
+        self._done.pop(shard, None)
+
+    def write(self, shard: int, acts_ted: Tensor, broken: Sequence[tuple[int, str]] = ()) -> None:
+        """Write a shard, [t, e, d] in the layout's dtype; the file is there whole or not at all.
+
+        Args:
+            shard: which.
+            acts_ted: zeros where an image could not be read.
+            broken: these images, by example, and why.
+
+        """
         file, span = _name(shard), self.span(shard)
         data = _safetensors(acts_ted)
-        entry = Shard(file, span.start, len(span), len(data), sha256(data).hexdigest())
-        moments = self._moments(acts_ted, self.train[span.start : span.stop])
+        entry = Shard(file, span.start, len(span), len(data), sha256(data).hexdigest(), broken)
+        train_e = self.train[span.start : span.stop].copy()
+        train_e[[example - span.start for example, _ in broken]] = False
+        moments = self._moments(acts_ted, train_e)
         write_atomically(self.folder / file, data)
         tensors = {f"{kind}.{key}": x for kind, each in moments.items() for key, x in each.tensors().items()}
-        write_atomically(self.folder / _moments_name(shard), save(tensors, {"shard": json.dumps(entry._asdict())}))
+        sealed.write(self.folder / _moments_name(shard), tensors, entry._asdict())
         self._done[shard] = entry, moments
 
     def finish(self) -> tuple[list[Shard], float]:
@@ -157,21 +184,27 @@ class Writer:
 
     def _kept(self, shard: int) -> tuple[Shard, dict[str, Moments]] | None:
         """Return a shard that is complete and undamaged, or None."""
+        none = Moments.none(self.layout.d_model).tensors()
+        form = files.form({f"{kind}.{key}": x for kind in KINDS for key, x in none.items()})
+
+        def check(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+            files.check(tensors, form)
+            _shard(about)
+
+        found = sealed.read(self.folder / _moments_name(shard), check)
+        if found is None:
+            return None
+        tensors, entry = found[0], _shard(found[1])
+        moments = {kind: Moments.of({key: tensors[f"{kind}.{key}"] for key in none}) for kind in KINDS}
+        span, path = self.span(shard), self.folder / _name(shard)
+        if (entry.file, entry.first, entry.n) != (path.name, span.start, len(span)):
+            return None
+        if not all(example in span for example, _ in entry.broken):
+            return None
         try:
-            tensors, metadata = files.read(self.folder / _moments_name(shard))
-            entry = Shard(**files.parsed(metadata.get("shard", "")))
-            none = Moments.none(self.layout.d_model).tensors()
-            files.check(tensors, files.form({f"{kind}.{key}": x for kind in KINDS for key, x in none.items()}))
-            moments = {
-                kind: Moments.of({key: tensors[f"{kind}.{key}"] for key in ("n", "mean", "squares", "norms")})
-                for kind in KINDS
-            }
-            span, path = self.span(shard), self.folder / entry.file
-            if (entry.file, entry.first, entry.n) != (_name(shard), span.start, len(span)):
-                return None
             if path.stat().st_size != entry.bytes or checksum(path) != entry.sha256:
                 return None
-        except (OSError, TypeError, ValueError):
+        except OSError:
             return None
         return entry, moments
 
@@ -182,7 +215,7 @@ class Writer:
         for t, acts_ed in enumerate(acts_ted):
             if t >= self.layout.n_prefix:
                 moments["patches"].add(acts_ed[train])
-            elif t == 0:
+            elif self.layout.prefix[t] == "cls":
                 moments["cls"].add(acts_ed[train])
         return moments
 
@@ -200,8 +233,8 @@ class Acts:
         self.folder = folder
         try:
             index = files.parsed((folder / INDEX).read_text())
-            self.shards = [Shard(**shard) for shard in index.pop("shards")]
-            self.layout = Layout(**{**index, "grid": tuple(index["grid"])})
+            self.shards = [_shard(shard) for shard in index.pop("shards")]
+            self.layout = Layout(**{**index, "grid": tuple(index["grid"]), "prefix": tuple(index["prefix"])})
             _check(self.layout, self.shards)
             for shard in self.shards:
                 if (folder / shard.file).stat().st_size != shard.bytes:
@@ -233,7 +266,7 @@ class Acts:
 
     @cached_property
     def splits(self) -> NDArray[np.str_]:
-        """The images' splits: train, valid or test."""
+        """The images' splits: train, valid or test, or `broken` of those that could not be read."""
         return np.asarray(self._examples["split"], dtype=np.str_)
 
     @cached_property
@@ -341,8 +374,8 @@ class Acts:
         if tokens == "all":
             return slice(0, self.n_tokens)
         if tokens == "cls":
-            if not self.n_prefix:
-                raise UserError(f"{self.folder}: has no [CLS]; its backbone has patches only")
+            if self.layout.prefix[:1] != ("cls",):
+                raise UserError(f"{self.folder}: has no [CLS]; its backbone has none")
             return slice(0, 1)
         raise UserError(f"tokens: '{tokens}' is none of patches, cls, all")
 
@@ -375,6 +408,8 @@ def _check(layout: Layout, shards: list[Shard]) -> None:
     files.number(layout.n_examples, 0, 2**31 - 1, "n_examples")
     files.number(layout.d_model, 1, 2**31 - 1, "d_model")
     files.number(layout.n_prefix, 0, 2**15 - 1, "n_prefix")
+    if not all(isinstance(token, str) for token in layout.prefix):
+        raise ValueError("prefix must be words")
     files.number(layout.layer, 0, 2**15 - 1, "layer")
     rows, columns = (files.number(side, 1, 2**15 - 1, "grid") for side in layout.grid)
     if layout.n_tokens != layout.n_prefix + rows * columns:
@@ -391,17 +426,28 @@ def _check(layout: Layout, shards: list[Shard]) -> None:
         raise ValueError(f"the shards hold {first} examples of {layout.n_examples}")
 
 
+def _shard(told: Mapping[str, Any]) -> Shard:
+    """Return a shard as JSON tells of it; raise ValueError if that is none."""
+    try:
+        shard = Shard(**told)
+        for example, why in shard.broken:
+            files.number(example, 0, 2**31 - 1, "broken")
+            if not isinstance(why, str):
+                raise ValueError("broken must say why")
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    return shard
+
+
 def _start(path: Path, shape: list[int], dtype: str) -> int:
     """Return where the activations of a shard begin in its file."""
-    from safetensors import SafetensorError, safe_open
-
     delete = f"delete {path.parent} to make it again"
     try:
         # The library checks that the sizes of the header are those of the file.
-        with safe_open(path, framework="pt") as file:
+        with files.opened(path) as file:
             found = {name: file.get_slice(name) for name in file.keys()}
             told = {name: (x.get_dtype(), x.get_shape()) for name, x in found.items()}
-    except (OSError, SafetensorError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: cannot be read ({error}); {delete}") from error
     if told != {"acts": (STORED[dtype], shape)}:
         raise UserError(f"{path}: holds {told}, not {dtype} {shape}; {delete}")

@@ -61,7 +61,7 @@ class Steering:
 
         """
         check_reach(layer, probe_layer, place)
-        if not backbone.info.n_prefix:
+        if not backbone.info.has_cls:
             raise UserError("steer: the backbone has no [CLS], which the probe reads")
         self.backbone, self.sae, self.probe = backbone, sae, probe
         self.layer, self.probe_layer, self.place = layer, probe_layer, place
@@ -93,6 +93,14 @@ class Steering:
         # Feature by feature: [n, k] at a time. At most one entry of a row is not 0, so the sum is exact.
         columns = [(values * (indices == of_token_nf[:, i, None])).sum(dim=1) for i in range(f)]
         return torch.stack(columns, dim=1).view(b, -1, f)
+
+    def fires(self, reading: Reading) -> Tensor:
+        """Return which features fire on an edited token of each image, bool [b, s]."""
+        b = len(reading.tokens_btd)
+        indices_bn, values_bn = (x.reshape(b, -1) for x in (reading.codes.indices, reading.codes.values))
+        # A feature may be listed where it does not fire, so the largest of its values counts.
+        most_bs = values_bn.new_zeros(b, reading.codes.d_sae)
+        return most_bs.scatter_reduce(1, indices_bn, values_bn, "amax") > 0
 
     # After
 

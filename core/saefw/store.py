@@ -5,83 +5,34 @@ A unit is a folder `<store>/<stage>/<address>/` that came into being by one rena
 queries; it is only ever replaced whole, so a reader neither waits for a run nor delays one.
 """
 
-import fcntl
 import json
-import os
+import logging
 import shutil
-import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import cache, cached_property
-from hashlib import sha256
-from importlib.resources import files
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import numpy as np
 
-from saefw.errors import Faults, UserError
-from saefw.unit import Unit, canonical
+from saefw.care import MADE, PART, Damage, checksum, damages, listed, settle, write_atomically, writing
+from saefw.errors import UserError
+from saefw.index import Index, quoted, refused, types
+from saefw.unit import Unit
 
-INDEX = "saefw.duckdb"
-STORAGE = "v1.2.0"
-"""DuckDB's storage version of the index: one that DuckDB 1.2 and newer can open."""
+log = logging.getLogger("saefw")
 
-PART = ".part"
-"""The end of the name of a file that is being written; one that a killed run left is never kept."""
+PARTIAL, GONE = ".partial", ".gone"
+"""The ends of the names of a folder in which a unit is made, and of one that is being deleted."""
 
 _SINGLE = (str, bytes, int, float, np.generic, type(None))
 
 
-def schema() -> str:
-    """Return the SQL that makes the tables and views."""
-    return files("saefw").joinpath("schema.sql").read_text()
-
-
-@cache
-def types() -> dict[str, dict[str, str]]:
-    """Return each table of the schema, with its columns and their types, both in the schema's order."""
-    found: dict[str, dict[str, str]] = {}
-    with duckdb.connect() as db:
-        db.execute(schema())
-        for table, column, kind in db.execute(
-            "SELECT table_name, column_name, data_type FROM duckdb_columns() SEMI JOIN duckdb_tables()"
-            " USING (table_name) ORDER BY table_oid, column_index"
-        ).fetchall():
-            found.setdefault(table, {})[column] = kind
-    return found
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut."""
-    part = path.with_name(path.name + PART)
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    _settle(path.parent)
-
-
-def checksum(path: Path) -> str:
-    """Return the SHA-256 of a file, in hex."""
-    digest = sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-class Store:
+class Store(Index):
     """The units of one folder, and their index."""
-
-    def __init__(self, root: Path) -> None:
-        """Use the folder `root`; nothing is made before the first unit is."""
-        self.root = root
-        self._seen: object = None
-        """The version of the index that was last found in line with the folders, and their addresses."""
 
     @cached_property
     def _memory(self) -> duckdb.DuckDBPyConnection:
@@ -96,37 +47,43 @@ class Store:
 
     def partial(self, unit: Unit) -> Path:
         """Where the unit is worked on."""
-        return self.root / unit.stage / f"{unit.address}.partial"
+        return self.root / unit.stage / f"{unit.address}{PARTIAL}"
 
     def has(self, unit: Unit) -> bool:
-        """Whether the unit was kept: a folder without made.json (half a copy, say) is not.
+        """Whether the unit was kept: a folder without made.json (half a copy, say) is not, nor one found damaged.
 
         Raises:
-            UserError: the folder of its address holds another unit, or none that can be read.
+            UserError: the folder of its address holds another unit.
 
         """
         folder = self.folder(unit)
-        if not (folder / "made.json").exists():
+        if not (folder / MADE).exists() or self.damage(folder):
             return False
-        _same(folder, unit)
-        return True
+        if _says(folder, unit):
+            return True
+        if damage := list(damages(folder, {"unit.json"})):
+            self.mark(folder, damage)
+            return False
+        raise UserError(f"{folder}: holds another unit than '{unit.label}'; delete it to make that one")
 
     def begin(self, unit: Unit) -> Path:
         """Return the folder to work in; what an interrupted run left there is still in it.
 
         Raises:
-            UserError: it cannot be written to, or the folder there is that of another unit.
+            UserError: it cannot be written to.
 
         """
         folder = self.partial(unit)
         if (folder / "unit.json").exists():
-            _same(folder, unit)
-            return folder
+            if _says(folder, unit):
+                return folder
+            log.warning("%s: is not what it should be; '%s' is begun anew", folder / "unit.json", unit.label)
+            shutil.rmtree(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / "unit.json", unit.text.encode())
         except OSError as error:
-            raise UserError(f"{folder}: cannot write there ({error.strerror})") from error
+            raise refused(folder, error) from error
         return folder
 
     def write(self, unit: Unit, table: str, columns: Mapping[str, Any]) -> None:
@@ -151,26 +108,28 @@ class Store:
         self._memory.register("rows", rows or {"row": np.zeros(1)})
         self._memory.register("single", single)
         try:
-            self._memory.execute(
-                f"COPY (SELECT {casts} FROM rows) TO '{_quoted(part)}' (FORMAT parquet, COMPRESSION zstd)"
-            )
+            with writing(part.with_suffix("")):
+                self._memory.execute(
+                    f"COPY (SELECT {casts} FROM rows) TO '{quoted(part)}' (FORMAT parquet, COMPRESSION zstd)"
+                )
+                part.replace(part.with_suffix(""))
         finally:
             self._memory.unregister("rows")
             self._memory.unregister("single")
-        part.replace(part.with_suffix(""))
+            part.unlink(missing_ok=True)
 
     def keep(self, unit: Unit, seconds: float, made_with: Mapping[str, str], without: Sequence[str] = ()) -> Path:
         """Turn the working folder into the unit: the rename is the commit. Returns the folder.
 
-        Files called as in `without` served the making alone and are dropped, after the rename, so that a run killed
-        in between has lost nothing. If another machine put the same unit there meanwhile, that one stays.
+        Files called as in `without` served the making alone and are dropped, once all else is on the disk, so that a
+        run killed in between has lost nothing.
         """
-        partial, folder = self.begin(unit), self.folder(unit)
+        partial = self.begin(unit)
         for stale in [path for path in partial.rglob(f"*{PART}") if path.is_file()]:
             stale.unlink()
         entries = sorted(partial.rglob("*"))
         for path in entries:
-            _settle(path)
+            settle(path)
         made = {
             "label": unit.label,
             "seconds": round(seconds, 3),
@@ -179,231 +138,125 @@ class Store:
             "files": {
                 path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": checksum(path)}
                 for path in entries
-                if path.is_file() and path.name not in ("made.json", *without)
+                if path.is_file() and path.name not in (MADE, *without)
             },
         }
-        write_atomically(partial / "made.json", json.dumps(made, indent=1).encode())
+        write_atomically(partial / MADE, json.dumps(made, indent=1).encode())
+        return self._commit(unit)
+
+    def settled(self, unit: Unit) -> bool:
+        """Whether the unit is kept; one that was whole when its run was killed, all but renamed, is kept now.
+
+        For those who hold its lock.
+        """
         if self.has(unit):
+            return True
+        partial = self.partial(unit)
+        if not (partial / MADE).exists():
+            return False
+        # Or a damaged one that was being set back.
+        if not _says(partial, unit) or any(damages(partial)):
+            (partial / MADE).unlink()
+            return False
+        self._commit(unit)
+        return True
+
+    def _commit(self, unit: Unit) -> Path:
+        """Drop from a working folder what made.json does not list, and rename it; a kept unit of that name stays."""
+        partial, folder = self.partial(unit), self.folder(unit)
+        whole = {MADE, *listed(partial)}
+        for path in [path for path in partial.rglob("*") if path.is_file()]:
+            if path.relative_to(partial).as_posix() not in whole:
+                path.unlink()
+        if self.has(unit):  # another machine put it there meanwhile
             shutil.rmtree(partial)
             return folder
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
-        _settle(folder.parent)
-        for name in without:
-            (folder / name).unlink(missing_ok=True)
+        settle(folder.parent)
         return folder
+
+    def set_back(self, folder: Path, damage: Sequence[Damage]) -> None:
+        """Turn a damaged unit into one in the making, without its damaged files, under its lock.
+
+        What is whole stays in the working folder, for a stage that can go on from it. Nothing happens if another run
+        has set the unit back or made it again meanwhile.
+
+        Raises:
+            OSError: the store cannot be written to.
+
+        """
+        if (folder / MADE).exists():
+            with self._flock(self.root / "locks" / folder.name):
+                self.unkeep(folder, damage)
+
+    def unkeep(self, folder: Path, damage: Sequence[Damage]) -> None:
+        """Do what `set_back` does, for one who holds the lock.
+
+        Raises:
+            OSError: the store cannot be written to.
+
+        """
+        names = {one.file.relative_to(folder).as_posix() for one in damage}
+        damage = list(damages(folder, names)) if (folder / MADE).exists() else []
+        if not damage:
+            return
+        # In this order: killed anywhere in between, the unit is either known to be damaged or no longer kept.
+        for file in dict.fromkeys(one.file for one in damage):
+            if file.name != MADE:
+                file.unlink(missing_ok=True)
+        partial = folder.with_name(folder.name + PARTIAL)
+        if partial.exists():
+            shutil.rmtree(partial)
+        folder.rename(partial)
+        (partial / MADE).unlink(missing_ok=True)
+        settle(partial.parent)
 
     @contextmanager
     def lock(self, unit: Unit, waiting: Callable[[str], None]) -> Iterator[None]:
         """Hold the right to make a unit; `waiting` is told who has it. A lock dies with its holder."""
-        with self._flock(self.root / "locks" / unit.address, waiting):
+        with self.hold(unit.address, waiting):
             yield
 
     @contextmanager
-    def _flock(self, path: Path, waiting: Callable[[str], None] = lambda holder: None) -> Iterator[None]:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+")
-        except OSError as error:
-            raise UserError(f"{path}: cannot write there ({error.strerror})") from error
-        with file:
+    def hold(self, address: str, waiting: Callable[[str], None]) -> Iterator[None]:
+        """Hold the lock of the unit at an address."""
+        with self._flock(self.root / "locks" / address, waiting):
+            yield
+
+    def delete(self, folder: Path, waiting: Callable[[str], None]) -> None:
+        """Delete the folder of a unit, kept or begun, under its lock.
+
+        It is renamed first: a kill leaves one that is half deleted, for the next time, and none that is half there.
+
+        Raises:
+            UserError: it cannot be deleted.
+
+        """
+        gone = folder.with_suffix(GONE)
+        with self.hold(folder.stem, waiting):
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                waiting(file.read().strip() or "another run")
-                fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            file.truncate()
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-            yield
-
-    # The index
-
-    def kept(self) -> dict[str, Path]:
-        """Return every kept unit's folder, by address."""
-        return {
-            path.parent.name: path.parent for path in sorted(self.root.glob("*/*/made.json")) if not path.parent.suffix
-        }
-
-    def sync(self) -> int:
-        """Bring the index in line with the folders; return how many units were added or dropped.
-
-        Writes nothing if there is nothing to do, so a store that is read-only may be read.
-
-        Raises:
-            UserError: a unit is damaged (the others are indexed all the same), or the index cannot be written.
-
-        """
-        path, kept = self.root / INDEX, self.kept()
-        if not self.root.is_dir() or self._seen == (_version(path), kept.keys()):
-            return 0
-        try:
-            with duckdb.connect(_local(path), read_only=True) as db:
-                current = db.execute("SELECT comment FROM duckdb_views() WHERE view_name = 'final'").fetchone()
-                indexed = {row[0] for row in db.execute("SELECT unit FROM unit").fetchall()}
-            whole = current == (_schema_mark(),)
-        except duckdb.Error:
-            whole, indexed = False, set()
-        if not whole:
-            return self.rebuild()
-        new, gone = {a: f for a, f in kept.items() if a not in indexed}, sorted(indexed - set(kept))
-        if new or gone:
-            return self.index(new, gone)
-        # Opening an index costs more than looking whether it is still the same one.
-        self._seen = _version(path), kept.keys()
-        return 0
-
-    def rebuild(self) -> int:
-        """Make the index anew from the parquet in the unit folders; return how many units are in it.
-
-        Raises:
-            UserError: a unit is damaged (the others are indexed all the same), or the index cannot be written.
-
-        """
-        return self.index({}, afresh=True)
-
-    def index(self, new: Mapping[str, Path], gone: Iterable[str] = (), afresh: bool = False) -> int:
-        """Publish an index with the rows of some units added (again) and of others dropped.
-
-        Works on a copy that then replaces `saefw.duckdb`. With `afresh` the copy starts empty and takes in every
-        kept unit. Returns how many units were added or dropped.
-
-        Raises:
-            UserError: a unit is damaged (the others are indexed all the same), or the index cannot be written.
-
-        """
-        path, copy = self.root / INDEX, self.root / f".{INDEX}{PART}"
-        gone, faults = list(gone), []
-        with self._flock(self.root / "locks" / "index"):
-            for stale in self.root.glob(f".{INDEX}{PART}*"):
-                stale.unlink()
-            if afresh or not path.exists():
-                # Listed under the lock: what another run publishes while we wait for it must not get lost.
-                new = self.kept()
-                _empty(copy)
-            else:
-                shutil.copyfile(path, copy)
-            with duckdb.connect(_local(copy)) as db:
-                db.execute("BEGIN")
-                for table in types():
-                    db.execute(f'DELETE FROM "{table}" WHERE list_contains(?, unit)', [[*new, *gone]])
-                db.execute("COMMIT")
-                for address, folder in new.items():
-                    try:
-                        _insert(db, address, folder, types())
-                    except UserError as error:
-                        faults.append(str(error))
-                db.execute("CHECKPOINT")
-            # Left by somebody who opened the index to write: it would be played back onto the new one.
-            path.with_name(f"{INDEX}.wal").unlink(missing_ok=True)
-            copy.replace(path)
-        if faults:
-            raise Faults(faults)
-        return len(new) + len(gone)
-
-    @contextmanager
-    def db(self) -> Iterator[duckdb.DuckDBPyConnection]:
-        """Open the index to read, as it was last published; a run may replace it meanwhile.
-
-        Raises:
-            UserError: there is none.
-
-        """
-        path = self.root / INDEX
-        if not path.exists():
-            raise UserError(f"{path}: there is no index yet; `saefw run` makes one, `saefw index` rebuilds it")
-        try:
-            db = duckdb.connect(_local(path), read_only=True)
-        except duckdb.Error as error:
-            raise UserError(f"{path}: cannot be opened; `saefw index` rebuilds it ({error})") from error
-        with db:
-            yield db
-
-
-def _local(path: Path) -> str:
-    """Return a path that DuckDB takes for one: `md:x` is a service to it."""
-    return str(path.absolute())
-
-
-def _version(path: Path) -> tuple[int, int] | None:
-    """Tell one published index from the next."""
-    try:
-        facts = path.stat()
-    except FileNotFoundError:
-        return None
-    return facts.st_ino, facts.st_mtime_ns
-
-
-def _empty(path: Path) -> None:
-    with duckdb.connect() as db:
-        db.execute(f"ATTACH '{_quoted(path.absolute())}' AS made (STORAGE_VERSION '{STORAGE}')")
-        db.execute("USE made")
-        db.execute(schema())
-        db.execute(f"COMMENT ON VIEW final IS '{_schema_mark()}'")
-
-
-def _schema_mark() -> str:
-    """Tell one version of the schema from another: an index made with another is rebuilt."""
-    return f"newest value of each metric; schema {sha256(schema().encode()).hexdigest()[:12]}"
-
-
-def _insert(db: duckdb.DuckDBPyConnection, address: str, folder: Path, tables: Iterable[str]) -> None:
-    """Insert all rows of a unit or, if any file of it is damaged, none."""
-    path = folder / "unit.json"
-    db.execute("BEGIN")
-    try:
-        unit = json.loads(path.read_text())
-        stage, content, needs = unit["stage"], canonical(unit["content"]), list(dict.fromkeys(unit["needs"]))
-        path = folder / "made.json"
-        made = json.loads(path.read_text())
-        db.execute(
-            "INSERT INTO unit VALUES (?, ?, ?, ?, ?, ?, ?)",
-            [
-                address, stage, made["label"], content, json.dumps(made["made_with"]),
-                made["made_at"], made["seconds"],
-            ],
-        )  # fmt: skip
-        for need in needs:
-            db.execute("INSERT INTO need VALUES (?, ?)", [address, need])
-        for table in tables:
-            path = folder / f"{table}.parquet"
-            if path.exists():
-                db.execute(f'INSERT INTO "{table}" BY NAME SELECT * FROM read_parquet(?)', [str(path)])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, duckdb.Error) as error:
-        db.execute("ROLLBACK")
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: damaged ({why}); delete the folder {folder} to make it again") from error
-    db.execute("COMMIT")
-
-
-def _same(folder: Path, unit: Unit) -> None:
-    """Refuse a folder that holds another unit than the one that its name says."""
-    path = folder / "unit.json"
-    try:
-        same = path.read_text() == unit.text
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); delete the folder {folder} to make it again") from error
-    if not same:
-        raise UserError(f"{folder}: holds another unit than '{unit.label}'; delete it to make that one")
-
-
-def _settle(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _quoted(path: Path) -> str:
-    return str(path).replace("'", "''")
+                if folder != gone and folder.exists():
+                    if gone.exists():
+                        shutil.rmtree(gone)
+                    folder.rename(gone)
+                    settle(gone.parent)
+                if gone.exists():
+                    shutil.rmtree(gone)
+            except OSError as error:
+                raise UserError(f"{error.filename}: cannot be deleted ({error.strerror})") from error
 
 
 def _array(value: Any) -> np.ndarray[Any, Any]:
     """Return a column that DuckDB takes: text as objects, the rest as it is."""
     array = np.asarray(value)
     return array.astype(object) if array.dtype.kind in "US" else array
+
+
+def _says(folder: Path, unit: Unit) -> bool:
+    """Whether a folder's unit.json is that of a unit."""
+    try:
+        return (folder / "unit.json").read_bytes() == unit.text.encode()
+    except OSError:
+        return False

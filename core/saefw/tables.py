@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from saefw.catalog import Catalog
     from saefw.entry import Entry
+    from saefw.plugin import DatasetConfig
 
 ROWS = 200
 """Rows of a query that are shown; a script takes all with --csv or --json."""
@@ -73,6 +74,16 @@ def plugins(catalog: "Catalog", kinds: Sequence[str]) -> Table:
     for i, (name, metric) in enumerate(catalog.metrics.items()):
         first = (inspect.getdoc(metric) or "").split("\n")[0]
         shown.add_row("metrics" if i == 0 else "", Text(name, style="bold"), first, _tail(catalog.origin(metric)))
+    return shown
+
+
+def sources(datasets: "Mapping[str, type[DatasetConfig]]") -> Table:
+    """Return the datasets that can be downloaded: name, images, size, terms."""
+    shown = table("dataset", "images>", "download>", "where it comes from")
+    for use, cls in datasets.items():
+        size = sum(source.bytes for source in cls.sources)
+        images = f"{cls.n_images:,}" if cls.n_images else ""
+        shown.add_row(Text(use, style="bold"), images, f"{size / 1e6:,.0f} MB", cls.terms)
     return shown
 
 

@@ -8,12 +8,14 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from saefw import tensors
+from saefw.care import writing
 
 IMAGE_FEATURES = 32
 """How many of its strongest features are kept for an image."""
@@ -26,6 +28,11 @@ BLOCK = 1 << 24
 
 _LOWEST, _OCTAVES, _STEPS = -20, 32, 64
 _PAIR = np.dtype([("feature", "<u4"), ("label", "<u4"), ("value", "<f4")])
+
+
+def most(d_sae: int) -> int:
+    """Return the bytes that the percentiles of an SAE hold at most: its values, then a histogram."""
+    return max(8 * EXACT, 4 * _OCTAVES * _STEPS * d_sae)
 
 
 class Percentiles:
@@ -106,6 +113,50 @@ class Percentiles:
         self._histogram = state["histogram"].clone() if len(state["histogram"]) else None
 
 
+def _sums(d_sae: int, n_patches: int, n_classes: int, top: int) -> dict[str, Tensor]:
+    """Return what a tally adds up, before the first image."""
+    return {
+        "fired_s": torch.zeros(d_sae, dtype=torch.int64),
+        "total_s": torch.zeros(d_sae, dtype=torch.float64),
+        "top_value_st": torch.zeros(d_sae, top),
+        "top_example_st": torch.zeros(d_sae, top, dtype=torch.int64),
+        "map_stp": torch.zeros(d_sae, top, n_patches),
+        "images_c": torch.zeros(n_classes, dtype=torch.int64),
+        "fired_cs": torch.zeros(n_classes, d_sae, dtype=torch.int64),
+        "peak_cs": torch.zeros(n_classes, d_sae, dtype=torch.float64),
+        "mass_cs": torch.zeros(n_classes, d_sae, dtype=torch.float64),
+    }
+
+
+def check(state: Mapping[str, Tensor], d_sae: int, n_patches: int, n_classes: int, top: int) -> None:
+    """See that tensors are the state of a tally of these sizes.
+
+    Raises:
+        ValueError: they are not; the text says which is wrong, and how.
+
+    """
+    with torch.device("meta"):  # sizes without memory
+        sums = tensors.form(_sums(d_sae, n_patches, n_classes, top))
+    whole: tensors.Form = dict.fromkeys(("seen", "pairs", "pairs_crc", "percentiles.n"), (torch.int64, ()))
+    n_kept = min(IMAGE_FEATURES, d_sae)
+    kept: tensors.Form = {
+        "images.example": (torch.int64, (None,)),
+        "images.feature": (torch.int64, (None, n_kept)),
+        "images.value": (torch.float32, (None, n_kept)),
+    }
+    bins = state.get("percentiles.histogram", torch.empty(0))
+    # Its counts are int32; where values are still exact it is empty.
+    counted = {"percentiles.histogram": (bins.dtype, (d_sae * _OCTAVES * _STEPS if len(bins) else 0,))}
+    keys = {"percentiles.keys": (torch.int64, (None,))}
+    tensors.check(state, {**sums, **whole, **kept, **counted, **keys})
+    for name, key_n in (
+        ("images.feature", state["images.feature"].flatten()),
+        ("percentiles.keys", state["percentiles.keys"] >> 32),
+    ):
+        if len(key_n) and not 0 <= int(key_n.min()) <= int(key_n.max()) < d_sae:
+            raise ValueError(f"'{name}' speaks of features that are none")
+
+
 class Tally:
     """What the features of one SAE do over the images of one recording, taken in batch after batch.
 
@@ -125,7 +176,7 @@ class Tally:
         """Begin with no images, or go on from a `state`; `pairs` is a file to work in, cut to what it held then.
 
         Raises:
-            ValueError: the state is not one of such a tally, or the file holds less than then.
+            ValueError: the file no longer holds that; the text says so.
 
         """
         self.d_sae, self.n_patches, self.n_classes, self.top = d_sae, n_patches, n_classes, top
@@ -134,45 +185,22 @@ class Tally:
         self._pairs = pairs
         self._kept = min(IMAGE_FEATURES, d_sae)
         self._images: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._sums = {
-            "fired_s": torch.zeros(d_sae, dtype=torch.int64),
-            "total_s": torch.zeros(d_sae, dtype=torch.float64),
-            "top_value_st": torch.zeros(d_sae, top),
-            "top_example_st": torch.zeros(d_sae, top, dtype=torch.int64),
-            "map_stp": torch.zeros(d_sae, top, n_patches),
-            "images_c": torch.zeros(n_classes, dtype=torch.int64),
-            "fired_cs": torch.zeros(n_classes, d_sae, dtype=torch.int64),
-            "peak_cs": torch.zeros(n_classes, d_sae, dtype=torch.float64),
-            "mass_cs": torch.zeros(n_classes, d_sae, dtype=torch.float64),
-        }
+        self._sums = _sums(d_sae, n_patches, n_classes, top)
+        self._sum = 0
+        damaged = ValueError(f"{pairs}: damaged; it is not used, and what it held is made again")
+        kept = int(state["pairs"]) if state else 0
+        if not 0 <= kept <= (pairs.stat().st_size if pairs.exists() else 0):
+            raise damaged
+        with writing(pairs), pairs.open("ab") as file:
+            file.truncate(kept)
         if state:
-            self._check(state)
-        with pairs.open("ab") as file:
-            file.truncate(int(state["pairs"]) if state else 0)
-        if state:
+            self._sum = _crc(pairs)
+            if self._sum != int(state["pairs_crc"]):
+                raise damaged
             self.seen = int(state["seen"])
             self._sums = {name: state[name].clone() for name in self._sums}
             self._images = [(state["images.example"], state["images.feature"], state["images.value"])]
             self.percentiles.load({name: state[f"percentiles.{name}"] for name in Percentiles.STATE})
-
-    def _check(self, state: Mapping[str, Tensor]) -> None:
-        """See that a state is one of such a tally before anything is made of it."""
-        whole: tensors.Form = dict.fromkeys(("seen", "pairs", "percentiles.n"), (torch.int64, ()))
-        kept = {"images.example": (torch.int64, (None,)), "images.feature": (torch.int64, (None, self._kept))}
-        kept["images.value"] = torch.float32, (None, self._kept)
-        bins = state.get("percentiles.histogram", torch.empty(0))
-        # Its counts are int32; where values are still exact it is empty.
-        counted = {"percentiles.histogram": (bins.dtype, (self.d_sae * _OCTAVES * _STEPS if len(bins) else 0,))}
-        keys = {"percentiles.keys": (torch.int64, (None,))}
-        tensors.check(state, {**tensors.form(self._sums), **whole, **kept, **counted, **keys})
-        for name, key_n in (
-            ("images.feature", state["images.feature"].flatten()),
-            ("percentiles.keys", state["percentiles.keys"] >> 32),
-        ):
-            if len(key_n) and not 0 <= int(key_n.min()) <= int(key_n.max()) < self.d_sae:
-                raise ValueError(f"'{name}' speaks of features that are none")
-        size = self._pairs.stat().st_size if self._pairs.exists() else 0
-        tensors.number(int(state["pairs"]), 0, size, "pairs")
 
     def add(self, example_e: Tensor, label_e: Tensor, codes_eps: Tensor) -> None:
         """Take in images, in ascending order of their index: int64 indices and labels (-1: none), dense codes."""
@@ -224,8 +252,10 @@ class Tally:
         image, feature = (peak_es > 0).nonzero(as_tuple=True)
         pair_n = np.empty(len(image), dtype=_PAIR)
         pair_n["feature"], pair_n["label"], pair_n["value"] = feature, label_e[image], peak_es[image, feature]
-        with self._pairs.open("ab") as file:
-            file.write(pair_n.tobytes())
+        data = pair_n.tobytes()
+        with writing(self._pairs), self._pairs.open("ab") as file:
+            file.write(data)
+        self._sum = crc32(data, self._sum)
 
     # What came of it; columns as in schema.sql.
 
@@ -330,7 +360,17 @@ class Tally:
             "images.value": value,
             "seen": torch.tensor(self.seen),
             "pairs": torch.tensor(self._pairs.stat().st_size),
+            "pairs_crc": torch.tensor(self._sum),
         }
+
+
+def _crc(path: Path) -> int:
+    """Return the CRC-32 of a file."""
+    found = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found = crc32(block, found)
+    return found
 
 
 def _at_least(group_n: np.ndarray[Any, Any], falling_n: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -1,7 +1,8 @@
 """Reads files of tensors, whatever lies in them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ Form = Mapping[str, tuple[torch.dtype, Shape]]
 """By name, the dtype and the sizes that tensors must have."""
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of a safetensors file.
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file; no tensor is read yet.
 
     Raises:
-        ValueError: there is none, or it is damaged; the text says how.
+        ValueError: there is none, or it is damaged, as may turn out where it is read; the text says how.
 
     """
     from safetensors import SafetensorError, safe_open
@@ -29,9 +31,20 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if path.exists() and not path.is_file():
             raise ValueError("not a file")
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            yield file
     except (OSError, SafetensorError) as error:
         raise ValueError(str(error)) from error
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a safetensors file.
+
+    Raises:
+        ValueError: there is none, or it is damaged; the text says how.
+
+    """
+    with opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 
 
 def parsed(text: str | bytes) -> dict[str, Any]:
@@ -42,9 +55,18 @@ def parsed(text: str | bytes) -> dict[str, Any]:
 
     """
     try:
-        value = json.loads(text)
+        return mapping(json.loads(text))
     except RecursionError as error:
         raise ValueError("nested too deep") from error
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """Return what must be a JSON object.
+
+    Raises:
+        ValueError: it is none.
+
+    """
     if not isinstance(value, dict):
         raise ValueError(f"{type(value).__name__} instead of a JSON object")
     return value

@@ -27,6 +27,7 @@ from saefw.plugin import (
     DatasetConfig,
     FigureConfig,
     Metric,
+    Prefix,
     Probe,
     ProbeConfig,
     SaeConfig,
@@ -51,7 +52,9 @@ def check_backbone(config: BackboneConfig, device: str = "cpu") -> None:
     """Check a backbone: shapes, preprocessing, and that its blocks one by one are the whole pass."""
     check_entry(config)
     info = config.describe()
-    expect(min(info.d_model, info.n_blocks, *info.grid) > 0 <= info.n_prefix, f"describe() gives sizes (got {info})")
+    expect(min(info.d_model, info.n_blocks, *info.grid) > 0 <= info.d_embed, f"describe() gives sizes (got {info})")
+    named = set(info.prefix) <= set(get_args(Prefix)) and "cls" not in info.prefix[1:]
+    expect(named, f"prefix tokens are some of {get_args(Prefix)}, cls first (got {info.prefix})")
     backbone = config.build(device)
     expect(isinstance(backbone, Backbone), f"build() returns a Backbone (got {type(backbone).__name__})")
     expect(backbone.info == info, f"info is what describe() says: {info} (got {backbone.info})")
@@ -61,7 +64,7 @@ def check_backbone(config: BackboneConfig, device: str = "cpu") -> None:
 
     images = _check_images(backbone).to(device)
     embedded_btd = backbone.embed(images)
-    shape = (len(images), info.n_prefix + info.grid[0] * info.grid[1], info.d_model)
+    shape = (len(images), info.n_tokens, info.d_model)
     expect(embedded_btd.shape == shape, f"embed() gives [batch, token, d_model], {shape} (got {embedded_btd.shape})")
     whole_btd = backbone(images)
     every = outputs(backbone, images, range(info.n_blocks))
@@ -74,6 +77,9 @@ def check_backbone(config: BackboneConfig, device: str = "cpu") -> None:
         before_btd = tokens_btd.clone()
         expect(_near(edited_tail(backbone, tokens_btd, layer), whole_btd), f"{where} tail() gives the whole pass")
         expect(torch.equal(before_btd, tokens_btd), f"{where} tail() leaves its input as it was")
+    if info.d_embed:
+        embedding_be, wanted = backbone.embedding(whole_btd), (len(images), info.d_embed)
+        expect(embedding_be.shape == wanted, f"embedding() gives {wanted} (got {tuple(embedding_be.shape)})")
     alone_btd = backbone(images[:1])
     expect(_near(alone_btd, whole_btd[:1]), "an image's tokens do not depend on the others of its batch")
     edited_btd = every[0].clone().requires_grad_()
@@ -86,7 +92,7 @@ def check_dataset(config: DatasetConfig, base: Path) -> None:
     from PIL.Image import Image
 
     check_entry(config)
-    dataset, again = config.build(base), config.build(base)
+    dataset, again = config.open(base), config.open(base)
     n = len(dataset)
     expect(n > 0, "it has images")
     classes = list(dataset.classes)

@@ -3,20 +3,22 @@
 Shapes: m members, n tokens, b tokens of a batch, d d_model, c classes; `W_cmd` has shape [c, m, d].
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
 from saefw.plugin import Probe, ProbeConfig, Task, hookimpl
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
 """AdamW's usual constants (Loshchilov and Hutter 2019, arXiv:1711.05101), as in torch.optim.AdamW."""
+
+PART = 1 << 16
+"""Tokens that are summed in float64 at a time."""
 
 
 class Linear(ProbeConfig):
@@ -36,7 +38,7 @@ class Linear(ProbeConfig):
     batch_size: int = Field(4096, gt=0)
     """Tokens a step; all of them if there are no more than that."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Of the order of the batches; without effect when every step sees all tokens."""
 
     def build(self, task: Task) -> "LinearProbe":
@@ -65,13 +67,13 @@ class Linear(ProbeConfig):
         """
         linear = cast("Sequence[Linear]", members)
         mean_d, std_d = _standard(x_nd)
-        z_nd = (x_nd - mean_d) / std_d
         order = sorted(range(len(linear)), key=lambda i: linear[i]._schedule())
         stacks = [list(stack) for _, stack in groupby(order, key=lambda i: linear[i]._schedule())]
+        tokens = Tokens(x_nd, y_n, mean_d, std_d)
         total, before = sum(linear[stack[0]].steps for stack in stacks), 0
         fitted: dict[int, Probe] = {}
         for stack in stacks:
-            W_cmd, b_cm = _fit([linear[i] for i in stack], len(task.classes), z_nd, y_n, done, before, total)
+            W_cmd, b_cm = _fit([linear[i] for i in stack], len(task.classes), tokens, done, before, total)
             before += linear[stack[0]].steps
             for place, i in enumerate(stack):
                 probe = linear[i].build(task).to(x_nd.device)
@@ -104,20 +106,40 @@ class LinearProbe(Probe):
         return ((x_nd - self.mean) / self.std) @ self.weight + self.bias
 
 
+class Tokens(NamedTuple):
+    """What is fitted; standardised batch by batch, since a copy of all would double the memory."""
+
+    x_nd: Tensor
+    y_n: Tensor
+    mean_d: Tensor
+    std_d: Tensor
+
+    def batch(self, some: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Return some tokens, standardised, and their labels."""
+        return (self.x_nd[some] - self.mean_d) / self.std_d, self.y_n[some]
+
+
 def _standard(x_nd: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each dimension, float32 [d], summed in float64; 1 where it is constant."""
-    double_nd = x_nd.double() if x_nd.device.type != "mps" else x_nd
-    std_d, mean_d = torch.std_mean(double_nd, dim=0, correction=0)
+    wide = torch.float64 if x_nd.device.type != "mps" else torch.float32
+    # Two passes over parts are as exact as a float64 copy of all, and hold none.
+    mean_d = _summed(part_nd.to(wide) for part_nd in torch.split(x_nd, PART)) / len(x_nd)
+    var_d = _summed((part_nd.to(wide) - mean_d).square() for part_nd in torch.split(x_nd, PART)) / len(x_nd)
+    std_d = var_d.sqrt()
     # A constant float32 column leaves a rounding error of its own size, not an exact zero.
     constant = std_d <= 1e-6 * mean_d.abs()
     return mean_d.float(), torch.where(constant, 1.0, std_d).float()
 
 
+def _summed(parts: Iterable[Tensor]) -> Tensor:
+    """Return the sum over the rows of all parts, [d]."""
+    return torch.stack([part_nd.sum(dim=0) for part_nd in parts]).sum(dim=0)
+
+
 def _fit(
     members: Sequence[Linear],
     n_classes: int,
-    z_nd: Tensor,
-    y_n: Tensor,
+    tokens: Tokens,
     done: Callable[[int, int], None],
     before: int,
     total: int,
@@ -126,27 +148,29 @@ def _fit(
 
     Returns weights [c, m, d] and biases [c, m].
     """
-    (n, d), m, device = z_nd.shape, len(members), z_nd.device
+    (n, d), m, device = tokens.x_nd.shape, len(members), tokens.x_nd.device
     steps, batch_size, seed = members[0].steps, members[0].batch_size, members[0].seed
-    lr_m1 = z_nd.new_tensor([member.lr for member in members])[:, None]
+    lr_m1 = tokens.x_nd.new_tensor([member.lr for member in members])[:, None]
     # A factor below zero would make the weights grow without bound, as torch's AdamW does when lr x decay > 2.
-    kept_m1 = z_nd.new_tensor([max(0.0, 1 - member.lr * member.weight_decay) for member in members])[:, None]
+    kept_m1 = tokens.x_nd.new_tensor([max(0.0, 1 - member.lr * member.weight_decay) for member in members])[:, None]
     # Classes first: one matmul serves all members, and a softmax over the first axis runs along memory.
-    W_cmd, b_cm1 = z_nd.new_zeros(n_classes, m, d), z_nd.new_zeros(n_classes, m, 1)
+    W_cmd, b_cm1 = tokens.x_nd.new_zeros(n_classes, m, d), tokens.x_nd.new_zeros(n_classes, m, 1)
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in (W_cmd, b_cm1)]
-    hot_cn = one_hot(y_n, n_classes).T.to(z_nd.dtype)
+    whole = tokens.batch(slice(None)) if n <= batch_size else None
     generator = torch.Generator().manual_seed(seed)
     left = torch.empty(0, dtype=torch.int64)
     for step in range(1, steps + 1):
-        if n <= batch_size:
-            z_bd, hot_cb = z_nd, hot_cn
+        if whole:
+            z_bd, y_b = whole
         else:
             while len(left) < batch_size:
                 left = torch.cat([left, torch.randperm(n, generator=generator)])
             batch, left = left[:batch_size].to(device), left[batch_size:]
-            z_bd, hot_cb = z_nd[batch], hot_cn[:, batch]
+            z_bd, y_b = tokens.batch(batch)
         logits_cmb = (W_cmd.view(-1, d) @ z_bd.T).view(n_classes, m, -1) + b_cm1
-        error_cmb = (logits_cmb.softmax(dim=0) - hot_cb[:, None]) / len(z_bd)
+        error_cmb = logits_cmb.softmax(dim=0)
+        error_cmb[y_b, :, torch.arange(len(y_b), device=device)] -= 1
+        error_cmb /= len(y_b)
         gradients = ((error_cmb.view(n_classes * m, -1) @ z_bd).view_as(W_cmd), error_cmb.sum(dim=2, keepdim=True))
         W_cmd.mul_(kept_m1)
         for parameter, gradient, (first, second) in zip((W_cmd, b_cm1), gradients, moments, strict=True):

@@ -52,14 +52,18 @@ class Pareto(FigureConfig):
         recordings = list(dict.fromkeys((row[0], row[1]) for row in sorted(rows, key=lambda row: (row[2], row[1]))))
         figure, all_axes = panels(len(recordings), height=3.6)
         for (acts, label), axes in zip(recordings, all_axes, strict=True):
-            here = [row for row in rows if row[0] == acts]
+            whole = [row for row in rows if row[0] == acts]
+            # A logarithmic axis has no place for them.
+            here = [row for row in whole if row[5] > 0 and row[6] > 0]
+            if len(here) < len(whole):
+                label = f"{label} ({len(whole) - len(here)} of {len(whole)} not shown: L0 or error is 0)"
             for variant in sorted({row[3] for row in here}):
                 ours = [row for row in here if row[3] == variant]
                 changing = _changing(json.loads(row[4]) for row in ours)
                 axes.plot([row[5] for row in ours], [row[6] for row in ours], marker="o", label=variant)
                 for row in ours:
                     config = json.loads(row[4])
-                    said = ", ".join(f"{key} {config[key]:g}" for key in changing if key in config)
+                    said = ", ".join(f"{key} {_number(config[key])}" for key in changing if key in config)
                     dead = f"{row[7]:.0%} dead" if row[7] is not None and row[7] >= 0.005 else ""
                     axes.annotate(
                         "\n".join(filter(None, (said, dead))), (row[5], row[6]), (6, 4), textcoords="offset points",
@@ -73,7 +77,8 @@ class Pareto(FigureConfig):
             axes.set(
                 xlabel="L0: features that fire on a token, mean", ylabel=f"normalised MSE{n}", title=shown(label, 100)
             )
-            axes.legend(loc="upper right")
+            if here:
+                axes.legend(loc="upper right")
         return figure
 
 
@@ -109,7 +114,7 @@ class ProbeGrid(FigureConfig):
         chosen = self.probe.choose(f"figure {self.use}", {i: measured for i, (_, measured) in enumerate(probes)})
         changing = _changing(config for config, _ in probes)
         # The two settings with most values span the grid; a cell shows the best of all others.
-        keys = sorted(changing, key=lambda key: -len({config.get(key) for config, _ in probes}))[:2]
+        keys = sorted(changing, key=lambda key: -len(_ordered(config.get(key) for config, _ in probes)))[:2]
         values: list[list[Any]] = [_ordered(config.get(key) for config, _ in probes) for key in keys]
         values += [[None]] * (2 - len(values))
         accuracy_yx, loss_yx = np.full((2, len(values[1]), len(values[0])), np.nan)
@@ -182,6 +187,8 @@ class DoseResponse(FigureConfig):
                 ).fetchall()
             )
             targets = sorted(set(shifts["target"].tolist()))
+            ((mode,),) = db.execute("SELECT DISTINCT mode FROM edit WHERE unit = ?", [folder.name]).fetchall()
+            unit = "factor" if mode == "scale" else "amount, as a multiple of each feature’s p99"
             by_class = 1 < len(targets) <= self.classes
             ((label,),) = db.execute("SELECT label FROM unit WHERE unit = ?", [folder.name]).fetchall()
             part.suptitle(shown(label, 100), x=0.012, ha="left", fontsize=9.5)
@@ -194,7 +201,7 @@ class DoseResponse(FigureConfig):
                 n = len(set(shifts["example"][shifts["role"] == role].tolist()))
                 whose = "another" if role == ROLES[1] else "the image’s own"
                 axes.set_title(f"target: {whose} class, N = {n:,} images")
-                axes.set_xlabel("amount, as a multiple of each feature’s p99")
+                axes.set_xlabel(unit)
                 if column == 0:
                     axes.set_ylabel("change of the target’s logit,\nmean and 95 % interval")
             if by_class:
@@ -270,7 +277,7 @@ def _ordered(values: Iterable[Any]) -> list[Any]:
     """Return the different values, numbers by size, anything else after them by name."""
     number = (int, float)
     return sorted(
-        set(values),
+        {json.dumps(value): value for value in values}.values(),
         key=lambda value: (not isinstance(value, number), value if isinstance(value, number) else str(value)),
     )
 

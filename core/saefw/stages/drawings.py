@@ -166,7 +166,8 @@ class BeforeAfter(FigureConfig):
         axes.grid(axis="y", visible=False)
         axes.legend(loc="center right", fontsize=7.5)
         done = {"set": "set to {} × p99", "add": "raised by {} × p99", "scale": "multiplied by {}"}[case.mode]
-        told = f"{len(case.features)} features {done.format(f'{case.amount:g}')} on every patch"
+        where = "[CLS]" if case.place == "cls" else "every patch"
+        told = f"{len(case.features)} features {done.format(f'{case.amount:g}')} on {where}"
         figure.suptitle(
             f"{case.source} → {case.target}: {told}",
             x=0.01, ha="left", fontsize=10,
@@ -200,7 +201,8 @@ def _strip(db: "DuckDBPyConnection", folder: Path, feature: int, n: int, side: i
     maps_tp = pictures.maps(folder / "maps.safetensors", feature)
     views = pictures.read(folder / "picture.parquet", [example for _, example, _ in rows[:n]])
     tiles = [
-        np.asarray(pictures.lit(views[example], maps_tp[rank].reshape(grid), side)) for rank, example, _ in rows[:n]
+        np.asarray(pictures.lit(views[example], pictures.on_grid(maps_tp[rank], grid), side))
+        for rank, example, _ in rows[:n]
     ]
     height = max((tile.shape[0] for tile in tiles), default=side)
     strip = np.full((height, n * (side + gap) - gap, 3), 255, dtype=np.uint8)
@@ -220,6 +222,7 @@ class Case(NamedTuple):
     target: str
     amount: float
     mode: str
+    place: str
     features: list[int]
     names: list[str]
     before: Array
@@ -235,7 +238,8 @@ def _case(db: "DuckDBPyConnection", folder: Path) -> Case | None:
     found = db.execute(
         "WITH read AS (SELECT edit, arg_max(label, before) AS was, arg_max(label, after) AS became, "
         "sum(exp(after)) AS total FROM edit_logit WHERE unit = $unit GROUP BY edit) "
-        "SELECT e.edit, e.sae, e.acts, e.example, o.name, t.name, e.dose, e.mode FROM edit e JOIN read USING (edit) "
+        "SELECT e.edit, e.sae, e.acts, e.example, o.name, t.name, e.dose, e.mode, e.place "
+        "FROM edit e JOIN read USING (edit) "
         "JOIN edit_logit l ON l.unit = e.unit AND l.edit = e.edit AND l.label = e.target "
         "JOIN example x ON x.unit = e.acts AND x.example = e.example "
         "JOIN class o ON o.unit = e.acts AND o.label = x.label JOIN class t ON t.unit = e.acts AND t.label = e.target "
@@ -246,7 +250,7 @@ def _case(db: "DuckDBPyConnection", folder: Path) -> Case | None:
     ).fetchall()
     if not found:
         return None
-    edit, sae, acts, example, source, target, amount, mode = found[0]
+    edit, sae, acts, example, source, target, amount, mode, place = found[0]
     features = db.execute(
         "SELECT feature FROM edit_feature WHERE unit = ? AND edit = ? AND feature IS NOT NULL ORDER BY rowid",
         [folder.name, edit],
@@ -259,7 +263,7 @@ def _case(db: "DuckDBPyConnection", folder: Path) -> Case | None:
     seen = db.execute("SELECT DISTINCT unit FROM feature WHERE sae = ? AND acts = ?", [sae, acts]).fetchall()
     names, before, after = zip(*logits, strict=True)
     return Case(
-        folder, example, shown(source), shown(target), amount, mode, [feature for (feature,) in features],
+        folder, example, shown(source), shown(target), amount, mode, place, [feature for (feature,) in features],
         list(map(shown, names)),
         _softmax(before), _softmax(after), {unit for (unit,) in seen},
     )  # fmt: skip
@@ -275,14 +279,11 @@ def _first(path: Path) -> int | None:
 
 def _show_image(axes: "Axes", case: Case, tables: Sequence[Path]) -> None:
     """Show the image that was edited, as the model saw it, or say that nobody kept it."""
-    from PIL import Image
-
     kept = case.folder / "first.png"
     if kept.exists():
         try:
-            with Image.open(kept) as image:
-                view = pictures.enlarged(image, 256)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            view = pictures.enlarged(pictures.opened(kept.read_bytes()), 256)
+        except (OSError, ValueError) as error:
             raise UserError(f"{kept}: cannot be read ({error}); delete {case.folder} to make it again") from error
     else:
         found = [pictures.read(path / "picture.parquet", [case.example]) for path in tables]

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from saefw.care import write_atomically
 from saefw.plugin import FigureConfig, Names, Run, StageConfig, Unit, UserError, hookimpl
-from saefw.store import write_atomically
 from saefw.style import rendered, styled
 
 log = logging.getLogger("saefw")

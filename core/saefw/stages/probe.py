@@ -14,14 +14,18 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from saefw import sealed
 from saefw import tensors as files
 from saefw.blocks import resolve
+from saefw.care import write_atomically
 from saefw.plugin import Names, Probe, ProbeConfig, Run, StageConfig, Task, Unit, UserError, hookimpl, settings
 from saefw.shards import Acts
-from saefw.store import write_atomically
 from saefw.unit import canonical
 
 FILE = "probe.safetensors"
+FITTED = "fitted.safetensors"
+"""In the folder of the last of the probes fitted together, until that is kept: the state of each, by address."""
+
 BATCH = 8192
 """How many tokens are measured at once."""
 
@@ -56,7 +60,7 @@ class ProbeStage(StageConfig):
             layers = ", ".join(map(str, sorted({unit.content["layer"] for unit in units})))
             raise UserError(f"probe: layer {self.layer} is not recorded by '{self.acts}' (there are: {layers})")
         for unit in recordings:
-            if not unit.given["backbone"].describe().n_prefix:
+            if not unit.given["backbone"].describe().has_cls:
                 raise UserError(f"probe: token: the backbone of {unit.label} has no [CLS], which the probe would read")
         # Names are not hashed, and the layer is that of the recording: renaming either makes nothing anew.
         shared = {"revision": self.revision, "token": self.token}
@@ -93,10 +97,7 @@ class ProbeStage(StageConfig):
             raise UserError(f"{acts.label}: has {len(task.classes)} classes; a probe tells two or more apart")
         splits = {split: labelled(recording, split, acts.label, run.device) for split in ("train", "valid", "test")}
         members = [unit.given["probe"] for unit in units]
-        train = splits["train"]
-        probes = kind.fit_many(
-            members, task, train.x_nd, train.y_n, lambda done, total: run.progress(done, total, "steps")
-        )
+        probes = _fitted(run, kind, units, task, splits["train"])
         for unit, config, probe in zip(units, members, probes, strict=True):
             probe = probe.to(run.device).eval().requires_grad_(False)
             measured = {split: measure(probe, data) for split, data in splits.items()}
@@ -121,7 +122,7 @@ class ProbeStage(StageConfig):
                 predicted=test.predicted_n,
                 margin=test.margin_n,
             )
-            run.keep(unit)
+            run.keep(unit, without=[FITTED])
 
 
 class Labelled(NamedTuple):
@@ -151,6 +152,33 @@ class Measured(NamedTuple):
 
     margin_n: np.ndarray[tuple[int], np.dtype[np.float32]]
     """The largest logit minus the second."""
+
+
+def _fitted(run: Run, kind: type[ProbeConfig], units: Sequence[Unit], task: Task, train: Labelled) -> list[Probe]:
+    """Fit probes together; of a run that was stopped while it kept them, return those that it fitted.
+
+    Fitted again without those that are kept, the sums of the others could be rounded in another way.
+    """
+    members, path = [unit.given["probe"] for unit in units], run.folder(units[-1]) / FITTED
+    probes = [config.build(task) for config in members]
+    stored = sealed.read(path, files.form(_states(units, probes)))
+    if stored is None:
+        probes = kind.fit_many(
+            members, task, train.x_nd, train.y_n, lambda done, total: run.progress(done, total, "steps")
+        )
+        sealed.write(path, _states(units, probes))
+        return probes
+    for unit, probe in zip(units, probes, strict=True):
+        probe.load_state_dict({name: stored[0][f"{unit.address}.{name}"] for name in probe.state_dict()})
+    return probes
+
+
+def _states(units: Sequence[Unit], probes: Sequence[Probe]) -> dict[str, Tensor]:
+    return {
+        f"{unit.address}.{name}": value
+        for unit, probe in zip(units, probes, strict=True)
+        for name, value in probe.state_dict().items()
+    }
 
 
 def open_probe(config: ProbeConfig, folder: Path, task: Task, device: str = "cpu") -> Probe:
@@ -196,8 +224,11 @@ def labelled(recording: Acts, split: str, name: str, device: str) -> Labelled:
     examples = examples[recording.labels[examples] >= 0]
     if not len(examples):
         raise UserError(f"{name}: the images of the {split} split have no labels; a probe needs them")
-    x_nd = torch.cat([acts_etd[:, 0] for _, acts_etd in recording.read("cls", examples)])
-    return Labelled(examples, x_nd.to(device), torch.from_numpy(recording.labels[examples]).to(device))
+    x_nd, done = torch.empty(len(examples), recording.d_model, device=device), 0
+    for some, acts_etd in recording.read("cls", examples):
+        x_nd[done : done + len(some)] = acts_etd[:, 0]
+        done += len(some)
+    return Labelled(examples, x_nd, torch.from_numpy(recording.labels[examples]).to(device))
 
 
 @torch.no_grad()

@@ -3,19 +3,23 @@
 Shapes: b batch, t n_tokens, e examples of a shard, d d_model; `acts_ted` has shape [t, e, d].
 """
 
+import logging
 import math
+import os
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from saefw.blocks import outputs, resolve
+from saefw.blocks import resolve
+from saefw.forward import Forward
+from saefw.originals import Unreadable, opened
 from saefw.plugin import (
     Backbone,
     BackboneConfig,
@@ -23,6 +27,7 @@ from saefw.plugin import (
     DatasetConfig,
     Example,
     Knob,
+    Late,
     Names,
     Run,
     StageConfig,
@@ -32,6 +37,11 @@ from saefw.plugin import (
 )
 from saefw.shards import DTYPES, Layout, Writer
 from saefw.unit import canonical
+
+log = logging.getLogger("saefw")
+
+WORKERS = 16
+"""The most threads that prepare images unless told: Python lets one of them at a time do what is not decoding."""
 
 
 class Record(StageConfig):
@@ -55,11 +65,17 @@ class Record(StageConfig):
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """What the activations are stored as."""
 
-    batch_size: Annotated[int, Knob] = Field(default=64, gt=0)
-    """Images in one forward pass."""
+    precision: Annotated[Literal["float32", "bfloat16", "float16"], Late] = "float32"
+    """What the matrix products of the backbone are computed in, by autocast."""
 
-    workers: Annotated[int, Knob] = Field(default=2, gt=0)
-    """Threads that read and prepare images."""
+    broken: Annotated[Literal["fatal", "skip"], Late] = "fatal"
+    """What an image that cannot be read is: fatal, or left out (zeros in its place), and in the table `broken`."""
+
+    batch_size: Annotated[int | None, Knob] = Field(default=None, gt=0)
+    """Images in one forward pass; null: 64 on a CPU, what is fastest on a GPU. Halved where memory runs out."""
+
+    workers: Annotated[int | None, Knob] = Field(default=None, gt=0)
+    """Threads that read and prepare images; null: one a core, at most 16."""
 
     shard_mb: Annotated[float, Knob] = Field(default=200, gt=0)
     """About how many MiB a file holds, and how much memory a layer takes while recording."""
@@ -67,6 +83,7 @@ class Record(StageConfig):
     def units(self, run: Run) -> Iterable[Unit]:
         """List one unit a (backbone, dataset, layer)."""
         units: dict[Unit, None] = {}
+        late = {name: value for name, value in self.content().items() if name in ("precision", "broken")}
         for backbone in run.family("backbones", [self.backbone]):
             model = cast(BackboneConfig, backbone.entry)
             n_blocks = model.describe().n_blocks
@@ -79,6 +96,7 @@ class Record(StageConfig):
                         "layer": layer,
                         "tokens": "all",
                         "dtype": self.dtype,
+                        **late,
                     }
                     label = f"{backbone.label} on {dataset.label}, layer {layer}"
                     names = {"backbone": backbone.label, "dataset": dataset.label}
@@ -95,7 +113,8 @@ class Record(StageConfig):
         """Record all layers of a (backbone, dataset) in one pass; complete shards of an earlier run are kept.
 
         Raises:
-            UserError: an image cannot be read, or holds an activation that is too large for the dtype.
+            UserError: an image cannot be read (with `broken: skip`: more than half of them), or has an activation that
+                is too large for the dtype.
 
         """
         groups: dict[str, list[Unit]] = {}
@@ -117,48 +136,87 @@ class Record(StageConfig):
         writers = [
             Writer(run.folder(unit), _layout(unit, len(dataset)), train, int(self.shard_mb * 2**20)) for unit in units
         ]
+        # A shard that one layer lacks is recorded for all: what is broken may have changed, and is the same for all.
         shards = sorted({shard for writer in writers for shard in writer.missing()})
         done = len(dataset) - sum(len(writers[0].span(shard)) for shard in shards)
         yield done
         if shards:
             backbone = cast(BackboneConfig, units[0].given["backbone"]).build(run.device)
+            layers = [writer.layout.layer for writer in writers]
+            forward = Forward(backbone, layers, run.device, self.precision, self.batch_size)
             wanted = [examples[i] for shard in shards for i in writers[0].span(shard)]
-            with closing(_prepared(wanted, backbone, self.workers, 2 * self.batch_size)) as images:
+            workers = self.workers or min(_cores(), WORKERS)
+            with closing(_prepared(wanted, backbone, workers, lambda: 2 * forward.batch_size)) as images:
                 for shard in shards:
-                    some = [examples[i] for i in writers[0].span(shard)]
-                    ours = [writer for writer in writers if shard in writer.missing()]
-                    acts = {writer.layout.layer: _empty(writer.layout, len(some)) for writer in ours}
-                    for n in self._fill(acts, some, images, backbone, run.device):
+                    span = writers[0].span(shard)
+                    acts = {writer.layout.layer: _empty(writer.layout, len(span)) for writer in writers}
+                    faults: list[tuple[int, str]] = []
+                    for n in self._fill(acts, span, examples, images, forward, faults):
                         yield done + n
-                    done += len(some)
-                    for writer in ours:
-                        writer.write(shard, acts[writer.layout.layer])
+                    done += len(span)
+                    for writer in writers:
+                        writer.forget(shard)
+                    _refuse_most(units[0], writers, faults, examples)
+                    for writer in writers:
+                        writer.write(shard, acts[writer.layout.layer], faults)
         for unit, writer in zip(units, writers, strict=True):
             _describe(unit, writer, examples, dataset.classes, run)
+        if broken := writers[0].broken:
+            log.warning(
+                "%s: left out %d of %d images, which cannot be read; the table `broken` names them",
+                units[0].given["names"]["dataset"], len(broken), len(examples),
+            )  # fmt: skip
         run.keep(*units)
 
     def _fill(
         self,
         acts: Mapping[int, Tensor],
+        span: range,
         examples: Sequence[Example],
-        images: Iterator[Tensor],
-        backbone: Backbone,
-        device: str,
+        images: Iterator["Tensor | Broken"],
+        forward: Forward,
+        faults: list[tuple[int, str]],
     ) -> Iterator[int]:
-        """Run a shard's images and put what comes out into `acts`, [t, e, d] by layer; yield how many are done."""
-        for start in range(0, len(examples), self.batch_size):
-            some = examples[start : start + self.batch_size]
-            batch = torch.stack([next(images) for _ in some]).to(device)
-            with torch.inference_mode():
-                found = outputs(backbone, batch, acts)
-            for layer, tokens_btd in found.items():
-                stored_btd = _stored(tokens_btd, acts[layer].dtype, layer, some)
-                acts[layer][:, start : start + len(some)] = stored_btd.transpose(0, 1)
-            yield start + len(some)
+        """Run a shard's images and put what comes out into `acts`, [t, e, d] by layer; yield how many are done.
+
+        Those that cannot be read get zeros, and are noted in `faults`.
+        """
+        start = 0
+        while start < len(span):
+            some = span[start : start + forward.batch_size]
+            batch, unread = list[Tensor](), list[int]()
+            for example in some:
+                image = next(images)
+                if isinstance(image, Broken):
+                    if self.broken == "fatal":
+                        raise UserError(
+                            f"image {examples[example].key!r} cannot be read ({image.why}); mend it, or leave out what "
+                            "cannot be read with broken: skip"
+                        )
+                    faults.append((example, image.why))
+                    unread.append(example - span.start)
+                    image = forward.blank
+                batch.append(image)
+            for found in forward.outputs(batch):
+                n = len(next(iter(found.values())))
+                for layer, tokens_btd in found.items():
+                    named = [examples[i] for i in span[start : start + n]]
+                    stored_btd = _stored(tokens_btd, acts[layer].dtype, layer, named)
+                    acts[layer][:, start : start + n] = stored_btd.transpose(0, 1)
+                start += n
+            for acts_ted in acts.values():
+                acts_ted[:, unread] = 0
+            yield start
+
+
+class Broken(NamedTuple):
+    """Stands for an image that cannot be read."""
+
+    why: str
 
 
 def _dataset(unit: Unit, run: Run) -> Dataset:
-    dataset = cast(DatasetConfig, unit.given["dataset"]).build(run.base)
+    dataset = cast(DatasetConfig, unit.given["dataset"]).open(run.base)
     if not len(dataset):
         raise UserError(f"{unit.label}: the dataset has no images")
     return dataset
@@ -176,23 +234,29 @@ def _check_names(dataset: str, examples: Sequence[Example], classes: Sequence[st
 
 def _layout(unit: Unit, n_examples: int) -> Layout:
     info = cast(BackboneConfig, unit.given["backbone"]).describe()
-    n_tokens = info.n_prefix + info.grid[0] * info.grid[1]
     layer, dtype = unit.content["layer"], unit.content["dtype"]
-    return Layout(n_examples, n_tokens, info.n_prefix, info.d_model, info.grid, layer, dtype)
+    return Layout(n_examples, info.n_tokens, info.prefix, info.d_model, info.grid, layer, dtype)
 
 
 def _empty(layout: Layout, n_examples: int) -> Tensor:
     return torch.empty(layout.n_tokens, n_examples, layout.d_model, dtype=DTYPES[layout.dtype])
 
 
-def _prepared(examples: Iterable[Example], backbone: Backbone, workers: int, ahead: int) -> Generator[Tensor]:
-    """Yield the images in order, prepared by threads that are at most `ahead` images in front."""
-    waiting: deque[Future[Tensor]] = deque()
+def _cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _prepared(
+    examples: Iterable[Example], backbone: Backbone, workers: int, ahead: Callable[[], int]
+) -> Generator[Tensor | Broken]:
+    """Yield the images in order, prepared by threads that are at most `ahead()` images in front."""
+    waiting: deque[Future[Tensor | Broken]] = deque()
     pool = ThreadPoolExecutor(workers)
     try:
         for example in examples:
             waiting.append(pool.submit(_opened, example, backbone))
-            if len(waiting) > ahead:
+            if len(waiting) > ahead():
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -200,15 +264,29 @@ def _prepared(examples: Iterable[Example], backbone: Backbone, workers: int, ahe
         pool.shutdown(cancel_futures=True)
 
 
-def _opened(example: Example, backbone: Backbone) -> Tensor:
-    from PIL.Image import DecompressionBombError
-
+def _opened(example: Example, backbone: Backbone) -> Tensor | Broken:
     try:
-        image = example.load()
-        image.load()  # PIL decodes late; here a broken file is still known by its key
-    except (OSError, EOFError, SyntaxError, ValueError, DecompressionBombError) as error:
-        raise UserError(f"image {example.key!r} cannot be read ({error})") from error
-    return backbone.prepare(image)
+        return backbone.prepare(opened(example))
+    except Unreadable as error:
+        return Broken(error.why)
+
+
+def _refuse_most(
+    unit: Unit, writers: Sequence[Writer], faults: Sequence[tuple[int, str]], examples: Sequence[Example]
+) -> None:
+    """Refuse a dataset of which most cannot be read, and forget that, so that it is read anew when it is mended."""
+    broken = {**writers[0].broken, **dict(faults)}
+    if 2 * len(broken) <= len(examples):
+        return
+    for writer in writers:
+        for shard in range(writer.n_shards):
+            if any(example in broken for example in writer.span(shard)):
+                writer.forget(shard)
+    first = min(broken)
+    raise UserError(
+        f"{unit.given['names']['dataset']}: more than half of the {len(examples)} images cannot be read, the first of "
+        f"them {examples[first].key!r} ({broken[first]})"
+    )
 
 
 def _stored(tokens_btd: Tensor, dtype: torch.dtype, layer: int, examples: Sequence[Example]) -> Tensor:
@@ -236,7 +314,7 @@ def _stored(tokens_btd: Tensor, dtype: torch.dtype, layer: int, examples: Sequen
 def _describe(unit: Unit, writer: Writer, examples: Sequence[Example], classes: Sequence[str], run: Run) -> None:
     """Write the statistics and the tables of a recording whose shards are all there."""
     shards, mean_norm = writer.finish()
-    layout = writer.layout
+    layout, broken = writer.layout, writer.broken
     run.put(
         unit,
         "acts",
@@ -248,6 +326,7 @@ def _describe(unit: Unit, writer: Writer, examples: Sequence[Example], classes: 
         grid_w=layout.grid[1],
         n_examples=layout.n_examples,
         n_tokens=layout.n_tokens,
+        prefix=", ".join(layout.prefix),
         dtype=layout.dtype,
         mean_norm=mean_norm,
     )
@@ -267,8 +346,11 @@ def _describe(unit: Unit, writer: Writer, examples: Sequence[Example], classes: 
         example=list(range(len(examples))),
         key=[example.key for example in examples],
         label=[example.label for example in examples],
-        split=[example.split for example in examples],
+        split=["broken" if i in broken else example.split for i, example in enumerate(examples)],
     )
+    if broken:
+        keys = [examples[i].key for i in broken]
+        run.put(unit, "broken", example=list(broken), key=keys, why=list(broken.values()))
     run.put(unit, "class", label=list(range(len(classes))), name=list(classes))
 
 

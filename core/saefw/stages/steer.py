@@ -16,21 +16,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from safetensors.torch import save
 from torch import Tensor
 
-from saefw import controls
-from saefw import tensors as files
+from saefw import controls, sealed
 from saefw.blocks import resolve
+from saefw.care import write_atomically
 from saefw.controls import Ints
 from saefw.facts import Name, facts, names
+from saefw.originals import again
 from saefw.outcome import KINDS, ROLES, Readout, first, summary
 from saefw.plugin import Knob, Names, Pick, Run, StageConfig, Unit, UserError, hookimpl
 from saefw.shards import Acts
 from saefw.stages.probe import depth, open_probe, task_of
 from saefw.stages.train import open_sae
 from saefw.steering import Steering, along, check_reach, like_norm
-from saefw.store import write_atomically
+from saefw.tensors import Form
 
 ALL_LOGITS = 20
 """With so many classes or fewer every logit is stored; with more, the TOP before and after, the own and the target."""
@@ -52,10 +52,13 @@ class Steer(StageConfig):
     One unit for the SAE that is picked and, on each dataset with probes, the probe that is picked. Each test image is
     edited with the features of its own class and with those of another. Beside the features chosen by predicted
     effect, with the same target and the same norm, stand features of like frequency, and random directions.
+
+    Setting to 0 and multiplying change only what fires. Where none of the features of like frequency fires on an image,
+    others are drawn that do; where there are none, that control is left out, and `n_controls_left_out` counts it.
     """
 
     use: Literal["steer"] = "steer"
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
 
     saes: Annotated[str, Names("stages")]
     """The stage that trained the SAEs."""
@@ -92,7 +95,7 @@ class Steer(StageConfig):
     """Features in an edit."""
 
     max_frequency: float = Field(0.5, gt=0)
-    """Only features that fire on a smaller share of patches are edited."""
+    """Only features that fire on a smaller share of patches (of images, for an SAE of [CLS]) are edited."""
 
     n_examples: int | None = Field(None, gt=0)
     """Test images, balanced by class; null: all that are labelled."""
@@ -210,9 +213,12 @@ class Steer(StageConfig):
         for start in range(0, len(plan.examples), self.batch_size):
             stop = min(start + self.batch_size, len(plan.examples))
             path = run.folder(unit) / f"part-{start:08d}-{stop:08d}.safetensors"
-            if (part := _stored(path, self._form(stop - start, len(acts.classes)))) is None:
+            form = self._form(stop - start, len(acts.classes))
+            if (stored := sealed.read(path, form)) is not None:
+                part = stored[0]
+            else:
                 part = self._edit(steering, plan, acts, slice(start, stop), run.device)
-                write_atomically(path, save(part))
+                sealed.write(path, part)
             parts.append(part)
             run.progress(stop, len(plan.examples), "images")
         made = {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
@@ -231,11 +237,12 @@ class Steer(StageConfig):
         with run.db() as db:
             tables = facts(db, unit.needs[2].address, unit.needs[3].address, steering.sae.d_sae, n_classes)
         usable_s = (tables.frequency_s > 0) & (tables.frequency_s < self.max_frequency) & (tables.p99_s > 0)
+        on_cls = unit.needs[0].content["tokens"] == "cls"
         if usable_s.sum() < 2 * self.n_features:
             raise UserError(
                 f"steer: {int(usable_s.sum())} features of {unit.needs[0].label} fire, on less than "
-                f"{self.max_frequency:g} of the patches; an edit of {self.n_features} and its control need "
-                f"{2 * self.n_features}"
+                f"{self.max_frequency:g} of the {'images' if on_cls else 'patches'}; an edit of {self.n_features} and "
+                f"its control need {2 * self.n_features}"
             )
         p99_s = torch.from_numpy(tables.p99_s)
         some = train[controls.balanced(acts.labels[train], self.n_effect, self.seed)]
@@ -257,16 +264,16 @@ class Steer(StageConfig):
     def _gradient(self, folder: Path, steering: Steering, acts: Acts, examples: Ints, run: Run) -> Tensor:
         """Return the mean gradient of each class's logit over train images, float64 [c, d]; it stays in the folder."""
         path = folder / GRADIENT
-        form: files.Form = {"gradient": (torch.float64, (len(acts.classes), acts.d_model))}
-        if (stored := _stored(path, form)) is not None:
-            return stored["gradient"]
+        form = {"gradient": (torch.float64, (len(acts.classes), acts.d_model))}
+        if (stored := sealed.read(path, form)) is not None:
+            return stored[0]["gradient"]
         total_cd, done = torch.zeros(len(acts.classes), acts.d_model, dtype=torch.float64), 0
         for some, tokens_etd in acts.read("all", examples, self.batch_size):
             total_cd += steering.gradients(tokens_etd.to(run.device)).cpu().double()
             done += len(some)
             run.progress(done, len(examples), "train images")
         gradient_cd = total_cd / done
-        write_atomically(path, save({"gradient": gradient_cd}))
+        sealed.write(path, {"gradient": gradient_cd})
         return gradient_cd
 
     def _edit(self, steering: Steering, plan: "Plan", acts: Acts, part: slice, device: str) -> dict[str, Tensor]:
@@ -277,6 +284,12 @@ class Steer(StageConfig):
         before_ec = before.logits_bc.cpu()
         drawn = [[plan.drawn(int(e), int(c)) for c in targets] for e, targets in zip(examples, target_er, strict=True)]
         like_erf = torch.tensor(np.array([[like for like, _ in row] for row in drawn]))
+        if self.mode == "scale" or (self.mode == "set" and 0 in self.amounts):
+            fires_es = steering.fires(before).cpu().numpy()
+            for e, r in np.ndindex(target_er.shape):
+                if not fires_es[e, like_erf[e, r]].any():
+                    like_f = plan.drawn.firing(int(examples[e]), int(target_er[e, r]), fires_es[e])
+                    like_erf[e, r] = torch.from_numpy(like_f)
         direction_erd = torch.tensor(np.array([[d for _, d in row] for row in drawn]), dtype=torch.float32)
         after, norms = [], []
         for r in range(len(ROLES)):
@@ -307,7 +320,7 @@ class Steer(StageConfig):
             "like": like_erf,
         }
 
-    def _form(self, n: int, n_classes: int) -> files.Form:
+    def _form(self, n: int, n_classes: int) -> Form:
         """Return what `_edit` gives of n images."""
         grid = n, len(ROLES), len(KINDS), len(self.amounts)
         some = *grid, n_classes if n_classes <= ALL_LOGITS else 2 * TOP + 2
@@ -324,34 +337,40 @@ class Steer(StageConfig):
         edit_erka = np.arange(made["norm"].size).reshape(shape)
         index_e, index_r, index_k, index_a = (index.ravel() for index in np.indices(shape))
         amounts = np.array(self.amounts)
+        # A control without a norm where the edit has one is none.
+        like = KINDS.index("like features")
+        there_erka = np.ones(shape, dtype=bool)
+        there_erka[:, :, like] = (made["norm"][:, :, like] > 0) | (made["norm"][:, :, KINDS.index("effect")] == 0)
+        there = there_erka.ravel()
         run.put(
             unit,
             "edit",
             sae=sae.address,
             probe=probe.address,
             acts=recording.address,
-            edit=edit_erka.ravel(),
-            example=plan.examples[index_e],
+            edit=edit_erka.ravel()[there],
+            example=plan.examples[index_e][there],
             place=self.place,
-            role=np.array(ROLES)[index_r],
-            chosen_by=np.array(KINDS)[index_k],
+            role=np.array(ROLES)[index_r][there],
+            chosen_by=np.array(KINDS)[index_k][there],
             mode=self.mode,
-            dose=amounts[index_a],
-            target=plan.target_er[index_e, index_r],
-            norm=made["norm"].ravel(),
+            dose=amounts[index_a][there],
+            target=plan.target_er[index_e, index_r][there],
+            norm=made["norm"].ravel()[there],
         )
         feature_erkf = np.stack(
             [plan.by_effect_cf[plan.target_er], plan.by_mass_cf[plan.target_er], made["like"]], axis=2
         )
         whole = e, len(ROLES), feature_erkf.shape[2], len(amounts), self.n_features
+        with_features = there_erka[:, :, : whole[2]]
         run.put(
             unit,
             "edit_feature",
-            edit=np.broadcast_to(edit_erka[:, :, : whole[2], :, None], whole).ravel(),
-            feature=np.broadcast_to(feature_erkf[:, :, :, None], whole).ravel(),
-            amount=np.broadcast_to(amounts[:, None], whole).ravel(),
+            edit=np.broadcast_to(edit_erka[:, :, : whole[2], :, None], whole)[with_features].ravel(),
+            feature=np.broadcast_to(feature_erkf[:, :, :, None], whole)[with_features].ravel(),
+            amount=np.broadcast_to(amounts[:, None], whole)[with_features].ravel(),
         )
-        kept = made["label"] >= 0
+        kept = (made["label"] >= 0) & there_erka[..., None]
         run.put(
             unit,
             "edit_logit",
@@ -361,7 +380,9 @@ class Steer(StageConfig):
             after=made["after"][kept],
         )
         read = Readout(made["label"], made["before"], made["after"], plan.target_er)
-        run.log(unit, 0, **summary(read, int(np.argmax(amounts))), n_images=e, n_edits=edit_erka.size)
+        read.shift_erka[~there_erka] = np.nan
+        counts = {"n_images": e, "n_edits": int(there.sum()), "n_controls_left_out": int((~there).sum())}
+        run.log(unit, 0, **summary(read, int(np.argmax(amounts))), **counts)
         classes = unit.needs[3]
         with run.db() as db:
             named = names(db, classes.address, classes.content["top"], acts.grid)
@@ -370,7 +391,7 @@ class Steer(StageConfig):
         if (place := first(read, rank_c, amounts)) is not None:
             told = self._told(read, plan, acts, named, place)
             write_atomically(run.folder(unit) / "first.json", json.dumps(told, indent=1).encode())
-            write_atomically(run.folder(unit) / "first.png", _picture(recording, run, told["example"]))
+            write_atomically(run.folder(unit) / "first.png", _picture(recording, run, told["example"], told["key"]))
 
     def _told(
         self, read: Readout, plan: "Plan", acts: Acts, named: Mapping[int, Name], place: tuple[int, int, int, int]
@@ -410,11 +431,11 @@ class Plan(NamedTuple):
 # Details
 
 
-def _picture(recording: Unit, run: Run, example: int) -> bytes:
+def _picture(recording: Unit, run: Run, example: int, key: str) -> bytes:
     """Return what the model sees of an image, as PNG."""
     from io import BytesIO
 
-    image = recording.given["dataset"].build(run.base)[example].load()
+    image = again(recording.given["dataset"].open(run.base), example, key)
     file = BytesIO()
     recording.given["backbone"].build("cpu").view(image).save(file, "PNG")
     return file.getvalue()
@@ -442,16 +463,6 @@ def _kept(before_ec: Tensor, after_erkac: Tensor, target_er: Tensor) -> Tensor:
 
 def _picked(logits: Tensor, label: Tensor) -> Tensor:
     return logits.gather(-1, label.clamp_min(0)).contiguous()
-
-
-def _stored(path: Path, form: files.Form) -> dict[str, Tensor] | None:
-    """Return what an interrupted run left, or None if it is not there or not whole."""
-    try:
-        found, _ = files.read(path)
-        files.check(found, form)
-    except ValueError:
-        return None
-    return found
 
 
 @hookimpl

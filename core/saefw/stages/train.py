@@ -17,8 +17,10 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import Parameter
 
+from saefw import sealed
 from saefw import tensors as files
 from saefw.blocks import resolve
+from saefw.care import write_atomically
 from saefw.metrics import L0, Cosine, Dead, Dense, ExplainedVariance, Nmse
 from saefw.plugin import (
     BackboneConfig,
@@ -35,16 +37,13 @@ from saefw.plugin import (
     settings,
 )
 from saefw.sae import Sae
+from saefw.sealed import HEADER
 from saefw.shards import Acts, Stats
-from saefw.store import write_atomically
 from saefw.stream import Stream
 from saefw.unit import canonical
 
 FILE = "sae.safetensors"
 CHECKPOINT = "checkpoint.safetensors"
-HEADER = "saefw"
-"""The one key of a file's metadata: several would be written in an order that changes from run to run."""
-
 TOKENS = 8192
 """How many tokens, about, are measured at once."""
 
@@ -173,8 +172,7 @@ class Train(StageConfig):
             )
         trainings = [Training(unit, acts.d_model, stats, n_steps, run.device) for unit in units]
         for training in trainings:
-            training.resume(run.folder(training.unit))
-            run.rewind(training.unit, training.step - 1)
+            training.resume(run)
         dead_after = self.dead_after or min(math.ceil(self.n_tokens / 10), 10_000_000)
         failed: list[str] = []
 
@@ -186,10 +184,12 @@ class Train(StageConfig):
             self._steps(run, trainings, stream, range(first, n_steps), dead_after, part, failed)
         except BaseException:
             # Told to stop, or broken: what is whole goes on from here, whatever was in the middle of a step from its
-            # last checkpoint.
+            # last checkpoint. Its last step may not be logged yet; logged twice, it counts once.
             for training in trainings:
                 if training.whole and training.healthy():
-                    training.checkpoint(run.folder(training.unit))
+                    if training.values and self._logs(training.step - 1, n_steps):
+                        training.log(run)
+                    training.checkpoint(run)
             raise
         if trainings:
             self._finish(run, acts, trainings)
@@ -210,20 +210,20 @@ class Train(StageConfig):
         saving, telling = Clock(self.checkpoint_every), Clock(PAUSE)
         for step in steps:
             x_nd = trainings[0].sae.normalise(next(stream).to(run.device))
-            logging, checkpointing = step % self.log_every == 0 or step == n_steps - 1, saving.due()
+            logging, checkpointing = self._logs(step, n_steps), saving.due()
             for training in list(trainings):
                 if training.step > step:
                     continue
-                values = training.advance(x_nd, dead_after)
+                training.advance(x_nd, dead_after)
                 if (logging or checkpointing) and not training.healthy():
                     failed.append(training.excuse())
                     trainings.remove(training)
                 elif logging:
-                    run.log(training.unit, step, **{name: float(value) for name, value in values.items()})
+                    training.log(run)
             if checkpointing:
                 begun = time.monotonic()
                 for training in trainings:
-                    training.checkpoint(run.folder(training.unit))
+                    training.checkpoint(run)
                 saving.restart(max(self.checkpoint_every, WORTH * (time.monotonic() - begun)))
             if telling.due() or step == n_steps - 1:
                 done = (part[0] * n_steps + step + 1) * self.batch_size
@@ -231,6 +231,10 @@ class Train(StageConfig):
                 telling.restart(PAUSE)
             if not trainings:
                 return
+
+    def _logs(self, step: int, n_steps: int) -> bool:
+        """Whether the loss of a step is noted."""
+        return step % self.log_every == 0 or step == n_steps - 1
 
     def _finish(self, run: Run, acts: Acts, trainings: Sequence["Training"]) -> None:
         """Measure, write and keep SAEs that are trained."""
@@ -284,10 +288,14 @@ class Training:
         self.adam = torch.optim.Adam(self.sae.parameters(), lr=self.config.lr, fused=fused)
         self.since_s = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=device)
         self.total = torch.zeros(())
-        self.whole = True
+        self.values: dict[str, Any] = {}
+        """What there is to log of the last step, not yet as numbers."""
 
-    def advance(self, x_nd: Tensor, dead_after: int) -> dict[str, Any]:
-        """Take one step on normalised tokens; return what there is to log of the batch, not yet as numbers.
+        self.whole = True
+        """Whether it stands between two steps."""
+
+    def advance(self, x_nd: Tensor, dead_after: int) -> None:
+        """Take one step on normalised tokens.
 
         The order matters: were the rows brought to norm 1 before Adam's step, they would be saved at another norm,
         and were the gradient clipped before its useless part is taken out, the useful part would be clipped too.
@@ -310,10 +318,15 @@ class Training:
         if self.config.unit_norm:
             renormalise(self.sae.W_dec)
         self.since_s = torch.where(loss.fired_s > 0, 0, self.since_s + len(x_nd))
+        terms = {f"train_{name}": term.detach() for name, term in loss.terms.items()}
+        seen = {"train_l0": loss.fired_s.sum() / len(x_nd), "train_dead": dead_s.float().mean(), "lr": lr}
+        self.values = {**terms, **seen}
         self.step += 1
         self.whole = True
-        terms = {f"train_{name}": term.detach() for name, term in loss.terms.items()}
-        return {**terms, "train_l0": loss.fired_s.sum() / len(x_nd), "train_dead": dead_s.float().mean(), "lr": lr}
+
+    def log(self, run: Run) -> None:
+        """Note what the last step measured."""
+        run.log(self.unit, self.step - 1, **{name: float(value) for name, value in self.values.items()})
 
     def healthy(self) -> bool:
         """Whether the last loss and all weights are finite."""
@@ -327,29 +340,21 @@ class Training:
             f"lr {self.config.lr:g}; try a smaller lr, a longer warmup, or clip: 1"
         )
 
-    def checkpoint(self, folder: Path) -> None:
-        """Write all that going on needs: weights, Adam's moments, the step (also the place in the stream)."""
+    def checkpoint(self, run: Run) -> None:
+        """Write all that going on needs: weights, Adam's moments, the step (also the place in stream and log)."""
         tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
         for index, state in self.adam.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{name}": tensor for name, tensor in state.items()}
-        _write(folder / CHECKPOINT, {**tensors, "since_s": self.since_s}, {"step": self.step})
+        about = {"step": self.step, "log": run.mark(self.unit)}
+        sealed.write(run.folder(self.unit) / CHECKPOINT, {**tensors, "since_s": self.since_s}, about)
 
-    def resume(self, folder: Path) -> None:
-        """Go on from the checkpoint in a folder, if there is one.
-
-        Raises:
-            UserError: it is damaged.
-
-        """
-        path = folder / CHECKPOINT
-        if not path.exists():
+    def resume(self, run: Run) -> None:
+        """Go on from the unit's checkpoint, if there is one and both it and the log up to it are whole."""
+        found = sealed.read(run.folder(self.unit) / CHECKPOINT, self._check)
+        if found is None or not run.rewind(self.unit, found[1]["log"]):
+            run.rewind(self.unit)
             return
-        try:
-            tensors, header = _read(path)
-            self.step = files.number(header.get("step"), 0, self.n_steps, "step")
-            files.check(tensors, self._form())
-        except ValueError as error:
-            raise UserError(f"{path}: cannot be read ({error}); delete {path.parent} to train it again") from error
+        tensors, about = found
         self.since_s.copy_(tensors.pop("since_s"))
         states: dict[int, dict[str, Tensor]] = {}
         for key in [key for key in tensors if key.startswith("adam.")]:
@@ -357,14 +362,18 @@ class Training:
             states.setdefault(int(index), {})[name] = tensors.pop(key)
         self.adam.load_state_dict({**self.adam.state_dict(), "state": states})
         self.sae.load_state_dict({key.removeprefix("sae."): tensor for key, tensor in tensors.items()})
+        self.step = about["step"]
 
-    def _form(self) -> files.Form:
-        """Return what a checkpoint of this step holds: before the first, Adam has no moments."""
-        tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
-        for index, parameter in enumerate(self.sae.parameters() if self.step else ()):
+    def _check(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """See that it is a checkpoint of such a training: before the first step, Adam has no moments."""
+        step = files.number(about.get("step"), 0, self.n_steps, "step")
+        if not isinstance(about.get("log"), str):
+            raise ValueError("log must be a mark")
+        wanted = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
+        for index, parameter in enumerate(self.sae.parameters() if step else ()):
             moments = {"exp_avg": parameter, "exp_avg_sq": parameter, "step": torch.zeros(())}
-            tensors |= {f"adam.{index}.{name}": tensor for name, tensor in moments.items()}
-        return files.form({**tensors, "since_s": self.since_s})
+            wanted |= {f"adam.{index}.{name}": tensor for name, tensor in moments.items()}
+        files.check(tensors, files.form({**wanted, "since_s": self.since_s}))
 
     def write(self, folder: Path, about: Mapping[str, Any]) -> None:
         """Write the trained SAE for `open_sae`; `about` goes into the file's header beside its settings."""
@@ -424,7 +433,9 @@ def seeded(seed: int, step: int, device: str = "cpu") -> Iterator[None]:
 
     That of the CPU is put back. (`torch.manual_seed` would do, but takes longer than a step of a small SAE.)
     """
-    number, before = ((seed << 32) + step) % 2**63, torch.get_rng_state()
+    # The CPU's generator looks at the lower 32 bits alone, so the seed has to be in them: an odd factor keeps any
+    # two below 2**32 apart.
+    number, before = (seed * 0x9E3779B1 + step) % 2**63, torch.get_rng_state()
     torch.default_generator.manual_seed(number)
     if (kind := torch.device(device).type) != "cpu":
         getattr(torch, kind).manual_seed(number)

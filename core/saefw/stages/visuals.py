@@ -1,8 +1,11 @@
 """Finds each feature's strongest images and draws them.
 
-Shapes: e images, p patches, d d_model, s d_sae, t top.
+An SAE of [CLS] has one token an image: its features light no patch, and what is said of patches is said of images.
+
+Shapes: e images, p patches (1 for an SAE of [CLS]), d d_model, s d_sae, t top.
 """
 
+import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -14,8 +17,10 @@ import torch
 from pydantic import Field
 from safetensors.torch import save
 
-from saefw import pictures
+from saefw import pictures, sealed
 from saefw import tensors as files
+from saefw.care import write_atomically, writing
+from saefw.originals import again
 from saefw.pictures import Tile
 from saefw.plugin import (
     Backbone,
@@ -36,11 +41,13 @@ from saefw.plugin import (
 from saefw.sae import Sae
 from saefw.shards import Acts
 from saefw.stages.train import Clock, open_sae
-from saefw.store import write_atomically
-from saefw.tally import EXACT, IMAGE_FEATURES, Tally
+from saefw.tally import IMAGE_FEATURES, Tally, most
+from saefw.tally import check as check_state
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+log = logging.getLogger("saefw")
 
 Array = np.ndarray[Any, Any]
 
@@ -60,9 +67,6 @@ READ = 64
 
 DENSE = 1 << 26
 """Dense codes held at a time, in numbers: 256 MiB of float32."""
-
-TOGETHER = 2 << 30
-"""Bytes that the tallies of SAEs fed from one stream may hold together."""
 
 
 class Visuals(StageConfig):
@@ -100,18 +104,19 @@ class Visuals(StageConfig):
     checkpoint_every: Annotated[float, Knob] = Field(60.0, ge=0)
     """Seconds between two checkpoints of the pass over the images."""
 
+    memory_mb: Annotated[float, Knob] = Field(2048.0, gt=0)
+    """About how many MiB the SAEs looked at in one pass may take; what does not fit waits for another, one at least."""
+
     def units(self, run: Run) -> Iterator[Unit]:
         """List one unit for each SAE and recording of its backbone and layer.
 
         Raises:
-            UserError: an SAE has no such recording, or was trained on [CLS].
+            UserError: an SAE has no such recording, or `include` names a feature that it does not have.
 
         """
         content = {name: value for name, value in self.content().items() if name != "use"}
         recordings = run.made_by(self.acts)
         for sae in run.made_by(self.saes):
-            if sae.content["tokens"] != "patches":
-                raise UserError(f"visuals: {sae.label} was trained on {sae.content['tokens']}, which cover no patch")
             (trained_on,) = sae.needs
             found = [unit for unit in recordings if _where(unit) == _where(trained_on)]
             if not found:
@@ -119,78 +124,73 @@ class Visuals(StageConfig):
                     f"visuals: '{self.acts}' has no recording of the backbone and layer of {sae.label}; "
                     f"record layer {trained_on.content['layer']} there"
                 )
+            wrong = [feature for feature in self.include if not 0 <= feature < _d_sae(sae)]
+            if wrong:
+                raise UserError(f"visuals: include: feature {wrong[0]} is not among the {_d_sae(sae)} of {sae.label}")
             for acts in found:
                 label = sae.label if acts == trained_on else f"{sae.label}, seen on {acts.label}"
                 yield Unit("visuals", content, needs=(sae, acts), label=label)
 
     def disk(self, unit: Unit, run: Run) -> int:
         """Return about the bytes of the sheets and maps; how well pictures pack is not known before."""
-        sae: SaeConfig = unit.needs[0].given["sae"]
-        backbone: BackboneInfo = unit.needs[1].given["backbone"].describe()
-        d_sae = sae.expansion * backbone.d_model
+        d_sae = _d_sae(unit.needs[0])
+        grid = unit.needs[1].given["backbone"].describe().grid
+        n_patches = grid[0] * grid[1] if _tokens(unit) == "patches" else 1
         sheets = min(d_sae, len(self.include) + self.n_features)
-        return d_sae * self.top * backbone.grid[0] * backbone.grid[1] + sheets * self.top * TILE
+        return d_sae * self.top * n_patches + sheets * self.top * TILE
 
     def make(self, units: Sequence[Unit], run: Run) -> None:
-        """Make the units of each recording together, in one pass over it.
+        """Make the units of each recording and kind of token together, in as few passes over it as memory allows.
 
         Raises:
-            UserError: a recording has no image in the split, or `include` names a feature that an SAE does not have.
+            UserError: a recording has no image in the split.
 
         """
-        groups: dict[Unit, list[Unit]] = {}
+        groups: dict[tuple[Unit, str], list[Unit]] = {}
         for unit in units:
-            groups.setdefault(unit.needs[1], []).append(unit)
-        for recording, group in groups.items():
+            groups.setdefault((unit.needs[1], _tokens(unit)), []).append(unit)
+        for (recording, tokens), group in groups.items():
             acts = Acts(run.folder(recording))
             examples = acts.of_split(self.split)
             if not len(examples):
                 raise UserError(f"{recording.label}: no image is in the {self.split} split, on which features are seen")
-            gallery = Gallery(recording, run)
-            jobs = [self._job(unit, acts, run) for unit in group]
-            for some in _fitting(jobs, len(examples)):
-                self._watch(some, acts, examples, run)
-                for job in some:
-                    self._write(job, acts, gallery, run)
-                    del job.tally
+            gallery = Gallery(recording, acts.keys, run)
+            n_patches = acts.grid[0] * acts.grid[1] if tokens == "patches" else 1
+            n_classes = len(acts.classes) if (acts.labels >= 0).any() else 0
+            jobs = [Job(unit, run.folder(unit), self.top, n_patches, n_classes) for unit in group]
+            for some in _fitting(jobs, len(examples), self.memory_mb * 2**20):
+                for job, tally in zip(some, self._watch(some, tokens, acts, examples, run), strict=True):
+                    self._write(job, tally, acts, gallery, run)
 
-    def _job(self, unit: Unit, acts: Acts, run: Run) -> "Job":
-        sae = open_sae(unit.needs[0].given["sae"], run.folder(unit.needs[0]), run.device)
-        wrong = [feature for feature in self.include if not 0 <= feature < sae.d_sae]
-        if wrong:
-            raise UserError(f"visuals: include: feature {wrong[0]} is not among the {sae.d_sae} of {unit.label}")
-        n_patches = acts.grid[0] * acts.grid[1]
-        n_classes = len(acts.classes) if (acts.labels >= 0).any() else 0
-        return Job(unit, run.folder(unit), sae, self.top, n_patches, n_classes)
-
-    def _watch(self, jobs: Sequence["Job"], acts: Acts, examples: Array, run: Run) -> None:
-        """Feed the images to every SAE's tally, going on where an earlier run stopped."""
+    def _watch(self, jobs: Sequence["Job"], tokens: str, acts: Acts, examples: Array, run: Run) -> Iterator[Tally]:
+        """Feed the images to every SAE's tally, going on where an earlier run stopped; yield the tallies."""
+        saes = [open_sae(job.unit.needs[0].given["sae"], run.folder(job.unit.needs[0]), run.device) for job in jobs]
         tallies = [_begun(job, len(examples)) for job in jobs]
         first = min(tally.seen for tally in tallies)
         saving, telling = Clock(self.checkpoint_every), Clock(0.1)
-        for indices, x_epd in acts.read("patches", examples[first:], READ):
+        for indices, x_epd in acts.read(tokens, examples[first:], READ):
             first += len(indices)
             x_epd = x_epd.to(run.device)
-            for job, tally in zip(jobs, tallies, strict=True):
+            for sae, tally in zip(saes, tallies, strict=True):
                 if tally.seen < first:
-                    _feed(tally, job.sae, indices, acts.labels[indices], x_epd)
+                    _feed(tally, sae, indices, acts.labels[indices], x_epd)
             if saving.due():
                 for job, tally in zip(jobs, tallies, strict=True):
-                    write_atomically(job.folder / CHECKPOINT, save(tally.state()))
+                    sealed.write(job.folder / CHECKPOINT, tally.state())
                 saving.restart(self.checkpoint_every)
             if telling.due() or first == len(examples):
                 run.progress(first, len(examples), "images")
                 telling.restart(0.1)
-        for job, tally in zip(jobs, tallies, strict=True):
-            job.tally = tally
+        while tallies:
+            yield tallies.pop(0)  # one that is written down is let go
 
-    def _write(self, job: "Job", acts: Acts, gallery: "Gallery", run: Run) -> None:
+    def _write(self, job: "Job", tally: Tally, acts: Acts, gallery: "Gallery", run: Run) -> None:
         """Write tables, maps, pictures and sheets of a unit, and keep it."""
-        unit, tally = job.unit, job.tally
+        unit, on_patches = job.unit, _tokens(job.unit) == "patches"
         whose: dict[str, Any] = {"sae": unit.needs[0].address, "acts": unit.needs[1].address}
         found = Findings.of(tally, acts.labels)
         run.put(unit, "feature", **whose, **found.features)
-        run.put(unit, "top_example", **whose, **found.top)
+        run.put(unit, "top_example", **{**whose, **found.top, **({} if on_patches else {"token": None})})
         run.put(unit, "top_feature", **whose, **tally.top_features())
         run.put(unit, "class_feature", **whose, **tally.class_features())
         write_atomically(job.folder / MAPS, save({"maps": tally.maps()}))
@@ -200,9 +200,11 @@ class Visuals(StageConfig):
         shown = found.top["example"][np.isin(found.top["feature"], chosen)]
         views = pictures.read(job.folder / PICTURES, np.unique(shown).tolist())
         for i, feature in enumerate(chosen):
-            drawn = self._sheet(feature, found, acts, views)
+            drawn = self._sheet(feature, found, acts, views, on_patches)
             # Not forced to the disk one by one: an interrupted run draws them all again.
-            (job.folder / "features" / f"{feature}.png").write_bytes(pictures.png(drawn))
+            path = job.folder / "features" / f"{feature}.png"
+            with writing(path):
+                path.write_bytes(pictures.png(drawn))
             run.progress(i + 1, len(chosen), "sheets")
         measured = {"n_live": int((found.features["frequency"] > 0).sum()), "n_images": tally.seen}
         if job.n_classes:
@@ -210,19 +212,22 @@ class Visuals(StageConfig):
         run.log(unit, 0, **measured)
         run.keep(unit, without=[CHECKPOINT, PAIRS])
 
-    def _sheet(self, feature: int, found: "Findings", acts: Acts, views: Mapping[int, "Image"]) -> "Image":
+    def _sheet(
+        self, feature: int, found: "Findings", acts: Acts, views: Mapping[int, "Image"], on_patches: bool
+    ) -> "Image":
         """Draw the contact sheet of a feature."""
         rows = found.top["feature"] == feature
         examples = found.top["example"][rows].tolist()
         tiles = [
             Tile(
                 views[example],
-                found.maps_stp[feature, rank].reshape(acts.grid),
+                pictures.on_grid(found.maps_stp[feature, rank], acts.grid),
                 acts.classes[acts.labels[example]] if acts.labels[example] >= 0 else acts.keys[example],
             )
             for rank, example in enumerate(examples)
         ]
-        said = [f"fires on {percent(found.features['frequency'][feature])} of patches"]
+        share = percent(found.features["frequency"][feature])
+        said = [f"fires on {share} of {'patches' if on_patches else 'images'}"]
         if found.share_s[feature] > 0:
             n, name = round(found.share_s[feature] * self.top), acts.classes[found.label_s[feature]]
             said.append(f"{n} of {len(tiles)} images: {name}")
@@ -242,20 +247,39 @@ class Visuals(StageConfig):
         return sorted({*self.include, *lot[: self.n_features].tolist()})
 
 
-class Job:
-    """One unit in the making."""
+class Job(NamedTuple):
+    """One unit in the making: what the pass over the images needs to know."""
 
-    tally: Tally
+    unit: Unit
+    folder: Path
+    top: int
+    n_patches: int
+    n_classes: int
 
-    def __init__(self, unit: Unit, folder: Path, sae: Sae, top: int, n_patches: int, n_classes: int) -> None:
-        """Hold what the pass over the images needs."""
-        self.unit, self.folder, self.sae = unit, folder, sae
-        self.top, self.n_patches, self.n_classes = top, n_patches, n_classes
+    @property
+    def d_sae(self) -> int:
+        """Of its SAE."""
+        return _d_sae(self.unit.needs[0])
 
     def bytes(self, n_images: int) -> int:
-        """Return about how much its tally will hold."""
-        maps = self.sae.d_sae * self.top * (4 * self.n_patches + 12)
-        return maps + 24 * self.n_classes * self.sae.d_sae + 12 * n_images * IMAGE_FEATURES + 8 * EXACT
+        """Return about how much its SAE and its tally will hold."""
+        d_model: int = self.unit.needs[1].given["backbone"].describe().d_model
+        maps = self.top * (4 * self.n_patches + 12)
+        return (
+            self.d_sae * (8 * d_model + maps + 24 * self.n_classes) + 12 * n_images * IMAGE_FEATURES + most(self.d_sae)
+        )
+
+
+def _d_sae(sae: Unit) -> int:
+    """Return how many features an SAE has."""
+    config: SaeConfig = sae.given["sae"]
+    backbone: BackboneInfo = sae.needs[0].given["backbone"].describe()
+    return config.expansion * backbone.d_model
+
+
+def _tokens(unit: Unit) -> str:
+    """Return the tokens that the SAE of a visuals unit was trained on: `patches` or `cls`."""
+    return str(unit.needs[0].content["tokens"])
 
 
 def _where(recording: Unit) -> tuple[Any, int]:
@@ -263,11 +287,11 @@ def _where(recording: Unit) -> tuple[Any, int]:
     return recording.content["backbone"], recording.content["layer"]
 
 
-def _fitting(jobs: Sequence[Job], n_images: int) -> Iterator[list[Job]]:
+def _fitting(jobs: Sequence[Job], n_images: int, memory: float) -> Iterator[list[Job]]:
     """Yield jobs in groups that fit in memory together, at least one at a time."""
     group: list[Job] = []
     for job in jobs:
-        if group and sum(one.bytes(n_images) for one in [*group, job]) > TOGETHER:
+        if group and sum(one.bytes(n_images) for one in [*group, job]) > memory:
             yield group
             group = []
         group.append(job)
@@ -275,18 +299,19 @@ def _fitting(jobs: Sequence[Job], n_images: int) -> Iterator[list[Job]]:
 
 
 def _begun(job: Job, n_images: int) -> Tally:
-    """Return the tally that an interrupted run left in the unit's folder, or a fresh one."""
-    sizes = job.sae.d_sae, job.n_patches, job.n_classes, job.top, job.folder / PAIRS
-    path = job.folder / CHECKPOINT
-    if not path.exists():
-        return Tally(*sizes)
+    """Return the tally that an interrupted run left whole in the unit's folder, or a fresh one."""
+    sizes = job.d_sae, job.n_patches, job.n_classes, job.top
+
+    def check(state: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
+        check_state(state, *sizes)
+        files.number(int(state["seen"]), 0, n_images, "seen")
+
+    found = sealed.read(job.folder / CHECKPOINT, check)
     try:
-        state, _ = files.read(path)
-        tally = Tally(*sizes, state)
-        files.number(tally.seen, 0, n_images, "seen")
-        return tally
+        return Tally(*sizes, job.folder / PAIRS, found[0] if found else None)
     except ValueError as error:
-        raise UserError(f"{path}: cannot be read ({error}); delete {path.parent} to begin anew") from error
+        log.warning(str(error))
+        return Tally(*sizes, job.folder / PAIRS)
 
 
 @torch.no_grad()
@@ -341,20 +366,20 @@ def percent(share: float) -> str:
 class Gallery:
     """The images of a recording as its model saw them, opened when first asked for."""
 
-    def __init__(self, recording: Unit, run: Run) -> None:
-        """Open nothing yet."""
+    def __init__(self, recording: Unit, keys: Sequence[str], run: Run) -> None:
+        """Open nothing yet; `keys` are those of the images when they were recorded."""
         self._backbone_config: BackboneConfig = recording.given["backbone"]
         self._dataset_config: DatasetConfig = recording.given["dataset"]
-        self._run = run
+        self._keys, self._run = keys, run
         self._parts: tuple[Backbone, Dataset] | None = None
         # The SAEs of a sweep share many of their top images.
         self._png = lru_cache(maxsize=4096)(self._drawn)
 
     def _drawn(self, example: int) -> bytes:
         if self._parts is None:
-            self._parts = self._backbone_config.build("cpu"), self._dataset_config.build(self._run.base)
+            self._parts = self._backbone_config.build("cpu"), self._dataset_config.open(self._run.base)
         backbone, dataset = self._parts
-        return pictures.png(backbone.view(dataset[example].load()).convert("RGB"))
+        return pictures.png(backbone.view(again(dataset, example, self._keys[example])).convert("RGB"))
 
     def write(self, path: Path, unit: Unit, examples: Array) -> None:
         """Write the views of some images as a parquet file (unit, example, png), few of them in memory at a time."""
@@ -363,7 +388,7 @@ class Gallery:
         work = path.with_suffix(".part")
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
-        with duckdb.connect(str(work / "picture.duckdb")) as db:
+        with writing(path), duckdb.connect(str(work / "picture.duckdb")) as db:
             db.execute("CREATE TABLE picture (unit TEXT, example INTEGER, png BLOB)")
             for first in range(0, len(examples), 1024):
                 some = examples[first : first + 1024]

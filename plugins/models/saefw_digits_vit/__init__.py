@@ -29,7 +29,7 @@ class DigitsVit(BackboneConfig):
         """Say its shapes, as `weights.json` holds them."""
         given = _about()["architecture"]
         side = given["img_size"] // given["patch_size"]
-        return BackboneInfo(given["embed_dim"], given["depth"], (side, side), int(given["class_token"]))
+        return BackboneInfo(given["embed_dim"], given["depth"], (side, side), ("cls",), given["embed_dim"])
 
     def build(self, device: str) -> "DigitsVitBackbone":
         """Load timm's VisionTransformer with the weights of the package."""
@@ -81,9 +81,14 @@ class DigitsVitBackbone(Backbone):
         tokens: Tensor = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
         return tokens
 
+    def embedding(self, tokens: Tensor) -> Tensor:
+        """Return [CLS] after the final norm, [batch, d_model]."""
+        pooled: Tensor = self._model.forward_head(self._model.norm(tokens), pre_logits=True)
+        return pooled
+
     def classify(self, images: Tensor) -> Tensor:
         """Return the logits [batch, class] of the head that it was trained with."""
-        logits: Tensor = self._model.forward_head(self._model.norm(self(images)))
+        logits: Tensor = self._model.head(self.embedding(self(images)))
         return logits
 
 

@@ -1,0 +1,134 @@
+"""Runs images through a backbone, as many at a time as the device takes.
+
+Shapes: b batch, t n_tokens, d d_model; `tokens_btd` has shape [b, t, d].
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from saefw.blocks import outputs
+from saefw.errors import UserError
+from saefw.plugin import Backbone
+
+log = logging.getLogger("saefw")
+
+ON_CPU = 64
+"""Images at a time on a CPU, where more are no faster."""
+
+FIRST, MOST = 32, 1024
+"""The fewest and the most images at a time that are tried on a GPU, unless the fewest are too many for it."""
+
+GAIN = 1.05
+"""How much faster twice as many images must be to be worth their memory."""
+
+
+class Forward:
+    """A backbone on a device, watched after some blocks."""
+
+    def __init__(
+        self, backbone: Backbone, layers: Iterable[int], device: str, precision: str, batch_size: int | None
+    ) -> None:
+        """Find the batch size, if none is given.
+
+        Args:
+            backbone: in eval mode, on the device.
+            layers: numbers of blocks, as `blocks.resolve` returns them.
+            device: `cpu`, `cuda:1`, ...
+            precision: of the matrix products: float32, or float16 or bfloat16 by autocast.
+            batch_size: images at a time; None: as many as are fastest.
+
+        Raises:
+            UserError: not even one image fits.
+
+        """
+        from PIL.Image import new
+
+        self.backbone, self.layers, self.device = backbone, list(layers), device
+        self.dtype: torch.dtype = getattr(torch, precision)
+        self.blank = backbone.prepare(new("RGB", (256, 256)))
+        """A prepared image without anything on it, to stand for one that cannot be read."""
+        self.batch_size = batch_size or (ON_CPU if device == "cpu" else fastest(self._seconds))
+
+    def outputs(self, images: Sequence[Tensor]) -> Iterator[dict[int, Tensor]]:
+        """Yield the outputs [b, t, d] of the blocks by layer, for one batch of the images after the other.
+
+        Where a batch is too large for the device's memory, this and later ones are halved.
+
+        Args:
+            images: prepared, each float32 [3, height, width].
+
+        Raises:
+            UserError: not even one image fits.
+
+        """
+        start = 0
+        while start < len(images):
+            try:
+                found = self._run(images[start : start + self.batch_size])
+            except RuntimeError as error:
+                self.batch_size = _halved(self.batch_size, error)
+                log.warning("%s is out of memory; going on with %d images at a time", self.device, self.batch_size)
+                continue
+            yield found
+            start += self.batch_size
+
+    def _run(self, images: Sequence[Tensor]) -> dict[int, Tensor]:
+        kind, reduced = self.device.partition(":")[0], self.dtype != torch.float32
+        with torch.inference_mode(), torch.autocast(kind, self.dtype, enabled=reduced):
+            return outputs(self.backbone, torch.stack(list(images)).to(self.device), self.layers)
+
+    def _seconds(self, n: int) -> float:
+        """Return how long `n` images take, with what comes out brought to the CPU."""
+        start = math.nan
+        for _ in range(2):  # the first time kernels are chosen
+            start = perf_counter()
+            for tokens_btd in self._run([self.blank] * n).values():
+                tokens_btd.cpu()
+        return perf_counter() - start
+
+
+def fastest(seconds: Callable[[int], float]) -> int:
+    """Return how many images at a time take the least time each.
+
+    Doubles from FIRST until memory runs out, it gets no faster, or MOST is reached; where FIRST are too many, halves.
+
+    Args:
+        seconds: runs so many images and returns how long that took.
+
+    Raises:
+        UserError: not even one image fits.
+
+    """
+    best, least = 0, math.inf
+    n = FIRST
+    while n <= MOST:
+        try:
+            each = seconds(n) / n
+        except RuntimeError as error:
+            half = _halved(n, error)
+            if best:
+                break
+            n = half
+            continue
+        if each * GAIN > least:
+            break
+        best, least = n, each
+        if n < FIRST:  # twice as many did not fit
+            break
+        n *= 2
+    return best
+
+
+def _halved(n: int, error: RuntimeError) -> int:
+    """Return half of a batch size that was too large; an error that says something else is raised again."""
+    # On Apple's GPUs torch raises a plain RuntimeError.
+    if not isinstance(error, torch.OutOfMemoryError) and "MPS backend out of memory" not in str(error):
+        raise error
+    if n == 1:
+        raise UserError("not even one image fits into the memory of the device; try device: cpu") from error
+    return n // 2

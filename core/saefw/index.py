@@ -1,0 +1,320 @@
+"""The index of a store: every table of every kept unit, in DuckDB.
+
+It is only ever replaced whole, so a reader neither waits for a run nor delays one. A unit whose tables are damaged is
+left out of it. A damaged index costs nothing: it is made anew from the folders.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from hashlib import sha256
+from importlib.resources import files
+from pathlib import Path
+
+import duckdb
+
+from saefw.care import MADE, PART, REFUSED, Damage, damages, writing
+from saefw.errors import UserError
+from saefw.unit import canonical
+
+INDEX = "saefw.duckdb"
+STORAGE = "v1.2.0"
+"""DuckDB's storage version of the index: one that DuckDB 1.2 and newer can open."""
+
+log = logging.getLogger("saefw")
+
+
+class BrokenIndex(UserError):
+    """The index turned out to be damaged while it was read."""
+
+
+def schema() -> str:
+    """Return the SQL that makes the tables and views."""
+    return files("saefw").joinpath("schema.sql").read_text()
+
+
+@cache
+def types() -> dict[str, dict[str, str]]:
+    """Return each table of the schema, with its columns and their types, both in the schema's order."""
+    found: dict[str, dict[str, str]] = {}
+    with duckdb.connect() as db:
+        db.execute(schema())
+        for table, column, kind in db.execute(
+            "SELECT table_name, column_name, data_type FROM duckdb_columns() SEMI JOIN duckdb_tables()"
+            " USING (table_name) ORDER BY table_oid, column_index"
+        ).fetchall():
+            found.setdefault(table, {})[column] = kind
+    return found
+
+
+class Index:
+    """The kept units of a folder, and the database of all their tables."""
+
+    def __init__(self, root: Path) -> None:
+        """Use the folder `root`; nothing is made."""
+        self.root = root
+        self._seen: object = None
+        """The version of the index that was last found in line with the folders, and their addresses."""
+        self._broken: dict[Path, tuple[object, list[Damage]]] = {}
+        """Kept units found damaged, by folder: the version of their made.json, and what is wrong."""
+
+    def kept(self) -> dict[str, Path]:
+        """Return every kept unit's folder, by address."""
+        return {
+            path.parent.name: path.parent for path in sorted(self.root.glob(f"*/*/{MADE}")) if not path.parent.suffix
+        }
+
+    def mark(self, folder: Path, damage: Sequence[Damage]) -> None:
+        """Remember what is damaged of a kept unit: from now on it counts as missing."""
+        self._broken[folder] = _version(folder / MADE), list(damage)
+
+    def damage(self, folder: Path) -> list[Damage]:
+        """Return what was found damaged of a kept unit, if it was neither set back nor made again since."""
+        version, found = self._broken.get(folder, (None, []))
+        return found if found and version == _version(folder / MADE) else []
+
+    def broken(self) -> dict[Path, list[Damage]]:
+        """Return what was found damaged, by the folder of the unit."""
+        return {folder: found for folder in self._broken if (found := self.damage(folder))}
+
+    def sync(self) -> int:
+        """Bring the index in line with the folders; return how many units were added or dropped.
+
+        Writes nothing if there is nothing to do, so a store that is read-only may be read. Units whose tables are
+        damaged are left out, and are in `broken` from then on.
+
+        Raises:
+            OSError: the index cannot be written.
+
+        """
+        path, kept = self.root / INDEX, self.kept()
+        if not self.root.is_dir() or self._seen == (_version(path), kept.keys()):
+            return 0
+        try:
+            with duckdb.connect(local(path), read_only=True) as db:
+                current = db.execute("SELECT comment FROM duckdb_views() WHERE view_name = 'final'").fetchone()
+                indexed = {row[0] for row in db.execute("SELECT unit FROM unit").fetchall()}
+            whole = current == (_schema_mark(),)
+        except duckdb.Error:
+            if path.exists():
+                log.warning("%s: cannot be read; made anew from the folders of the units", path)
+            whole, indexed = False, set()
+        if not whole:
+            return self.rebuild()
+        new = self._sound({address: folder for address, folder in kept.items() if address not in indexed})
+        gone = sorted(indexed - set(kept))
+        if new or gone:
+            return self.index(new, gone)
+        # Opening an index costs more than looking whether it is still the same one.
+        self._seen = _version(path), kept.keys()
+        return 0
+
+    def rebuild(self) -> int:
+        """Make the index anew from the parquet in the unit folders; return how many units are in it.
+
+        Raises:
+            OSError: the index cannot be written.
+
+        """
+        return self.index({}, afresh=True)
+
+    def index(self, new: Mapping[str, Path], gone: Iterable[str] = (), afresh: bool = False) -> int:
+        """Publish an index with the rows of some units added (again) and of others dropped.
+
+        Works on a copy that then replaces `saefw.duckdb`. With `afresh` the copy starts empty and takes in every
+        kept unit. Returns how many units were added or dropped.
+
+        Raises:
+            OSError: the index cannot be written; the old one stays.
+
+        """
+        path, copy = self.root / INDEX, self.root / f".{INDEX}{PART}"
+        gone = list(gone)
+        with self._flock(self.root / "locks" / "index"), writing(path):
+            try:
+                return self._publish(path, copy, new, gone, afresh or not path.exists())
+            except duckdb.Error as error:
+                if afresh or any(os.strerror(number) in str(error) for number in REFUSED):
+                    raise
+                log.warning("%s: damaged; made anew from the folders of the units", path)
+                return self._publish(path, copy, {}, [], afresh=True)
+            finally:
+                _clear(copy)
+
+    def _publish(self, path: Path, copy: Path, new: Mapping[str, Path], gone: Sequence[str], afresh: bool) -> int:
+        _clear(copy)
+        if afresh:
+            # Listed under the lock: what another run publishes while we wait for it must not get lost.
+            new = self._sound(self.kept())
+            _empty(copy)
+        else:
+            shutil.copyfile(path, copy)
+        with duckdb.connect(local(copy)) as db:
+            db.execute("BEGIN")
+            for table in types():
+                db.execute(f'DELETE FROM "{table}" WHERE list_contains(?, unit)', [[*new, *gone]])
+            db.execute("COMMIT")
+            added = sum(self._insert(db, folder) for folder in new.values())
+            db.execute("CHECKPOINT")
+        # Left by somebody who opened the index to write: it would be played back onto the new one.
+        path.with_name(f"{INDEX}.wal").unlink(missing_ok=True)
+        copy.replace(path)
+        return added + len(gone)
+
+    def _sound(self, units: Mapping[str, Path]) -> dict[str, Path]:
+        """Return the units whose tables are what they were when they were made; the others are marked."""
+        names, sound = {"unit.json", *(f"{table}.parquet" for table in types())}, {}
+        for address, folder in units.items():
+            if self.damage(folder):
+                continue
+            if damage := list(damages(folder, names)):
+                self.mark(folder, damage)
+            else:
+                sound[address] = folder
+        return sound
+
+    def _insert(self, db: duckdb.DuckDBPyConnection, folder: Path) -> bool:
+        """Insert all rows of a unit; if it says nothing that can be inserted, mark it, insert none and return False."""
+        path = folder / "unit.json"
+        db.execute("BEGIN")
+        try:
+            unit = json.loads(path.read_text())
+            stage, content, needs = unit["stage"], canonical(unit["content"]), list(dict.fromkeys(unit["needs"]))
+            path = folder / MADE
+            made = json.loads(path.read_text())
+            db.execute(
+                "INSERT INTO unit VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [
+                    folder.name, stage, made["label"], content,
+                    json.dumps(made["made_with"]), made["made_at"], made["seconds"],
+                ],
+            )  # fmt: skip
+            for need in needs:
+                db.execute("INSERT INTO need VALUES (?, ?)", [folder.name, need])
+            for table in types():
+                path = folder / f"{table}.parquet"
+                if path.exists():
+                    db.execute(f'INSERT INTO "{table}" BY NAME SELECT * FROM read_parquet(?)', [str(path)])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, duckdb.Error) as error:
+            db.execute("ROLLBACK")
+            if any(os.strerror(number) in str(error) for number in REFUSED):
+                raise
+            self.mark(folder, [Damage(path, (str(error) or type(error).__name__).splitlines()[0])])
+            return False
+        db.execute("COMMIT")
+        return True
+
+    @contextmanager
+    def db(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """Open the index to read, as it was last published; a run may replace it meanwhile.
+
+        Raises:
+            UserError: there is none.
+            BrokenIndex: it is damaged; DuckDB notices that only where it reads.
+
+        """
+        path = self.root / INDEX
+        if not path.exists():
+            raise UserError(f"{path}: there is no index yet; `saefw run` makes one, `saefw index` rebuilds it")
+        try:
+            with duckdb.connect(local(path), read_only=True) as db:
+                yield db
+        except duckdb.Error as error:
+            # A block that fails its checksum raises the plain class.
+            kinds = duckdb.IOException, duckdb.InternalException, duckdb.FatalException, duckdb.SerializationException
+            if (type(error) is duckdb.Error or isinstance(error, kinds)) and not self.whole():
+                text = f"{path}: damaged; `saefw index` makes it anew from the folders of the units"
+                raise BrokenIndex(text) from error
+            raise
+
+    def whole(self) -> bool:
+        """Whether every block of the index that holds rows can be read."""
+        try:
+            with duckdb.connect(local(self.root / INDEX), read_only=True) as db:
+                for table in types():
+                    db.execute(f'SELECT max(hash(COLUMNS(*))) FROM "{table}"').fetchall()
+        except duckdb.Error:
+            return False
+        return True
+
+    def drop(self) -> None:
+        """Remove the index, so that the next run makes it anew.
+
+        Raises:
+            OSError: it cannot be removed.
+
+        """
+        with self._flock(self.root / "locks" / "index"):
+            (self.root / INDEX).unlink(missing_ok=True)
+
+    @contextmanager
+    def _flock(self, path: Path, waiting: Callable[[str], None] = lambda holder: None) -> Iterator[None]:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+b", buffering=0)
+        except OSError as error:
+            raise refused(path, error) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                waiting(file.read().decode(errors="replace").strip() or "another run")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            with writing(path):
+                file.seek(0)
+                file.truncate()
+                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            yield
+
+
+def refused(path: Path, error: OSError) -> Exception:
+    """Return what to raise where a file cannot be made: a full disk is said in one way everywhere."""
+    return error if error.errno in REFUSED else UserError(f"{path}: cannot write there ({error.strerror})")
+
+
+def local(path: Path) -> str:
+    """Return a path that DuckDB takes for one: `md:x` is a service to it."""
+    return str(path.absolute())
+
+
+def quoted(path: Path) -> str:
+    """Return a path as it stands between quotes in SQL."""
+    return local(path).replace("'", "''")
+
+
+def _clear(copy: Path) -> None:
+    """Remove what is left of an index in the making: the file, and what DuckDB puts beside it."""
+    for stale in copy.parent.glob(f"{copy.name}*"):
+        if stale.is_dir():
+            shutil.rmtree(stale)
+        else:
+            stale.unlink()
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """Tell one published file from the next."""
+    try:
+        facts = path.stat()
+    except FileNotFoundError:
+        return None
+    return facts.st_ino, facts.st_mtime_ns
+
+
+def _empty(path: Path) -> None:
+    with duckdb.connect() as db:
+        db.execute(f"ATTACH '{quoted(path)}' AS made (STORAGE_VERSION '{STORAGE}')")
+        db.execute("USE made")
+        db.execute(schema())
+        db.execute(f"COMMENT ON VIEW final IS '{_schema_mark()}'")
+
+
+def _schema_mark() -> str:
+    """Tell one version of the schema from another: an index made with another is rebuilt."""
+    return f"newest value of each metric; schema {sha256(schema().encode()).hexdigest()[:12]}"
