@@ -62,7 +62,7 @@ def read(path: Path, form: Form | Check) -> tuple[dict[str, Tensor], dict[str, A
         else:
             files.check(tensors, form)
         whole = header["seal"] == _seal(tensors, about)
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, RecursionError):
         whole = False
     if not whole:
         log.warning("%s: damaged; it is not used, and what it held is made again", path)
