@@ -10,7 +10,7 @@ TOP = Path(__file__).parents[1]
 
 FLOORS = (
     ("saefw",),
-    ("care", "errors", "images", "moments", "sae", "splits", "unit", "vision"),
+    ("care", "errors", "images", "moments", "sae", "splits", "tensors", "unit", "vision"),
     ("archives", "entry", "fetch", "imagesets", "index", "pictures", "places", "sealed", "stream", "style", "wording"),
     ("shards", "store"),
     ("run",),

@@ -20,7 +20,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import saefw
-from saefw.errors import UserError, did_you_mean
+from saefw.errors import UserError, did_you_mean, escaped
 
 if TYPE_CHECKING:
     from saefw.catalog import Catalog
@@ -136,7 +136,7 @@ class Commands(TyperGroup):
                 print(said(), file=sys.stderr)
                 raise typer.Exit(130) from error
             if isinstance(error, UserError):
-                print(error, file=sys.stderr)
+                print("\n".join(map(escaped, str(error).split("\n"))), file=sys.stderr)
                 raise typer.Exit(1) from error
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
                 print(f"{error.filename or 'writing'}: {error.strerror}; {KEPT}", file=sys.stderr)
@@ -282,9 +282,10 @@ def _duplicates(registry: "Registry", printer: "Printer") -> int:
             printer.close()
         found = seen.across()
         for copies in found:
-            print(f"{member.label}: one picture in {', '.join(f'{copy.key} ({copy.split})' for copy in copies)}")
+            same = ", ".join(f"{copy.key} ({copy.split})" for copy in copies)
+            print(escaped(f"{member.label}: one picture in {same}"))
         for text in seen.unread:
-            print(f"{member.label}: {text}")
+            print(escaped(f"{member.label}: {text}"))
         print(f"{member.label}: {len(dataset):,} images, {len(found):,} in more than one split")
         total += len(found)
     return total
@@ -449,7 +450,7 @@ def _damaged(store: "Store") -> None:
     from saefw.care import said
 
     for damage in store.broken().values():
-        print(f"{said(damage)}; its unit counts as missing", file=sys.stderr)
+        print(escaped(f"{said(damage)}; its unit counts as missing"), file=sys.stderr)
 
 
 def _other(registry: Path) -> str:

@@ -133,7 +133,8 @@ def disk(registry: Registry, run: Run, planned: StagePlan) -> dict[Unit, int]:
     if not planned.missing:
         return {}
     _, members = _list(registry, planned.name, run)
-    return {unit: stage.disk(unit, run) for stage, units in members for unit in units if unit in set(planned.missing)}
+    missing = set(planned.missing)
+    return {unit: stage.disk(unit, run) for stage, units in members for unit in units if unit in missing}
 
 
 def run(
