@@ -3,9 +3,9 @@
 Shapes: n tokens, d d_model, c classes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -161,7 +161,13 @@ def _fitted(run: Run, kind: type[ProbeConfig], units: Sequence[Unit], task: Task
     """
     members, path = [unit.given["probe"] for unit in units], run.folder(units[-1]) / FITTED
     probes = [config.build(task) for config in members]
-    stored = sealed.read(path, files.form(_states(units, probes)))
+    form = files.form(_states(units, probes))
+
+    def check(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        # With those that are kept by now.
+        files.check({name: tensor for name, tensor in tensors.items() if name in form}, form)
+
+    stored = sealed.read(path, check)
     if stored is None:
         probes = kind.fit_many(
             members, task, train.x_nd, train.y_n, lambda done, total: run.progress(done, total, "steps")
