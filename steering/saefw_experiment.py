@@ -3,7 +3,6 @@
 Shapes: p patches, s d_sae, c classes; images one at a time.
 """
 
-import json
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,9 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from saefw import pictures, pipeline, registry
+from saefw import pictures, pipeline, registry, tensors
 from saefw.catalog import Catalog
 from saefw.controls import strongest
+from saefw.errors import escaped
 from saefw.originals import again
 from saefw.plugin import Entry, Run, Unit, UserError, settings
 from saefw.shards import Acts
@@ -144,7 +144,9 @@ class Experiment:
         self.counted = "images" if sae.content["tokens"] == "cls" else "patches"
         self.place, self.mode = str(unit.content["place"]), str(unit.content["mode"])
         self.amounts = [float(amount) for amount in unit.content["amounts"]]
-        self.classes, self.labels, self.keys = self.acts.classes, self.acts.labels, self.acts.keys
+        # Escaped as for any other eye: HTML would show an override of the direction of writing by obeying it.
+        self.classes, self.keys = list(map(escaped, self.acts.classes)), list(map(escaped, self.acts.keys))
+        self.labels = self.acts.labels
         self.steering = Steering(
             recording.given["backbone"].build(run.device),
             open_sae(sae.given["sae"], run.folder(sae), run.device),
@@ -161,7 +163,7 @@ class Experiment:
         self.predicted = _predicted(probe, run)
         self.title, self.subtitle = _title(unit, run, self.acts.layer)
         self._by_effect_cf = self._by_effect(run.folder(unit))
-        self.first = _first(run.folder(unit), self.classes)
+        self.first = _first(run.folder(unit), self.acts.classes)
         self.top = int(classes.content["top"])
         self.seen = lru_cache(maxsize=32)(self._seen)
         self.view = lru_cache(maxsize=32)(self._view)
@@ -210,18 +212,14 @@ class Experiment:
         )
 
     def _view(self, example: int) -> "Image":
-        image = again(self._images, example, self.keys[example])
+        image = again(self._images, example, self.acts.keys[example])
         return self.steering.backbone.view(image).convert("RGB")
 
     def _thumbnails(self, feature: int) -> list[tuple[str, int]]:
         """Return the feature's top images with its patches lit, as data URIs, and which they are."""
-        from safetensors import safe_open
-
         examples = self.about[feature].top[:THUMBNAILS].tolist()
         views = pictures.read(self._looks / PICTURES, examples)
-        with safe_open(self._looks / MAPS, "np") as file:
-            maps_tp = file.get_slice("maps")[feature]
-        grid = self.acts.grid
+        maps_tp, grid = pictures.maps(self._looks / MAPS, feature), self.acts.grid
         lit = [pictures.lit(views[e], pictures.on_grid(maps_tp[i], grid), SIDE) for i, e in enumerate(examples)]
         return [
             ("data:image/png;base64," + b64encode(pictures.png(x)).decode(), e)
@@ -229,9 +227,15 @@ class Experiment:
         ]
 
     def _by_effect(self, folder: Path) -> Ints:
-        from safetensors.torch import load_file
-
-        gradient_cd = load_file(folder / GRADIENT)["gradient"]
+        form: tensors.Form = {"gradient": (torch.float64, (len(self.classes), self.acts.d_model))}
+        try:
+            found, _ = tensors.read(folder / GRADIENT)
+            tensors.check(found, form)
+        except ValueError as error:
+            raise UserError(
+                f"{folder / GRADIENT}: cannot be read ({error}); delete {folder} to make it again"
+            ) from error
+        gradient_cd = found["gradient"]
         frequency_s, p99_s = np.zeros(self.steering.sae.d_sae), np.zeros(self.steering.sae.d_sae)
         for s, about in self.about.items():
             frequency_s[s], p99_s[s] = about.frequency, about.p99
@@ -320,11 +324,14 @@ def _first(folder: Path, classes: Sequence[str]) -> First | None:
     path = folder / "first.json"
     if not path.exists():
         return None
-    told = json.loads(path.read_text())
-    return First(
-        int(told["example"]),
-        classes.index(told["from"]),
-        classes.index(told["to"]),
-        [int(feature) for feature in told["features"]],
-        float(told["amount"]),
-    )
+    try:
+        told = tensors.parsed(path.read_text())
+        return First(
+            int(told["example"]),
+            classes.index(told["from"]),
+            classes.index(told["to"]),
+            [int(feature) for feature in told["features"]],
+            float(told["amount"]),
+        )
+    except (OSError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete {folder} to make it again") from error

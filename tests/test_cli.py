@@ -381,7 +381,7 @@ def test_stopped_in_an_import_that_catches_everything(saefw: Saefw) -> None:
 def test_stopped_in_a_long_query(saefw: Saefw) -> None:
     """No Python code runs then, so no handler of a signal does."""
     saefw("run", "--stage", "numbers")
-    code = "import saefw.cli as c; c.GRACE = 0.1; print('go', flush=True); c.main()"
+    code = "import saefw.cli as c, saefw.commands as d; d.GRACE = 0.1; print('go', flush=True); c.main()"
     query = "SELECT sum(a.range * b.range) FROM range(1000000) a, range(100000) b"
     with subprocess.Popen(
         [sys.executable, "-c", code, "sql", query], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

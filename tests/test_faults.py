@@ -401,7 +401,7 @@ def fill(path: Path, pages: int) -> None:
     ("missing", "stage", "free", "named"),
     [
         ("record", "acts", [0, 3, 9, 300], {"locks/*", "unit.json", "acts-*.safetensors", "saefw.duckdb"}),
-        ("train", "sweep", [4, 6, 8], {"checkpoint.safetensors", "sae.safetensors", "*.parquet"}),
+        ("train", "sweep", [4, 5, 6, 8], {"checkpoint.safetensors", "sae.safetensors", "*.parquet"}),
         ("visuals", "visuals", [4, 12, 28], {"pairs.bin", "top_*.parquet", "picture.parquet"}),
         ("draw", "figures", [4, 300], {"pareto.*", "saefw.duckdb"}),
     ],

@@ -10,8 +10,21 @@ TOP = Path(__file__).parents[1]
 
 FLOORS = (
     ("saefw",),
-    ("care", "errors", "images", "moments", "sae", "splits", "unit", "vision"),
-    ("archives", "entry", "fetch", "imagesets", "index", "pictures", "places", "sealed", "stream", "style", "wording"),
+    ("care", "errors", "images", "moments", "sae", "splits", "tensors", "unit", "vision"),
+    (
+        "archives",
+        "commands",
+        "entry",
+        "fetch",
+        "imagesets",
+        "index",
+        "pictures",
+        "places",
+        "sealed",
+        "stream",
+        "style",
+        "wording",
+    ),
     ("shards", "store"),
     ("run",),
     ("plugin",),

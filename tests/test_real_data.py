@@ -5,7 +5,7 @@ Where it is not set, or the folder is not there, these tests say so and are skip
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saefw.plugin import Backbone, Place, open_image
 
-BATCH = 50
+BATCH = 10
 
 
 @pytest.fixture(scope="module")
@@ -29,20 +29,19 @@ def data() -> Path:
     return folder
 
 
-def batches(backbone: Backbone, files: Sequence[Path]) -> Iterator[Tensor]:
-    """Yield the images of some files, prepared, [b, 3, height, width]; threads decode the next batch meanwhile."""
-
-    def load(some: Sequence[Path]) -> Tensor:
-        return torch.stack([backbone.prepare(open_image(file)) for file in some])
-
-    with ThreadPoolExecutor(2) as pool:
-        yield from pool.map(load, (files[start : start + BATCH] for start in range(0, len(files), BATCH)))
-
-
 def run(backbone: Backbone, files: Sequence[Path], read: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return what `read` makes of the last block's output, for every file, [file, ...]."""
-    with torch.inference_mode():
-        return torch.cat([read(backbone(images)) for images in batches(backbone, files)])
+    """Return what `read` makes of the last block's output, for every file, [file, ...]; threads decode the images."""
+
+    def prepared(file: Path) -> Tensor:
+        return backbone.prepare(open_image(file))
+
+    with ThreadPoolExecutor(2) as pool, torch.inference_mode():
+        return torch.cat(
+            [
+                read(backbone(torch.stack(list(pool.map(prepared, files[start : start + BATCH])))))
+                for start in range(0, len(files), BATCH)
+            ]
+        )
 
 
 def imagenet(data: Path) -> list[Path]:

@@ -206,7 +206,7 @@ def test_an_image_that_is_gone_is_told_in_its_place(visitor: Visitor, monkeypatc
     monkeypatch.setattr(tiny.TinyImages, "image", gone)
     visitor.press("next")
     key = escape(visitor.experiment.keys[int(visitor["image"].value)])
-    assert f"image '{key}' cannot be read (no &lt;such&gt; file)".replace("'", "&#x27;") in visitor.html()
+    assert f"image '{key}' cannot be read (it is missing)".replace("'", "&#x27;") in visitor.html()
     before, after = visitor.bars()
     assert np.array_equal(before, after) and before.sum() == pytest.approx(1)
     monkeypatch.undo()

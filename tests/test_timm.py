@@ -156,6 +156,13 @@ def test_describe_knows_the_full_sizes() -> None:
     assert Timm(model="vit_base_patch16_224", img_size=(384, 160)).describe().grid == (24, 10)
 
 
+def test_a_patch_that_does_not_divide_the_image_leaves_out_its_edge() -> None:
+    backbone = Shrunk(model="vit_so400m_patch14_siglip_384").build("cpu")
+    assert backbone.info.grid == (27, 27)
+    images = torch.randn(1, 3, 384, 384)
+    assert torch.equal(backbone._model.norm(backbone(images)), backbone._model.forward_features(images))
+
+
 @pytest.mark.slow
 def test_all_that_the_modules_hold_are_stacks() -> None:
     timm = saefw_timm._timm()

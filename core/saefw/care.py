@@ -120,12 +120,13 @@ def listed(folder: Path) -> dict[str, tuple[int, str]]:
     try:
         for name, facts in json.loads((folder / MADE).read_bytes())["files"].items():
             place = PurePosixPath(name)
-            if place.is_absolute() or ".." in place.parts:
+            # Encoding refuses half characters, which no file name holds; neither does one hold a NUL.
+            if place.is_absolute() or ".." in place.parts or b"\0" in name.encode():
                 raise ValueError(name)
             files[name] = int(facts["bytes"]), str(facts["sha256"])
         if "unit.json" not in files:
             raise ValueError("unit.json")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError("does not list the files of its unit") from error
     return files
 
@@ -174,6 +175,8 @@ def _differs(path: Path, size: int, digest: str, told: Callable[[int], None]) ->
     """Say what is wrong with a file, or nothing."""
     try:
         found = path.stat().st_size
+        if not path.is_file():  # to open a pipe is to wait for whoever writes to it
+            return "is not a file"
         if found != size:
             return f"{found:,} bytes, not {size:,}"
         return "" if checksum(path, told) == digest else f"its SHA-256 is not the one in {MADE}"

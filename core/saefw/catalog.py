@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +25,7 @@ from saefw.plugin import (
     SaeConfig,
     StageConfig,
 )
+from saefw.unit import WORD
 
 GROUP = "saefw"
 """The entry-point group in which every plugin is found, built-in or not."""
@@ -42,9 +42,6 @@ BASES: Mapping[str, type[Entry]] = {
     "stages": StageConfig,
 }
 """What the hook `saefw_<kind>` brings: subclasses of this."""
-
-WORD = re.compile(r"[A-Za-z0-9_-]+")
-"""What a name is made of: letters, digits, - and _."""
 
 
 class Catalog:

@@ -58,14 +58,21 @@ class Place(str):
         """Return the path with variables and `~` expanded, relative to `base` or else to where it was read.
 
         Raises:
-            UserError: a variable in it is not set.
+            UserError: a variable in it is not set, or no path can be called so.
 
         """
         text = os.path.expandvars(os.path.expanduser(self))
         unset = re.search(r"\$(\w+|\{[^}]*\})", text)
         if unset:
             raise UserError(f"'{self}': the variable {unset.group(0)} is not set")
-        return (self.base if base is None else base) / text
+        path = (self.base if base is None else base) / text
+        try:
+            path.stat()
+        except FileNotFoundError:
+            pass  # That it is missing is for the one to say who needs it.
+        except (OSError, ValueError) as error:  # ValueError: a NUL, from a variable
+            raise UserError(f"'{self[:60]}': cannot be a path: {getattr(error, 'strerror', '') or error}") from None
+        return path
 
 
 class Entry(BaseModel):

@@ -140,13 +140,14 @@ def _told(folder: Path, file: str) -> dict[str, Any]:
     """Return what a file of a unit says; nothing if it cannot be read."""
     try:
         told = json.loads((folder / file).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return told if isinstance(told, dict) else {}
 
 
 def _needs(folder: Path) -> list[str]:
-    return list(_told(folder, "unit.json").get("needs", []))
+    needs = _told(folder, "unit.json").get("needs")
+    return [need for need in needs if isinstance(need, str)] if isinstance(needs, list) else []
 
 
 def _label(folder: Path) -> str:

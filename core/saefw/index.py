@@ -97,7 +97,7 @@ class Index:
         if not self.root.is_dir() or self._seen == (_version(path), kept.keys()):
             return 0
         try:
-            with duckdb.connect(str(path), read_only=True) as db:
+            with duckdb.connect(local(path), read_only=True) as db:
                 current = db.execute("SELECT comment FROM duckdb_views() WHERE view_name = 'final'").fetchone()
                 indexed = {row[0] for row in db.execute("SELECT unit FROM unit").fetchall()}
             whole = current == (_schema_mark(),)
@@ -155,7 +155,7 @@ class Index:
             _empty(copy)
         else:
             shutil.copyfile(path, copy)
-        with duckdb.connect(str(copy)) as db:
+        with duckdb.connect(local(copy)) as db:
             db.execute("BEGIN")
             for table in types():
                 db.execute(f'DELETE FROM "{table}" WHERE list_contains(?, unit)', [[*new, *gone]])
@@ -185,22 +185,23 @@ class Index:
         db.execute("BEGIN")
         try:
             unit = json.loads(path.read_text())
+            stage, content, needs = unit["stage"], canonical(unit["content"]), list(dict.fromkeys(unit["needs"]))
             path = folder / MADE
             made = json.loads(path.read_text())
             db.execute(
                 "INSERT INTO unit VALUES (?, ?, ?, ?, ?, ?, ?)",
                 [
-                    folder.name, unit["stage"], made["label"], canonical(unit["content"]),
+                    folder.name, stage, made["label"], content,
                     json.dumps(made["made_with"]), made["made_at"], made["seconds"],
                 ],
             )  # fmt: skip
-            for need in dict.fromkeys(unit["needs"]):
+            for need in needs:
                 db.execute("INSERT INTO need VALUES (?, ?)", [folder.name, need])
             for table in types():
                 path = folder / f"{table}.parquet"
                 if path.exists():
                     db.execute(f'INSERT INTO "{table}" BY NAME SELECT * FROM read_parquet(?)', [str(path)])
-        except (OSError, ValueError, KeyError, TypeError, duckdb.Error) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, duckdb.Error) as error:
             db.execute("ROLLBACK")
             if any(os.strerror(number) in str(error) for number in REFUSED):
                 raise
@@ -222,7 +223,7 @@ class Index:
         if not path.exists():
             raise UserError(f"{path}: there is no index yet; `saefw run` makes one, `saefw index` rebuilds it")
         try:
-            with duckdb.connect(str(path), read_only=True) as db:
+            with duckdb.connect(local(path), read_only=True) as db:
                 yield db
         except duckdb.Error as error:
             # A block that fails its checksum raises the plain class.
@@ -235,7 +236,7 @@ class Index:
     def whole(self) -> bool:
         """Whether every block of the index that holds rows can be read."""
         try:
-            with duckdb.connect(str(self.root / INDEX), read_only=True) as db:
+            with duckdb.connect(local(self.root / INDEX), read_only=True) as db:
                 for table in types():
                     db.execute(f'SELECT max(hash(COLUMNS(*))) FROM "{table}"').fetchall()
         except duckdb.Error:
@@ -264,7 +265,7 @@ class Index:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
-                waiting(file.read().decode().strip() or "another run")
+                waiting(file.read().decode(errors="replace").strip() or "another run")
                 fcntl.flock(file, fcntl.LOCK_EX)
             with writing(path):
                 file.seek(0)
@@ -278,9 +279,14 @@ def refused(path: Path, error: OSError) -> Exception:
     return error if error.errno in REFUSED else UserError(f"{path}: cannot write there ({error.strerror})")
 
 
+def local(path: Path) -> str:
+    """Return a path that DuckDB takes for one: `md:x` is a service to it."""
+    return str(path.absolute())
+
+
 def quoted(path: Path) -> str:
     """Return a path as it stands between quotes in SQL."""
-    return str(path).replace("'", "''")
+    return local(path).replace("'", "''")
 
 
 def _clear(copy: Path) -> None:

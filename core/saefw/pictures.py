@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from saefw.errors import UserError
+from saefw.errors import UserError, escaped
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -54,7 +54,6 @@ def read(path: Path, examples: Sequence[int]) -> dict[int, "Image"]:
 
     """
     import duckdb
-    from PIL import Image
 
     try:
         with duckdb.connect() as db:
@@ -62,9 +61,43 @@ def read(path: Path, examples: Sequence[int]) -> dict[int, "Image"]:
                 "SELECT example, png FROM read_parquet(?) WHERE list_contains(?, example)",
                 [str(path), [int(example) for example in examples]],
             ).fetchall()
-    except duckdb.Error as error:
+        return {example: opened(data) for example, data in rows}
+    except (duckdb.Error, ValueError) as error:
         raise UserError(f"{path}: cannot be read; delete {path.parent} to make it again") from error
-    return {example: Image.open(BytesIO(data)) for example, data in rows}
+
+
+def opened(data: bytes) -> "Image":
+    """Return a picture that `png` made, decoded.
+
+    Raises:
+        ValueError: it is none.
+
+    """
+    from PIL import Image
+
+    try:
+        view = Image.open(BytesIO(data), formats=["PNG"])
+        view.load()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(str(error)) from error
+    return view
+
+
+def maps(path: Path, feature: int) -> Bytes:
+    """Return how strongly the top images of a feature are lit, uint8 [t, p], from a `maps.safetensors`.
+
+    Raises:
+        UserError: the file cannot be read.
+
+    """
+    from saefw.tensors import opened
+
+    try:
+        with opened(path) as file:
+            found: Bytes = file.get_slice("maps")[feature].numpy()
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{path}: cannot be read; delete {path.parent} to make it again") from error
+    return found
 
 
 def enlarged(view: "Image", side: int) -> "Image":
@@ -137,8 +170,8 @@ def sheet(tiles: Sequence[Tile], title: str, subtitle: str, columns: int, side: 
 
 
 def fitted(text: str, width: int, size: int) -> str:
-    """Return text cut, with an ellipsis, to a width in pixels at a font size."""
-    font = _font(size)
+    """Return text in one line, cut with an ellipsis to a width in pixels at a font size."""
+    font, text = _font(size), escaped(text)
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

@@ -1,5 +1,6 @@
 """YAML that remembers where each value stands."""
 
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,13 +8,19 @@ from typing import Any
 
 import yaml
 
-from saefw.errors import UserError
+from saefw.errors import UNPRINTED, UserError, escaped
 
 DEPTH = 40
 """How deep lists and mappings may lie in one another."""
 
 REPEATS = 10_000
 """How many values aliases may repeat, all together: a few lines of YAML can otherwise stand for billions."""
+
+LARGEST = 4 << 20
+"""Bytes of the largest file that is read: a hundred times what ten experiments take."""
+
+LONGEST_NUMBER = 64
+"""Characters of the longest number; some ways to write one take a time that grows with the square of its length."""
 
 _TAG = "tag:yaml.org,2002:"
 
@@ -53,7 +60,7 @@ class Fault:
 
     def show(self, path: Path) -> str:
         """Return `file:line:column: text`."""
-        return f"{path}:{self.line}:{self.column}: {self.text}"
+        return f"{path}:{self.line}:{self.column}: {escaped(self.text)}"
 
 
 def load(path: Path) -> tuple[Spot, list[Fault]]:
@@ -64,18 +71,27 @@ def load(path: Path) -> tuple[Spot, list[Fault]]:
 
     """
     try:
-        data = path.read_bytes()
+        # Looked at first: to open a pipe is to wait for whoever writes to it.
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode) and not stat.S_ISDIR(facts.st_mode):
+            raise UserError(f"{path}: cannot be read: not a file")
+        with path.open("rb") as file:
+            data = file.read(LARGEST + 1)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(data) > LARGEST:
+        raise UserError(f"{path}: larger than {LARGEST >> 20} MiB, which no registry is")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line, column = _position(data[: error.start].decode("utf-8-sig"))
-        raise UserError(f"{path}:{line}:{column}: not UTF-8 (byte 0x{data[error.start]:02x})") from None
+        # Of what was decoded: without the mark at its beginning.
+        line, column = _position(error.object[: error.start].decode())
+        raise UserError(f"{path}:{line}:{column}: not UTF-8 (byte 0x{error.object[error.start]:02x})") from None
     try:
-        node = _Loader(text).get_single_node()
+        loader = _Loader(text)
+        node = _node(loader)
         reader = _Reader()
         spot = reader.spot(node, None) if node else Spot(1, 1, None)
     except yaml.reader.ReaderError as error:
@@ -86,8 +102,16 @@ def load(path: Path) -> tuple[Spot, list[Fault]]:
         mark = error.problem_mark or error.context_mark
         line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
         sentence = ", ".join(part for part in (error.context, error.problem) if part)
-        raise UserError(f"{path}:{line}:{column}: not YAML that saefw reads: {sentence}") from None
+        raise UserError(f"{path}:{line}:{column}: not YAML that saefw reads: {escaped(sentence)}") from None
     return spot, reader.doubles
+
+
+def _node(loader: "_Loader") -> yaml.Node | None:
+    try:
+        return loader.get_single_node()
+    except (ValueError, OverflowError):  # of "\\UFFFFFFFF"
+        problem = "an escape of no character"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=loader.get_mark()) from None
 
 
 def _position(before: str) -> tuple[int, int]:
@@ -158,15 +182,27 @@ class _Reader:
             raise yaml.MarkedYAMLError(problem="a key that is not a word", problem_mark=node.start_mark)
         if node.tag == _TAG + "merge":
             raise yaml.MarkedYAMLError(problem="a merge key (<<): write its settings out", problem_mark=node.start_mark)
+        return self._text(node, "")
+
+    def _text(self, node: yaml.Node, allowed: str) -> str:
+        """Return the text of a node, in which only characters that print may be, and those `allowed`."""
+        for found in UNPRINTED.findall(node.value):
+            if found not in allowed:
+                problem = f"a character that does not print (U+{ord(found):04X})"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         return str(node.value)
 
     def _scalar(self, node: yaml.Node) -> Any:
         """Return null, a bool, an int, a float; all else, dates too, as the text it is."""
         if node.tag not in [_TAG + kind for kind in ("null", "bool", "int", "float")]:
-            return node.value
+            return self._text(node, "\n\t")
         try:
-            return self._construct.construct_object(node)
-        except ValueError:
-            raise yaml.MarkedYAMLError(
-                problem=f"{node.value[:20]} is no number", problem_mark=node.start_mark
-            ) from None
+            value = self._construct.construct_object(node) if len(node.value) <= LONGEST_NUMBER else None
+        except (ValueError, OverflowError):
+            value = None
+        if value is None and not node.tag.endswith("null"):
+            raise yaml.MarkedYAMLError(problem=f"{node.value[:20]} is no number", problem_mark=node.start_mark)
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            problem = f"{node.value[:20]} is too large: a whole number has 64 bits"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return value

@@ -17,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from saefw.errors import escaped
 from saefw.gc import Spare
 from saefw.pipeline import Cost, Observer, StagePlan
 from saefw.plugin import Unit, hookimpl
@@ -183,13 +184,16 @@ class Printer(Observer):
 
     def say(self, what: RenderableType) -> None:
         """Print a line, or a table, above the bar."""
-        self.console.print(what, soft_wrap=isinstance(what, str))
+        if isinstance(what, str):  # may name files, which anybody may have named
+            self.console.print("\n".join(map(escaped, what.split("\n"))), soft_wrap=True)
+        else:
+            self.console.print(what)
 
     def spare(self, spares: Sequence[Spare]) -> None:
         """List what can be deleted."""
         shown = table("stage", "unit", "what", "disk>", "age>")
         for i, spare in enumerate(spares):
-            label = Text(spare.label, overflow="ellipsis", no_wrap=True)
+            label = Text(escaped(spare.label), overflow="ellipsis", no_wrap=True)
             first = i == 0 or spare.stage != spares[i - 1].stage
             shown.add_row(spare.stage if first else "", spare.address, label, size(spare.bytes), age(spare.at))
         self.console.print(shown)

@@ -11,10 +11,11 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import models_json_schema
 
-from saefw.catalog import WORD, Catalog
+from saefw.catalog import Catalog
 from saefw.entry import KINDS, Entry, Member, Place, expand
-from saefw.errors import Faults, UserError
+from saefw.errors import Faults, UserError, escaped
 from saefw.places import Fault, Spot, load
+from saefw.unit import WORD
 from saefw.wording import got, listed, near, or_listed, sentence
 
 VERSION = 1
@@ -27,6 +28,9 @@ DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 MEMBERS = 100_000
 """How many members one entry may stand for; more is a slip of the pen."""
+
+HINTED = 100
+"""So many faults are told with the words that would be right; to find them takes long where there are many."""
 
 Loc = tuple[str | int, ...]
 
@@ -160,10 +164,13 @@ class _Reader:
             self.fault(("store",), f"must be the path of a folder{got(text)}")
             return self.base
         try:
-            return Place(text).open(self.base)
+            store = Place(text).open(self.base)
+            if store.exists() and not store.is_dir():
+                raise UserError(f"'{text}' is a file; it must be a folder, or yet to be made")
         except UserError as error:
             self.fault(("store",), str(error))
             return self.base
+        return store
 
     def _device(self, text: Any) -> str:
         if not isinstance(text, str) or not DEVICE.fullmatch(text):
@@ -215,7 +222,8 @@ class _Reader:
             return brought[use]
         elif not self.plugins_failed:
             # A plugin that failed may have brought it; that fault is the one to mend.
-            self.fault(loc, f"no plugin brings '{use}'{near(use, brought)}{listed(brought)}")
+            hint = f"{near(use, brought)}{listed(brought)}" if len(self.faults) < HINTED else ""
+            self.fault(loc, f"no plugin brings '{use}'{hint}")
         return None
 
     def _checked_vary(self, here: Loc, settings: dict[str, Any]) -> dict[str, list[Any]]:
@@ -319,12 +327,12 @@ class _Reader:
             for i, word in enumerate(value):
                 self._check_named((*loc, i), kind, word)
         elif isinstance(value, str):
-            if kind == "stages" and loc[0] == "stages":
-                if value not in self.above:
-                    hint = "" if value in self.names[kind] else or_listed(value, self.above)
-                    self.fault(loc, f"'{value}' is not one of the stages above it{hint}")
-            elif value not in self.names[kind]:
-                self.fault(loc, f"'{value}' is not one of the {kind}{or_listed(value, self.names[kind])}")
+            above = kind == "stages" and loc[0] == "stages"
+            allowed = self.above if above else self.names[kind]
+            if value not in allowed:
+                below = above and value in self.names[kind]
+                hint = "" if below or len(self.faults) >= HINTED else or_listed(value, allowed)
+                self.fault(loc, f"'{value}' is not one of the {kind}{' above it' if above else ''}{hint}")
 
 
 # Labels
@@ -352,7 +360,7 @@ def _short(value: Any, number: str) -> str:
         return f"[{','.join(_short(item, number) for item in value)}]"
     if isinstance(value, BaseModel):
         return json.dumps(value.model_dump(mode="json"), separators=(",", ":"))
-    return str(value)
+    return escaped(str(value))
 
 
 # The JSON Schema

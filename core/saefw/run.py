@@ -312,13 +312,12 @@ class Run:
         if (log := self._logs.pop(unit.address, None)) is not None:
             os.close(log)
         path = self.store.begin(unit) / LOG
-        data = path.read_bytes()[: int(mark.partition(":")[0])] if mark and path.exists() else b""
-        whole = not mark or _mark(data) == mark
-        if not whole:
+        data = _taken(path, mark) if mark else b""
+        if data is None:
             logger.warning("%s: damaged; it is not used, and what it held is made again", path)
-        write_atomically(path, data if whole else b"")
+        write_atomically(path, data or b"")
         self._begun.add(unit.address)
-        return whole
+        return data is not None
 
     def keep(self, *units: Unit, without: Sequence[str] = ()) -> None:
         """Commit units that are complete; units kept in one call share the time since the last one.
@@ -332,12 +331,14 @@ class Run:
             # A step may have been logged twice: the later value counts.
             rows = {
                 (step, name): value
-                for step, values in (_logged(self.store.begin(unit) / LOG) if unit.address in self._begun else ())
+                for step, values in (
+                    _rows((self.store.begin(unit) / LOG).read_bytes()) if unit.address in self._begun else ()
+                )
                 for name, value in values.items()
             }
             if rows:
                 steps, names = zip(*rows, strict=True)
-                self.put(unit, "metric", step=list(steps), name=list(names), value=[float(v) for v in rows.values()])
+                self.put(unit, "metric", step=list(steps), name=list(names), value=list(rows.values()))
             self._unindexed[unit.address] = self.store.keep(unit, seconds, self._made_with, without=[LOG, *without])
             self._sound.add(unit.address)
             self._watcher.kept(unit, self._unindexed[unit.address], seconds)
@@ -411,10 +412,37 @@ class Run:
         self._logs.clear()
 
 
-def _logged(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
-    for line in path.read_text().splitlines():
-        step, values = json.loads(line)
-        yield step, values
+def _rows(data: bytes) -> list[tuple[int, dict[str, float]]]:
+    """Return what a log holds; raise ValueError if that is nothing that was logged, or that no table can hold."""
+    rows = []
+    for line in data.splitlines():
+        try:
+            match json.loads(line):
+                case [int(step), dict(values)] if type(step) is int and -(2**63) <= step < 2**63:
+                    rows.append((step, {name: _float(value) for name, value in values.items() if name.encode()}))
+                case _:
+                    raise ValueError("not a row of a log")
+        except (RecursionError, OverflowError) as error:
+            raise ValueError(str(error)) from error
+    return rows
+
+
+def _float(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise ValueError("not a number")
+    return float(value)
+
+
+def _taken(path: Path, mark: str) -> bytes | None:
+    """Return the log up to a mark, or None if it is not what it was then."""
+    if not path.is_file():
+        return b"" if mark == _mark(b"") else None
+    try:
+        data = path.read_bytes()[: int(mark.partition(":")[0])]
+        _rows(data)
+    except ValueError:
+        return None
+    return data if _mark(data) == mark else None
 
 
 def _mark(data: bytes) -> str:

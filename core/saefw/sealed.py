@@ -4,9 +4,8 @@ safetensors notices a file that is cut short, but not a flipped byte in a tensor
 the file, does. Checkpoints and finished parts of a unit in the making are sealed: what is damaged is made again.
 """
 
-import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saefw import tensors as files
 from saefw.care import write_atomically
+from saefw.tensors import Form
 from saefw.unit import canonical
 
 HEADER = "saefw"
 """The one key of a file's metadata: several would be written in an order that changes from run to run."""
+
+Check = Callable[[Mapping[str, Tensor], Mapping[str, Any]], None]
+"""Looks at tensors and what is said about them; raises ValueError if they are not those wanted."""
 
 log = logging.getLogger("saefw")
 
@@ -37,22 +41,28 @@ def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | 
     write_atomically(path, save(ready, {HEADER: header}))
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+def read(path: Path, form: Form | Check) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Return the tensors and what is said about them; None if there is no such file, or if it is damaged.
 
     Damage is said in a warning.
-    """
-    from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads(file.metadata()[HEADER])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        about: dict[str, Any] = header["about"]
-        whole = header["seal"] == _seal(tensors, about)
-    except FileNotFoundError:
+    Args:
+        path: the file.
+        form: what the tensors must be like; or what looks at them and at what is said, and raises ValueError.
+
+    """
+    if not path.exists():
         return None
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError, RecursionError):
+    try:
+        tensors, metadata = files.read(path)
+        header = files.parsed(metadata.get(HEADER, ""))
+        about = files.mapping(header["about"])
+        if callable(form):
+            form(tensors, about)
+        else:
+            files.check(tensors, form)
+        whole = header["seal"] == _seal(tensors, about)
+    except (KeyError, ValueError, RecursionError):
         whole = False
     if not whole:
         log.warning("%s: damaged; it is not used, and what it held is made again", path)

@@ -10,7 +10,7 @@ Shapes: t n_tokens, e examples, d d_model, n vectors; `acts_ted` has shape [t, e
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saefw import sealed
+from saefw import tensors as files
 from saefw.care import checksum, write_atomically
 from saefw.errors import UserError
 from saefw.moments import Moments
@@ -30,6 +31,9 @@ from saefw.stream import BUFFER_MB, Indices, Stream
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """What activations may be stored as."""
+
+STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""The same in the words of safetensors."""
 
 INDEX = "acts.json"
 STATS = "stats.safetensors"
@@ -180,22 +184,27 @@ class Writer:
 
     def _kept(self, shard: int) -> tuple[Shard, dict[str, Moments]] | None:
         """Return a shard that is complete and undamaged, or None."""
-        found = sealed.read(self.folder / _moments_name(shard))
+        none = Moments.none(self.layout.d_model).tensors()
+        form = files.form({f"{kind}.{key}": x for kind in KINDS for key, x in none.items()})
+
+        def check(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+            files.check(tensors, form)
+            _shard(about)
+
+        found = sealed.read(self.folder / _moments_name(shard), check)
         if found is None:
             return None
-        tensors, about = found
+        tensors, entry = found[0], _shard(found[1])
+        moments = {kind: Moments.of({key: tensors[f"{kind}.{key}"] for key in none}) for kind in KINDS}
+        span, path = self.span(shard), self.folder / _name(shard)
+        if (entry.file, entry.first, entry.n) != (path.name, span.start, len(span)):
+            return None
+        if not all(example in span for example, _ in entry.broken):
+            return None
         try:
-            entry = Shard(**about)
-            moments = {
-                kind: Moments.of({key: tensors[f"{kind}.{key}"] for key in ("n", "mean", "squares", "norms")})
-                for kind in KINDS
-            }
-            span, path = self.span(shard), self.folder / entry.file
-            if (entry.file, entry.first, entry.n) != (_name(shard), span.start, len(span)):
-                return None
             if path.stat().st_size != entry.bytes or checksum(path) != entry.sha256:
                 return None
-        except (OSError, KeyError, TypeError):
+        except OSError:
             return None
         return entry, moments
 
@@ -223,9 +232,10 @@ class Acts:
         """
         self.folder = folder
         try:
-            index = json.loads((folder / INDEX).read_text())
-            self.shards = [Shard(**shard) for shard in index.pop("shards")]
+            index = files.parsed((folder / INDEX).read_text())
+            self.shards = [_shard(shard) for shard in index.pop("shards")]
             self.layout = Layout(**{**index, "grid": tuple(index["grid"]), "prefix": tuple(index["prefix"])})
+            _check(self.layout, self.shards)
             for shard in self.shards:
                 if (folder / shard.file).stat().st_size != shard.bytes:
                     raise ValueError(f"{shard.file} is not {shard.bytes} bytes long")
@@ -278,8 +288,14 @@ class Acts:
         path = self.folder / f"{table}.parquet"
         try:
             with duckdb.connect() as db:
-                return db.execute(f"SELECT * FROM read_parquet(?) ORDER BY {order}", [str(path)]).fetchnumpy()
-        except duckdb.Error as error:
+                found = db.execute(f"SELECT * FROM read_parquet(?) ORDER BY {order}", [str(path)]).fetchnumpy()
+            n = self.n_examples if table == "example" else len(found[order])
+            if any(np.ma.is_masked(column) for column in found.values()) or not np.array_equal(
+                found[order], np.arange(n)
+            ):
+                raise ValueError
+            return found
+        except (duckdb.Error, ValueError) as error:
             raise UserError(f"{path}: cannot be read; delete {self.folder} to make it again") from error
 
     # The numbers
@@ -291,15 +307,14 @@ class Acts:
             UserError: there are no such tokens, or no train images.
 
         """
-        from safetensors import SafetensorError, safe_open
-
         self._tokens(tokens)
-        path = self.folder / STATS
+        path, none = self.folder / STATS, _stats(Moments.none(self.d_model))
         try:
-            with safe_open(path, framework="pt") as file:
-                mean, var, scale, n = (file.get_tensor(f"{tokens}.{key}") for key in ("mean", "var", "scale", "n"))
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: cannot be read; delete {self.folder} to make it again") from error
+            tensors, _ = files.read(path)
+            files.check(tensors, files.form({f"{kind}.{key}": x for kind in KINDS for key, x in none.items()}))
+        except ValueError as error:
+            raise UserError(f"{path}: cannot be read ({error}); delete {self.folder} to make it again") from error
+        mean, var, scale, n = (tensors[f"{tokens}.{key}"] for key in ("mean", "var", "scale", "n"))
         if not n:
             raise UserError(f"{self.folder}: has no train images, so no mean and scale of its {tokens}")
         return Stats(mean, var, float(scale), int(n))
@@ -380,17 +395,64 @@ class Acts:
     def _mapped(self, shard: int) -> Tensor:
         """Return a shard [t, e, d] in its stored dtype, mapped and not read."""
         if shard not in self._open:
-            path = self.folder / self.shards[shard].file
-            with path.open("rb") as file:
-                start = 8 + int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(start - 8))
-            shape = [self.n_tokens, self.shards[shard].n, self.d_model]
-            if header["acts"]["shape"] != shape:
-                raise UserError(f"{path}: holds {header['acts']['shape']}, not {shape}; delete {self.folder}")
+            path, shape = self.folder / self.shards[shard].file, [self.n_tokens, self.shards[shard].n, self.d_model]
+            start = _start(path, shape, self.layout.dtype)
             # Copy on write, because torch wants writable memory; nobody writes.
             mapped = np.memmap(path, dtype=np.uint8, mode="c", offset=start)
             self._open[shard] = torch.from_numpy(mapped).view(DTYPES[self.layout.dtype]).view(shape)
         return self._open[shard]
+
+
+def _check(layout: Layout, shards: list[Shard]) -> None:
+    """Refuse, with a ValueError, a layout that no recording has, and shards that are not one after the other."""
+    files.number(layout.n_examples, 0, 2**31 - 1, "n_examples")
+    files.number(layout.d_model, 1, 2**31 - 1, "d_model")
+    files.number(layout.n_prefix, 0, 2**15 - 1, "n_prefix")
+    if not all(isinstance(token, str) for token in layout.prefix):
+        raise ValueError("prefix must be words")
+    files.number(layout.layer, 0, 2**15 - 1, "layer")
+    rows, columns = (files.number(side, 1, 2**15 - 1, "grid") for side in layout.grid)
+    if layout.n_tokens != layout.n_prefix + rows * columns:
+        raise ValueError(f"n_tokens is {layout.n_tokens}, for {layout.n_prefix} and a grid of {rows} x {columns}")
+    if layout.dtype not in DTYPES:
+        raise ValueError(f"dtype is {layout.dtype}")
+    first = 0
+    for i, shard in enumerate(shards):
+        # By its name alone a file elsewhere could be meant.
+        if shard.file != _name(i) or shard.first != first:
+            raise ValueError(f"shard {i} is {shard.file} from example {shard.first}")
+        first += files.number(shard.n, 1, layout.n_examples, f"n of shard {i}")
+    if first != layout.n_examples:
+        raise ValueError(f"the shards hold {first} examples of {layout.n_examples}")
+
+
+def _shard(told: Mapping[str, Any]) -> Shard:
+    """Return a shard as JSON tells of it; raise ValueError if that is none."""
+    try:
+        shard = Shard(**told)
+        for example, why in shard.broken:
+            files.number(example, 0, 2**31 - 1, "broken")
+            if not isinstance(why, str):
+                raise ValueError("broken must say why")
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    return shard
+
+
+def _start(path: Path, shape: list[int], dtype: str) -> int:
+    """Return where the activations of a shard begin in its file."""
+    delete = f"delete {path.parent} to make it again"
+    try:
+        # The library checks that the sizes of the header are those of the file.
+        with files.opened(path) as file:
+            found = {name: file.get_slice(name) for name in file.keys()}
+            told = {name: (x.get_dtype(), x.get_shape()) for name, x in found.items()}
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read ({error}); {delete}") from error
+    if told != {"acts": (STORED[dtype], shape)}:
+        raise UserError(f"{path}: holds {told}, not {dtype} {shape}; {delete}")
+    with path.open("rb") as opened:
+        return 8 + int.from_bytes(opened.read(8), "little")
 
 
 def _picked(x: Tensor, indices: Indices, dim: int) -> Tensor:
@@ -404,8 +466,8 @@ def _picked(x: Tensor, indices: Indices, dim: int) -> Tensor:
 def _safetensors(acts_ted: Tensor) -> bytes:
     """Return the file of one tensor, with a single copy of it; the library's own way makes two, or a private file."""
     data = acts_ted.contiguous().view(torch.uint8).numpy()
-    dtype = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[acts_ted.dtype]
-    entry = {"dtype": dtype, "shape": list(acts_ted.shape), "data_offsets": [0, data.nbytes]}
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == acts_ted.dtype)
+    entry = {"dtype": STORED[dtype], "shape": list(acts_ted.shape), "data_offsets": [0, data.nbytes]}
     header = json.dumps({"acts": entry}).encode()
     header += b" " * (-len(header) % 8)
     return b"".join([len(header).to_bytes(8, "little"), header, data.data])

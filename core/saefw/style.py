@@ -3,8 +3,11 @@
 Importing it draws in nothing of matplotlib.
 """
 
+import warnings
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
+
+from saefw.errors import escaped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,11 +72,20 @@ def rendered(figure: "Figure") -> dict[str, bytes]:
     """Return a figure as the bytes of a `png` and an `svg` file, without the time or matplotlib's version in them."""
     metadata: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
     files = {}
-    for kind, told in metadata.items():
-        file = BytesIO()
-        figure.savefig(file, format=kind, metadata=told)
-        files[kind] = file.getvalue()
+    with warnings.catch_warnings():
+        # A name in a writing that the font does not have is drawn as boxes; the tables have it as it is.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
+        for kind, told in metadata.items():
+            file = BytesIO()
+            figure.savefig(file, format=kind, metadata=told)
+            files[kind] = file.getvalue()
     return files
+
+
+def shown(name: str, most: int = 30) -> str:
+    """Return a name as figures write it: in one line, nothing in it obeyed, cut so that the axes keep their room."""
+    text = escaped(name)
+    return text if len(text) <= most else text[: most - 1].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def panels(n: int, height: float) -> "tuple[Figure, list[Axes]]":

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from saefw.errors import UNPRINTED, escaped
+
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
     from pydantic.fields import FieldInfo
@@ -163,7 +165,7 @@ def _tail(origin: str) -> str:
 
 def found(db: "DuckDBPyConnection", width: int) -> Iterator[Table | str]:
     """Yield what a query found, as tables at most `width` wide; wide rows as records."""
-    names = [column[0] for column in db.description or []]
+    names = [escaped(column[0]) for column in db.description or []]
     rows = db.fetchmany(ROWS)
     cells = [[_cell(value) for value in row] for row in rows]
     natural = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
@@ -202,11 +204,18 @@ def _records(names: Sequence[str], cells: Sequence[Sequence[str]]) -> Iterator[T
 
 
 def write_csv(db: "DuckDBPyConnection", file: IO[str]) -> None:
-    """Write all that a query found as CSV, with a header; NULL is empty."""
+    """Write all that a query found as CSV, with a header; NULL is empty.
+
+    A file or a program gets names as they are, a terminal without what it would obey.
+    """
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([column[0] for column in db.description or []])
+
+    def shown(value: Any) -> Any:
+        return escaped(value) if isinstance(value, str) and file.isatty() else value
+
+    writer.writerow([shown(column[0]) for column in db.description or []])
     while rows := db.fetchmany(10_000):
-        writer.writerows(rows)
+        writer.writerows([shown(value) for value in row] for row in rows)
 
 
 def write_json(db: "DuckDBPyConnection", file: IO[str]) -> None:
@@ -217,7 +226,10 @@ def write_json(db: "DuckDBPyConnection", file: IO[str]) -> None:
     while rows := db.fetchmany(10_000):
         for row in rows:
             record = {name: _plain(value, parse) for (name, parse), value in zip(columns, row, strict=True)}
-            file.write(("\n" if first else ",\n") + json.dumps(record, ensure_ascii=False, default=str))
+            text = json.dumps(record, ensure_ascii=False, default=str)
+            # All of these stand inside of strings, where JSON has an escape for them.
+            text = UNPRINTED.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
+            file.write(("\n" if first else ",\n") + text)
             first = False
     file.write("\n]\n")
 
@@ -245,4 +257,4 @@ def _cell(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, datetime):
         return f"{value:%Y-%m-%d %H:%M:%S}"
-    return " ".join(str(value).split()) if isinstance(value, str) else str(value)
+    return escaped(" ".join(value.split()) if isinstance(value, str) else str(value))

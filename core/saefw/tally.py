@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saefw import tensors
 from saefw.care import writing
 
 IMAGE_FEATURES = 32
@@ -112,6 +113,50 @@ class Percentiles:
         self._histogram = state["histogram"].clone() if len(state["histogram"]) else None
 
 
+def _sums(d_sae: int, n_patches: int, n_classes: int, top: int) -> dict[str, Tensor]:
+    """Return what a tally adds up, before the first image."""
+    return {
+        "fired_s": torch.zeros(d_sae, dtype=torch.int64),
+        "total_s": torch.zeros(d_sae, dtype=torch.float64),
+        "top_value_st": torch.zeros(d_sae, top),
+        "top_example_st": torch.zeros(d_sae, top, dtype=torch.int64),
+        "map_stp": torch.zeros(d_sae, top, n_patches),
+        "images_c": torch.zeros(n_classes, dtype=torch.int64),
+        "fired_cs": torch.zeros(n_classes, d_sae, dtype=torch.int64),
+        "peak_cs": torch.zeros(n_classes, d_sae, dtype=torch.float64),
+        "mass_cs": torch.zeros(n_classes, d_sae, dtype=torch.float64),
+    }
+
+
+def check(state: Mapping[str, Tensor], d_sae: int, n_patches: int, n_classes: int, top: int) -> None:
+    """See that tensors are the state of a tally of these sizes.
+
+    Raises:
+        ValueError: they are not; the text says which is wrong, and how.
+
+    """
+    with torch.device("meta"):  # sizes without memory
+        sums = tensors.form(_sums(d_sae, n_patches, n_classes, top))
+    whole: tensors.Form = dict.fromkeys(("seen", "pairs", "pairs_crc", "percentiles.n"), (torch.int64, ()))
+    n_kept = min(IMAGE_FEATURES, d_sae)
+    kept: tensors.Form = {
+        "images.example": (torch.int64, (None,)),
+        "images.feature": (torch.int64, (None, n_kept)),
+        "images.value": (torch.float32, (None, n_kept)),
+    }
+    bins = state.get("percentiles.histogram", torch.empty(0))
+    # Its counts are int32; where values are still exact it is empty.
+    counted = {"percentiles.histogram": (bins.dtype, (d_sae * _OCTAVES * _STEPS if len(bins) else 0,))}
+    keys = {"percentiles.keys": (torch.int64, (None,))}
+    tensors.check(state, {**sums, **whole, **kept, **counted, **keys})
+    for name, key_n in (
+        ("images.feature", state["images.feature"].flatten()),
+        ("percentiles.keys", state["percentiles.keys"] >> 32),
+    ):
+        if len(key_n) and not 0 <= int(key_n.min()) <= int(key_n.max()) < d_sae:
+            raise ValueError(f"'{name}' speaks of features that are none")
+
+
 class Tally:
     """What the features of one SAE do over the images of one recording, taken in batch after batch.
 
@@ -140,24 +185,18 @@ class Tally:
         self._pairs = pairs
         self._kept = min(IMAGE_FEATURES, d_sae)
         self._images: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._sums = {
-            "fired_s": torch.zeros(d_sae, dtype=torch.int64),
-            "total_s": torch.zeros(d_sae, dtype=torch.float64),
-            "top_value_st": torch.zeros(d_sae, top),
-            "top_example_st": torch.zeros(d_sae, top, dtype=torch.int64),
-            "map_stp": torch.zeros(d_sae, top, n_patches),
-            "images_c": torch.zeros(n_classes, dtype=torch.int64),
-            "fired_cs": torch.zeros(n_classes, d_sae, dtype=torch.int64),
-            "peak_cs": torch.zeros(n_classes, d_sae, dtype=torch.float64),
-            "mass_cs": torch.zeros(n_classes, d_sae, dtype=torch.float64),
-        }
+        self._sums = _sums(d_sae, n_patches, n_classes, top)
         self._sum = 0
+        damaged = ValueError(f"{pairs}: damaged; it is not used, and what it held is made again")
+        kept = int(state["pairs"]) if state else 0
+        if not 0 <= kept <= (pairs.stat().st_size if pairs.exists() else 0):
+            raise damaged
         with writing(pairs), pairs.open("ab") as file:
-            file.truncate(int(state["pairs"]) if state else 0)
+            file.truncate(kept)
         if state:
             self._sum = _crc(pairs)
             if self._sum != int(state["pairs_crc"]):
-                raise ValueError(f"{pairs}: damaged; it is not used, and what it held is made again")
+                raise damaged
             self.seen = int(state["seen"])
             self._sums = {name: state[name].clone() for name in self._sums}
             self._images = [(state["images.example"], state["images.feature"], state["images.value"])]

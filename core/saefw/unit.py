@@ -1,11 +1,15 @@
 """The smallest thing made once and kept, and its address."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
+
+WORD = re.compile(r"[A-Za-z0-9_-]+")
+"""What a name is made of: letters, digits, - and _."""
 
 
 def canonical(value: object) -> str:
@@ -37,6 +41,11 @@ class Unit:
 
     given: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """The entries it was planned from, knobs included, so that `make` need not rebuild them."""
+
+    def __post_init__(self) -> None:
+        """Refuse a stage whose units would lie elsewhere than in a folder of the store that is theirs."""
+        if not WORD.fullmatch(self.stage) or self.stage == "locks":
+            raise ValueError(f"a stage is called by letters, digits, - and _, and not locks (got {self.stage!r})")
 
     @cached_property
     def text(self) -> str:

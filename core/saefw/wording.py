@@ -13,7 +13,8 @@ def got(value: Any) -> str:
     """Return ` (got …)`, the value as short as it can be told."""
     if value is None:
         return " (got nothing)"
-    text = repr(value)
+    # A long list or text is cut before it is written out: only its beginning is told.
+    text = repr(value[:60] if isinstance(value, str | list) else value)
     return f" (got {text if len(text) <= 60 else text[:57] + '...'})"
 
 

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from saefw.outcome import KINDS, ROLES, interval
 from saefw.plugin import FigureConfig, Pick, UserError, hookimpl
-from saefw.style import FAINT, PALETTE, WIDTH, ZERO, panels, plain_ticks
+from saefw.style import FAINT, PALETTE, WIDTH, ZERO, panels, plain_ticks, shown
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -74,7 +74,9 @@ class Pareto(FigureConfig):
             plain_ticks(axes)
             axes.margins(x=0.12, y=0.12)
             n = next((f", N = {row[8]:,.0f} valid tokens" for row in here if row[8]), "")
-            axes.set(xlabel="L0: features that fire on a token, mean", ylabel=f"normalised MSE{n}", title=label)
+            axes.set(
+                xlabel="L0: features that fire on a token, mean", ylabel=f"normalised MSE{n}", title=shown(label, 100)
+            )
             if here:
                 axes.legend(loc="upper right")
         return figure
@@ -153,7 +155,7 @@ class ProbeGrid(FigureConfig):
         axes.set(xlabel=_words(keys[0]) if keys else "", ylabel=_words(keys[1]) if len(keys) > 1 else "")
         told = probes[chosen][1]
         axes.set_title(
-            f"{label}: {told['test_accuracy']:.1%} on test (N = {told['n_test']:,.0f})\n"
+            f"{shown(label, 100)}: {told['test_accuracy']:.1%} on test (N = {told['n_test']:,.0f})\n"
             f"cells: accuracy on valid in %{', below it the loss' if small else ''} (N = {told['n_valid']:,.0f}); "
             f"framed: {_criterion(self.probe)}"
         )
@@ -189,7 +191,7 @@ class DoseResponse(FigureConfig):
             unit = "factor" if mode == "scale" else "amount, as a multiple of each feature’s p99"
             by_class = 1 < len(targets) <= self.classes
             ((label,),) = db.execute("SELECT label FROM unit WHERE unit = ?", [folder.name]).fetchall()
-            part.suptitle(label, x=0.012, ha="left", fontsize=9.5)
+            part.suptitle(shown(label, 100), x=0.012, ha="left", fontsize=9.5)
             grid = part.add_gridspec(2 if by_class else 1, 2, height_ratios=(1.15, 1) if by_class else None)
             left = None
             for column, role in enumerate(reversed(ROLES)):
@@ -237,7 +239,7 @@ class DoseResponse(FigureConfig):
                 place = x + (i - 1.5) * 0.16
                 axes.plot([place, place], [low, high], color=colour, linewidth=2)
                 axes.plot(place, values.mean(), color=colour, marker=marker, markersize=4.5)
-        axes.set_xticks(range(len(targets)), [names.get(target, str(target)) for target in targets])
+        axes.set_xticks(range(len(targets)), [shown(names.get(target, str(target))) for target in targets])
         axes.grid(axis="x", visible=False)
         fewest, most = min(counts), max(counts)
         n = f"{fewest}" if fewest == most else f"{fewest} to {most}"
@@ -281,7 +283,7 @@ def _ordered(values: Iterable[Any]) -> list[Any]:
 
 
 def _number(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float | int) and not isinstance(value, bool) else str(value)
+    return f"{value:g}" if isinstance(value, float | int) and not isinstance(value, bool) else shown(str(value))
 
 
 def _criterion(pick: Pick) -> str:

@@ -3,7 +3,6 @@
 Each is read off the index and the unit folders.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -13,7 +12,8 @@ from pydantic import Field
 
 from saefw import pictures
 from saefw.plugin import FigureConfig, Pick, UserError, hookimpl
-from saefw.style import FAINT, WIDTH
+from saefw.style import FAINT, WIDTH, shown
+from saefw.tensors import number, parsed
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -84,7 +84,7 @@ class FeatureGrid(FigureConfig):
         unlabelled = self.sae == Pick(highest="n_pure") and not any("n_pure" in known for known in metrics.values())
         pick = Pick(highest="n_live") if unlabelled else self.sae
         unit, label = pick.choose(f"figure {self.use}", metrics)
-        return next(folder for folder in folders if folder.name == unit), label, metrics[unit, label]
+        return next(folder for folder in folders if folder.name == unit), shown(label, 100), metrics[unit, label]
 
     def _chosen(self, db: "DuckDBPyConnection", unit: str) -> list[tuple[int, str]]:
         """Return features, each with the class it detects best of all features, in the order of the classes."""
@@ -98,7 +98,7 @@ class FeatureGrid(FigureConfig):
             if len(taken) < self.rows and label not in taken and feature not in (f for _, f in taken.values()):
                 taken[label] = name, feature
         if taken:
-            return [(feature, name) for _, (name, feature) in sorted(taken.items())]
+            return [(feature, shown(name)) for _, (name, feature) in sorted(taken.items())]
         strongest = db.execute(
             "SELECT feature FROM feature WHERE unit = ? AND frequency > 0 ORDER BY max DESC, feature LIMIT ?",
             [unit, self.rows],
@@ -189,8 +189,6 @@ class Strip(NamedTuple):
 
 
 def _strip(db: "DuckDBPyConnection", folder: Path, feature: int, n: int, side: int, gap: int) -> Strip:
-    from safetensors import safe_open
-
     rows = db.execute(
         "SELECT t.rank, t.example, c.name FROM top_example t JOIN example e ON e.unit = t.acts AND "
         "e.example = t.example LEFT JOIN class c ON c.unit = e.unit AND c.label = e.label "
@@ -200,8 +198,7 @@ def _strip(db: "DuckDBPyConnection", folder: Path, feature: int, n: int, side: i
     (grid,) = db.execute(
         "SELECT a.grid_h, a.grid_w FROM acts a JOIN need n ON n.needs = a.unit WHERE n.unit = ?", [folder.name]
     ).fetchall()
-    with safe_open(folder / "maps.safetensors", "np") as file:
-        maps_tp = file.get_slice("maps")[feature]
+    maps_tp = pictures.maps(folder / "maps.safetensors", feature)
     views = pictures.read(folder / "picture.parquet", [example for _, example, _ in rows[:n]])
     tiles = [
         np.asarray(pictures.lit(views[example], pictures.on_grid(maps_tp[rank], grid), side))
@@ -211,7 +208,7 @@ def _strip(db: "DuckDBPyConnection", folder: Path, feature: int, n: int, side: i
     strip = np.full((height, n * (side + gap) - gap, 3), 255, dtype=np.uint8)
     for i, tile in enumerate(tiles):
         strip[: tile.shape[0], i * (side + gap) : i * (side + gap) + tile.shape[1]] = tile
-    names = [name for _, _, name in rows if name is not None]
+    names = [shown(name) for _, _, name in rows if name is not None]
     commonest = max(dict.fromkeys(names), key=names.count) if names else ""
     return Strip(strip, f"{names.count(commonest)} of {len(rows)}: {commonest}" if names else "")
 
@@ -238,7 +235,6 @@ class Case(NamedTuple):
 
 def _case(db: "DuckDBPyConnection", folder: Path) -> Case | None:
     """Return the first example of a steer unit: the one that it names, else the surest by the tables."""
-    told = folder / "first.json"
     found = db.execute(
         "WITH read AS (SELECT edit, arg_max(label, before) AS was, arg_max(label, after) AS became, "
         "sum(exp(after)) AS total FROM edit_logit WHERE unit = $unit GROUP BY edit) "
@@ -250,7 +246,7 @@ def _case(db: "DuckDBPyConnection", folder: Path) -> Case | None:
         "WHERE e.unit = $unit AND CASE WHEN $edit IS NULL THEN e.chosen_by = 'effect' AND e.role = 'other class' "
         "AND was = x.label AND became = e.target ELSE e.edit = $edit END "
         "ORDER BY exp(l.after) / total DESC, e.edit LIMIT 1",
-        {"unit": folder.name, "edit": json.loads(told.read_text())["edit"] if told.exists() else None},
+        {"unit": folder.name, "edit": _first(folder / "first.json")},
     ).fetchall()
     if not found:
         return None
@@ -267,19 +263,28 @@ def _case(db: "DuckDBPyConnection", folder: Path) -> Case | None:
     seen = db.execute("SELECT DISTINCT unit FROM feature WHERE sae = ? AND acts = ?", [sae, acts]).fetchall()
     names, before, after = zip(*logits, strict=True)
     return Case(
-        folder, example, source, target, amount, mode, place, [feature for (feature,) in features], list(names),
+        folder, example, shown(source), shown(target), amount, mode, place, [feature for (feature,) in features],
+        list(map(shown, names)),
         _softmax(before), _softmax(after), {unit for (unit,) in seen},
     )  # fmt: skip
 
 
+def _first(path: Path) -> int | None:
+    """Return the edit that a steer unit names as its first example, if it names one."""
+    try:
+        return number(parsed(path.read_text()).get("edit"), 0, 2**31 - 1, "edit") if path.exists() else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete {path.parent} to make it again") from error
+
+
 def _show_image(axes: "Axes", case: Case, tables: Sequence[Path]) -> None:
     """Show the image that was edited, as the model saw it, or say that nobody kept it."""
-    from PIL import Image
-
     kept = case.folder / "first.png"
     if kept.exists():
-        with Image.open(kept) as image:
-            view = pictures.enlarged(image, 256)
+        try:
+            view = pictures.enlarged(pictures.opened(kept.read_bytes()), 256)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{kept}: cannot be read ({error}); delete {case.folder} to make it again") from error
     else:
         found = [pictures.read(path / "picture.parquet", [case.example]) for path in tables]
         views = [views[case.example] for views in found if case.example in views]

@@ -3,18 +3,19 @@
 Shapes: n tokens, d d_model, c classes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from saefw import sealed
+from saefw import tensors as files
 from saefw.blocks import resolve
 from saefw.care import write_atomically
 from saefw.plugin import Names, Probe, ProbeConfig, Run, StageConfig, Task, Unit, UserError, hookimpl, settings
@@ -159,22 +160,31 @@ def _fitted(run: Run, kind: type[ProbeConfig], units: Sequence[Unit], task: Task
     Fitted again without those that are kept, the sums of the others could be rounded in another way.
     """
     members, path = [unit.given["probe"] for unit in units], run.folder(units[-1]) / FITTED
-    try:
-        stored = load_file(path)
-        probes = [config.build(task) for config in members]
-        for unit, probe in zip(units, probes, strict=True):
-            probe.load_state_dict({name: stored[f"{unit.address}.{name}"] for name in probe.state_dict()})
-    except (OSError, SafetensorError, KeyError, RuntimeError):
+    probes = [config.build(task) for config in members]
+    form = files.form(_states(units, probes))
+
+    def check(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        # With those that are kept by now.
+        files.check({name: tensor for name, tensor in tensors.items() if name in form}, form)
+
+    stored = sealed.read(path, check)
+    if stored is None:
         probes = kind.fit_many(
             members, task, train.x_nd, train.y_n, lambda done, total: run.progress(done, total, "steps")
         )
-        state = {
-            f"{unit.address}.{name}": value.detach().cpu().contiguous()
-            for unit, probe in zip(units, probes, strict=True)
-            for name, value in probe.state_dict().items()
-        }
-        write_atomically(path, save(state))
+        sealed.write(path, _states(units, probes))
+        return probes
+    for unit, probe in zip(units, probes, strict=True):
+        probe.load_state_dict({name: stored[0][f"{unit.address}.{name}"] for name in probe.state_dict()})
     return probes
+
+
+def _states(units: Sequence[Unit], probes: Sequence[Probe]) -> dict[str, Tensor]:
+    return {
+        f"{unit.address}.{name}": value
+        for unit, probe in zip(units, probes, strict=True)
+        for name, value in probe.state_dict().items()
+    }
 
 
 def open_probe(config: ProbeConfig, folder: Path, task: Task, device: str = "cpu") -> Probe:
@@ -187,9 +197,11 @@ def open_probe(config: ProbeConfig, folder: Path, task: Task, device: str = "cpu
     path = folder / FILE
     probe = config.build(task)
     try:
-        probe.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError) as error:
+        tensors, _ = files.read(path)
+        files.check(tensors, files.form(probe.state_dict()))
+    except ValueError as error:
         raise UserError(f"{path}: is not the probe it should be; delete {folder} to make it again ({error})") from error
+    probe.load_state_dict(tensors)
     return probe.to(device).eval().requires_grad_(False)
 
 

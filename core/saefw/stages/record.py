@@ -135,6 +135,7 @@ class Record(StageConfig):
     def _record(self, units: Sequence[Unit], dataset: Dataset, run: Run) -> Iterator[int]:
         """Record the layers of one backbone on one dataset; yield how many of its images are done."""
         examples = [dataset[i] for i in range(len(dataset))]
+        _check_names(units[0].given["names"]["dataset"], examples, dataset.classes)
         train = np.array([example.split == "train" for example in examples], dtype=bool)
         writers = [
             Writer(run.folder(unit), _layout(unit, len(dataset)), train, int(self.shard_mb * 2**20)) for unit in units
@@ -225,6 +226,16 @@ def _dataset(unit: Unit, run: Run) -> Dataset:
     return dataset
 
 
+def _check_names(dataset: str, examples: Sequence[Example], classes: Sequence[str]) -> None:
+    """Refuse, before any work, a name that no table can hold: that of a file which is not in Unicode."""
+    for what, names in (("image", (example.key for example in examples)), ("class", classes)):
+        for name in names:
+            try:
+                name.encode()
+            except UnicodeEncodeError as error:
+                raise UserError(f"{dataset}: {what} {name!r} is not called in Unicode; rename its file") from error
+
+
 def _layout(unit: Unit, n_examples: int) -> Layout:
     info = cast(BackboneConfig, unit.given["backbone"]).describe()
     layer, dtype = unit.content["layer"], unit.content["dtype"]
@@ -295,10 +306,10 @@ def _stored(tokens_btd: Tensor, dtype: torch.dtype, layer: int, examples: Sequen
         worst = int(bad_b.nonzero()[0])
         largest = float(tokens_btd[worst].abs().max())
         if not math.isfinite(largest):
-            raise UserError(f"layer {layer}: the activations of image '{examples[worst].key}' are not finite")
+            raise UserError(f"layer {layer}: the activations of image {examples[worst].key!r} are not finite")
         name = str(dtype).removeprefix("torch.")
         raise UserError(
-            f"layer {layer}: image '{examples[worst].key}' has an activation of {largest:.0f}, and {name} ends at "
+            f"layer {layer}: image {examples[worst].key!r} has an activation of {largest:.0f}, and {name} ends at "
             f"{torch.finfo(dtype).max:.0f}; record with dtype: bfloat16 or float32"
         )
     return stored_btd

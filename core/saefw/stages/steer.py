@@ -30,6 +30,7 @@ from saefw.shards import Acts
 from saefw.stages.probe import depth, open_probe, task_of
 from saefw.stages.train import open_sae
 from saefw.steering import Steering, along, check_reach, like_norm
+from saefw.tensors import Form
 
 ALL_LOGITS = 20
 """With so many classes or fewer every logit is stored; with more, the TOP before and after, the own and the target."""
@@ -212,7 +213,8 @@ class Steer(StageConfig):
         for start in range(0, len(plan.examples), self.batch_size):
             stop = min(start + self.batch_size, len(plan.examples))
             path = run.folder(unit) / f"part-{start:08d}-{stop:08d}.safetensors"
-            if (stored := sealed.read(path)) is not None:
+            form = self._form(stop - start, len(acts.classes))
+            if (stored := sealed.read(path, form)) is not None:
                 part = stored[0]
             else:
                 part = self._edit(steering, plan, acts, slice(start, stop), run.device)
@@ -262,7 +264,8 @@ class Steer(StageConfig):
     def _gradient(self, folder: Path, steering: Steering, acts: Acts, examples: Ints, run: Run) -> Tensor:
         """Return the mean gradient of each class's logit over train images, float64 [c, d]; it stays in the folder."""
         path = folder / GRADIENT
-        if (stored := sealed.read(path)) is not None:
+        form = {"gradient": (torch.float64, (len(acts.classes), acts.d_model))}
+        if (stored := sealed.read(path, form)) is not None:
             return stored[0]["gradient"]
         total_cd, done = torch.zeros(len(acts.classes), acts.d_model, dtype=torch.float64), 0
         for some, tokens_etd in acts.read("all", examples, self.batch_size):
@@ -316,6 +319,14 @@ class Steer(StageConfig):
             "after": _picked(after_erkac, label_erkal),
             "like": like_erf,
         }
+
+    def _form(self, n: int, n_classes: int) -> Form:
+        """Return what `_edit` gives of n images."""
+        grid = n, len(ROLES), len(KINDS), len(self.amounts)
+        some = *grid, n_classes if n_classes <= ALL_LOGITS else 2 * TOP + 2
+        logits = dict.fromkeys(("before", "after"), (torch.float32, some))
+        chosen = n, len(ROLES), self.n_features
+        return {"norm": (torch.float32, grid), "label": (torch.int64, some), "like": (torch.int64, chosen), **logits}
 
     # Writing it down
 

@@ -3,7 +3,6 @@
 Shapes: n tokens, d d_model, s d_sae.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,12 +13,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from torch.nn import Parameter
 
 from saefw import sealed
+from saefw import tensors as files
 from saefw.blocks import resolve
 from saefw.care import write_atomically
 from saefw.metrics import L0, Cosine, Dead, Dense, ExplainedVariance, Nmse
@@ -50,6 +49,9 @@ TOKENS = 8192
 
 WORTH = 20
 """Between two checkpoints lies so many times what writing one takes, at least."""
+
+WIDEST = 1 << 20
+"""The largest d_model that a file may speak of."""
 
 PAUSE = 0.1
 """Seconds between two words about progress."""
@@ -352,8 +354,7 @@ class Training:
 
     def resume(self, run: Run) -> None:
         """Go on from the unit's checkpoint, if there is one and both it and the log up to it are whole."""
-        path = run.folder(self.unit) / CHECKPOINT
-        found = sealed.read(path)
+        found = sealed.read(run.folder(self.unit) / CHECKPOINT, self._check)
         if found is None or not run.rewind(self.unit, found[1]["log"]):
             run.rewind(self.unit)
             return
@@ -364,8 +365,19 @@ class Training:
             _, index, name = key.split(".")
             states.setdefault(int(index), {})[name] = tensors.pop(key)
         self.adam.load_state_dict({**self.adam.state_dict(), "state": states})
-        _load(self.sae, {key.removeprefix("sae."): tensor for key, tensor in tensors.items()}, path)
+        self.sae.load_state_dict({key.removeprefix("sae."): tensor for key, tensor in tensors.items()})
         self.step = about["step"]
+
+    def _check(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """See that it is a checkpoint of such a training: before the first step, Adam has no moments."""
+        step = files.number(about.get("step"), 0, self.n_steps, "step")
+        if not isinstance(about.get("log"), str):
+            raise ValueError("log must be a mark")
+        wanted = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
+        for index, parameter in enumerate(self.sae.parameters() if step else ()):
+            moments = {"exp_avg": parameter, "exp_avg_sq": parameter, "step": torch.zeros(())}
+            wanted |= {f"adam.{index}.{name}": tensor for name, tensor in moments.items()}
+        files.check(tensors, files.form({**wanted, "since_s": self.since_s}))
 
     def write(self, folder: Path, about: Mapping[str, Any]) -> None:
         """Write the trained SAE for `open_sae`; `about` goes into the file's header beside its settings."""
@@ -448,12 +460,25 @@ def open_sae(config: SaeConfig, folder: Path, device: str = "cpu") -> Sae:
 
     """
     path = folder / FILE
-    tensors, header = _read(path)
+    try:
+        tensors, header = _read(path)
+        d_model = files.number(header.get("d_model"), 1, WIDEST, "d_model")
+        n_numbers = sum(tensor.numel() for tensor in tensors.values())
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete {folder} to train it again") from error
     if header.get("config") != config.content():
         raise UserError(f"{path}: holds an SAE with other settings than asked for; delete {folder} to train that one")
+    does_not_fit = f"{path}: does not fit its SAE; delete {folder} to train it again"
+    # Before one is built: a width that no file of this size can have would cost memory.
+    if n_numbers < d_model**2 * config.expansion:
+        raise UserError(f"{does_not_fit} ({n_numbers} numbers are too few for a d_model of {d_model})")
     with seeded(config.seed, 0):
-        sae = config.build(header["d_model"])
-    _load(sae, tensors, path)
+        sae = config.build(d_model)
+    try:
+        files.check(tensors, files.form(sae.state_dict()))
+    except ValueError as error:
+        raise UserError(f"{does_not_fit} ({error})") from error
+    sae.load_state_dict(tensors)
     return sae.to(device).eval().requires_grad_(False)
 
 
@@ -463,19 +488,8 @@ def _write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any])
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(path, "pt") as file:
-            header: dict[str, Any] = json.loads(file.metadata()[HEADER])
-            return {name: file.get_tensor(name) for name in file.keys()}, header
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); delete {path.parent} to train it again") from error
-
-
-def _load(sae: Sae, tensors: Mapping[str, Tensor], path: Path) -> None:
-    try:
-        sae.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise UserError(f"{path}: does not fit its SAE; delete {path.parent} to train it again ({error})") from error
+    tensors, metadata = files.read(path)
+    return tensors, files.parsed(metadata.get(HEADER, ""))
 
 
 @hookimpl

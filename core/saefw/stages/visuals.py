@@ -18,6 +18,7 @@ from pydantic import Field
 from safetensors.torch import save
 
 from saefw import pictures, sealed
+from saefw import tensors as files
 from saefw.care import write_atomically, writing
 from saefw.originals import again
 from saefw.pictures import Tile
@@ -41,6 +42,7 @@ from saefw.sae import Sae
 from saefw.shards import Acts
 from saefw.stages.train import Clock, open_sae
 from saefw.tally import IMAGE_FEATURES, Tally, most
+from saefw.tally import check as check_state
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -163,7 +165,7 @@ class Visuals(StageConfig):
     def _watch(self, jobs: Sequence["Job"], tokens: str, acts: Acts, examples: Array, run: Run) -> Iterator[Tally]:
         """Feed the images to every SAE's tally, going on where an earlier run stopped; yield the tallies."""
         saes = [open_sae(job.unit.needs[0].given["sae"], run.folder(job.unit.needs[0]), run.device) for job in jobs]
-        tallies = [_begun(job) for job in jobs]
+        tallies = [_begun(job, len(examples)) for job in jobs]
         first = min(tally.seen for tally in tallies)
         saving, telling = Clock(self.checkpoint_every), Clock(0.1)
         for indices, x_epd in acts.read(tokens, examples[first:], READ):
@@ -296,15 +298,20 @@ def _fitting(jobs: Sequence[Job], n_images: int, memory: float) -> Iterator[list
     yield group
 
 
-def _begun(job: Job) -> Tally:
+def _begun(job: Job, n_images: int) -> Tally:
     """Return the tally that an interrupted run left whole in the unit's folder, or a fresh one."""
-    sizes = job.d_sae, job.n_patches, job.n_classes, job.top, job.folder / PAIRS
-    found = sealed.read(job.folder / CHECKPOINT)
+    sizes = job.d_sae, job.n_patches, job.n_classes, job.top
+
+    def check(state: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
+        check_state(state, *sizes)
+        files.number(int(state["seen"]), 0, n_images, "seen")
+
+    found = sealed.read(job.folder / CHECKPOINT, check)
     try:
-        return Tally(*sizes, found[0] if found else None)
+        return Tally(*sizes, job.folder / PAIRS, found[0] if found else None)
     except ValueError as error:
         log.warning(str(error))
-        return Tally(*sizes)
+        return Tally(*sizes, job.folder / PAIRS)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from saefw.plugin import Backbone, BackboneConfig, BackboneInfo, hookimpl, mend_torchvision
+from saefw.plugin import Backbone, BackboneConfig, BackboneInfo, UserError, hookimpl, mend_torchvision
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,13 +34,17 @@ class DigitsVit(BackboneConfig):
     def build(self, device: str) -> "DigitsVitBackbone":
         """Load timm's VisionTransformer with the weights of the package."""
         mend_torchvision()
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
         from timm.models import VisionTransformer
 
         given = {key: value for key, value in _about()["architecture"].items() if key != "class"}
         model = VisionTransformer(**given)
         with as_file(files(__name__) / "weights.safetensors") as path:
-            model.load_state_dict(load_file(path))
+            try:
+                model.load_state_dict(load_file(path))
+            except (OSError, SafetensorError, RuntimeError) as error:
+                raise UserError(f"{path}: damaged ({error}); install saefw again") from error
         return DigitsVitBackbone(self.describe(), model, given["img_size"]).to(device).eval().requires_grad_(False)
 
 
