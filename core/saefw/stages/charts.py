@@ -6,6 +6,7 @@ Each is read off the index alone.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -165,6 +166,7 @@ class DoseResponse(FigureConfig):
     """What an edit does to the logit of its target: class features against both controls, by amount."""
 
     use: Literal["dose-response"] = "dose-response"
+    revision: ClassVar[int] = 2
     wants: ClassVar[tuple[str, ...]] = ("steer",)
 
     classes: int = Field(20, ge=0)
@@ -191,7 +193,7 @@ class DoseResponse(FigureConfig):
             unit = "factor" if mode == "scale" else "amount, as a multiple of each feature’s p99"
             by_class = 1 < len(targets) <= self.classes
             ((label,),) = db.execute("SELECT label FROM unit WHERE unit = ?", [folder.name]).fetchall()
-            part.suptitle(shown(label, 100), x=0.012, ha="left", fontsize=9.5)
+            part.suptitle(fill(shown(label, 160), 90), x=0.012, ha="left", fontsize=9.5)
             grid = part.add_gridspec(2 if by_class else 1, 2, height_ratios=(1.15, 1) if by_class else None)
             left = None
             for column, role in enumerate(reversed(ROLES)):

@@ -110,6 +110,7 @@ class BeforeAfter(FigureConfig):
     """One steered image: the features that were edited, and what the probe said before and after."""
 
     use: Literal["before-after"] = "before-after"
+    revision: ClassVar[int] = 2
     wants: ClassVar[tuple[str, ...]] = ("steer", "visuals")
 
     images: int = Field(5, gt=0)
@@ -162,9 +163,11 @@ class BeforeAfter(FigureConfig):
         axes.barh(y + 0.2, case.after[shown], 0.38, color=AFTER, label="after")
         axes.set_yticks(y, [case.names[i] for i in shown])
         axes.invert_yaxis()
-        axes.set(xlim=(0, 1.0), xlabel="probability", title="what the probe says")
+        all_kept = len(case.names) == case.n_classes
+        said = "probability" if all_kept else f"share among {len(case.names)} of {case.n_classes} classes"
+        axes.set(xlim=(0, 1.0), xlabel=said, title="what the probe says")
         axes.grid(axis="y", visible=False)
-        axes.legend(loc="center right", fontsize=7.5)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=7.5)
         done = {"set": "set to {} × p99", "add": "raised by {} × p99", "scale": "multiplied by {}"}[case.mode]
         where = "[CLS]" if case.place == "cls" else "every patch"
         told = f"{len(case.features)} features {done.format(f'{case.amount:g}')} on {where}"
@@ -226,9 +229,10 @@ class Case(NamedTuple):
     features: list[int]
     names: list[str]
     before: Array
-    """Probabilities by name."""
+    """Probabilities by name or, where not every class has its logit in the store, shares among those that have."""
 
     after: Array
+    n_classes: int
     seen: set[str]
     """The visuals units that say what its features stand for."""
 
@@ -260,12 +264,13 @@ def _case(db: "DuckDBPyConnection", folder: Path) -> Case | None:
         "WHERE l.unit = ? AND l.edit = ? ORDER BY l.label",
         [acts, folder.name, edit],
     ).fetchall()
+    ((n_classes,),) = db.execute("SELECT count(*) FROM class WHERE unit = ?", [acts]).fetchall()
     seen = db.execute("SELECT DISTINCT unit FROM feature WHERE sae = ? AND acts = ?", [sae, acts]).fetchall()
     names, before, after = zip(*logits, strict=True)
     return Case(
         folder, example, shown(source), shown(target), amount, mode, place, [feature for (feature,) in features],
         list(map(shown, names)),
-        _softmax(before), _softmax(after), {unit for (unit,) in seen},
+        _softmax(before), _softmax(after), n_classes, {unit for (unit,) in seen},
     )  # fmt: skip
 
 
