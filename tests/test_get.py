@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import lzma
 import os
 import subprocess
 import tarfile
@@ -151,8 +152,8 @@ def test_nobody_listens(server: Server, tmp_path: Path) -> None:
     source = server.source("x.bin", DATA)
     server.close()
     assert failing(lambda: fetch.fetch(source, tmp_path, no_one)) == (
-        f"{source.url}: broke off after 0 of 100,000 bytes ([Errno 111] Connection refused); run it again and it goes "
-        f"on from there, or put the file at {tmp_path}/x.bin yourself"
+        f"{source.url}: cannot be reached ([Errno 111] Connection refused); run it again later, or put the file at "
+        f"{tmp_path}/x.bin yourself"
     )
 
 
@@ -193,7 +194,7 @@ def test_what_came_is_something_else(server: Server, tmp_path: Path) -> None:
     assert not os.listdir(tmp_path)
     longer = source._replace(bytes=50_000)
     assert failing(lambda: fetch.fetch(longer, tmp_path, no_one)) == (
-        f"{source.url}: is longer than the 50,000 bytes that it should have"
+        f"{source.url}: is longer than the 50,000 bytes that it should have; put the file at {tmp_path}/x.bin yourself"
     )
 
 
@@ -320,6 +321,18 @@ def test_flipped_bytes(tmp_path: Path) -> None:
     assert said.startswith(f"{path}: is damaged (CRC check failed ") and said.endswith("; delete it and get it again")
 
 
+def test_flipped_bytes_of_lzma(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_LZMA) as made:
+        made.writestr("x", DATA)
+    packed = {"x.zip": bytearray(file.getvalue()), "x.tar.xz": bytearray(lzma.compress(tar([("x", DATA)], "w")))}
+    for name, data in packed.items():
+        data[5_000:5_100] = bytes(100)
+        (tmp_path / name).write_bytes(data)
+        said = failing(lambda name=name: unpack(tmp_path / name, tmp_path / "out", no_one))  # type: ignore[misc]
+        assert said.startswith(f"{tmp_path / name}: is damaged or not a plain archive (")
+
+
 # A whole dataset
 
 
@@ -404,6 +417,10 @@ def test_folders_that_hold_other_things(two: type[Two], tmp_path: Path) -> None:
     assert failing(lambda: bring(tmp_path / "mine")) == f"{tmp_path}/mine: {sentence}"
     file = tmp_path / "mine" / "thesis.txt"
     assert failing(lambda: bring(file)) == f"{file}: is a file; name a folder, new or empty"
+
+
+def test_a_folder_that_nobody_may_write_to(two: type[Two]) -> None:
+    assert failing(lambda: bring(Path("/proc/here"))) == "/proc/here: cannot be written to (No such file or directory)"
 
 
 def test_names(two: type[Two], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Unpacks archives that nobody vouches for."""
 
 import errno
+import lzma
 import os
 import shutil
 import tarfile
@@ -25,6 +26,11 @@ SUFFIXES = (".tar.gz", ".tgz", ".tar", ".zip")
 """How the names of archives end. Those inside an archive are unpacked where they lie, but not those inside them."""
 
 BLOCK = 1 << 20
+
+DAMAGED = (
+    tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError
+)  # fmt: skip
+"""What the libraries raise of an archive that is damaged, encrypted or of a kind that they do not know."""
 
 
 class _Item(NamedTuple):
@@ -110,7 +116,7 @@ def _unpack(archive: Path, name: str, into: Path, budget: _Budget) -> None:
                     budget.spend(len(rest))
         else:
             raise UserError(f"{where}: is neither a zip nor a tar archive")
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except DAMAGED as error:
         raise UserError(f"{where}: is damaged or not a plain archive ({error}); delete it and get it again") from error
     except OSError as error:
         if error.errno is None:  # gzip's and bz2's word for damage

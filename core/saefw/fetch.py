@@ -81,6 +81,10 @@ def fetch(source: Source, folder: Path, told: Told) -> Path:
             break
         except _Broken as error:
             there = part.stat().st_size if part.exists() else 0
+            if not left and not there:
+                raise UserError(
+                    f"{source.url}: cannot be reached ({error}); run it again later, or put the file at {path} yourself"
+                ) from error
             if not left:
                 raise UserError(
                     f"{source.url}: broke off after {there:,} of {source.bytes:,} bytes ({error}); run it again and it "
@@ -150,7 +154,10 @@ def _receive(answer: "HTTPResponse", source: Source, part: Path, have: int, told
             while block := answer.read(BLOCK):
                 first += len(block)
                 if first > source.bytes:
-                    raise UserError(f"{source.url}: is longer than the {source.bytes:,} bytes that it should have")
+                    raise UserError(
+                        f"{source.url}: is longer than the {source.bytes:,} bytes that it should have; put the file at "
+                        f"{part.with_suffix('')} yourself"
+                    )
                 file.write(block)
                 told(first, source.bytes)
             file.flush()

@@ -53,6 +53,9 @@ def get(use: str, datasets: Mapping[str, type[Any]], to: Path, told: Told) -> in
     if to.is_dir() and not work.exists() and any(to.iterdir()):
         raise UserError(f"{to}: holds other things already; name a folder, new or empty")
     with _alone(work):
+        if _noted(to) == wanted:  # brought meanwhile, or stopped while it was tidied up
+            shutil.rmtree(work)
+            return _count(cls, to)
         for source in cls.sources:
             _bring(source, to, told)
         n = _count(cls, to)
@@ -94,8 +97,12 @@ def _noted(to: Path) -> Any:
 @contextmanager
 def _alone(work: Path) -> Iterator[None]:
     """Keep a second `saefw get` out of a folder."""
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as file:
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        file = (work / "lock").open("w")
+    except OSError as error:
+        raise UserError(f"{work.parent}: cannot be written to ({error.strerror})") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

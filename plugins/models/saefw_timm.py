@@ -7,6 +7,7 @@ tokens (rotary embeddings, shared position biases), final norm and head. The tes
 Shapes: b batch, t n_tokens, d d_model; `tokens_btd` has shape [b, t, d].
 """
 
+import logging
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -348,6 +349,7 @@ def _sides(img_size: int | tuple[int, int]) -> tuple[int, int]:
 
 def _downloaded(name: str, given: Mapping[str, Any]) -> nn.Module:
     """Return a model with timm's weights of that name, from the network or from the cache of an earlier download."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # or it tells of every try
     try:
         model: nn.Module = _timm().create_model(name, pretrained=True, **given)
     except OSError as error:

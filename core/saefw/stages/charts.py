@@ -152,7 +152,7 @@ class ProbeGrid(FigureConfig):
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
         axes.set_xticks(range(len(values[0])), [_number(value) for value in values[0]])
-        axes.set_yticks(range(len(values[1])), [_number(value) for value in values[1]])
+        axes.set_yticks(range(len(values[1])), [_number(value) for value in values[1]] if len(keys) > 1 else [""])
         axes.set(xlabel=_words(keys[0]) if keys else "", ylabel=_words(keys[1]) if len(keys) > 1 else "")
         told = probes[chosen][1]
         axes.set_title(
