@@ -245,6 +245,28 @@ def test_made_again_at_another_shard_size_leaves_nothing(tmp_path: Path) -> None
     assert torch.equal(next(acts.read("all"))[1], truth_etd)
 
 
+def test_a_recording_of_many_shards_keeps_no_file_open(tmp_path: Path) -> None:
+    acts, truth_etd = recording(tmp_path, layout_of(300), 1)
+    before = len(os.listdir("/proc/self/fd"))
+    (_, found_etd), *_ = acts.read("all", batch=300)
+    assert torch.equal(found_etd, truth_etd) and len(acts._open) == 300
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_shards_are_mapped_and_not_read(tmp_path: Path) -> None:
+    """What is changed in the file is seen; what is changed in memory does not come into the file."""
+    acts, _ = recording(tmp_path, layout_of(4), 2)
+    path = tmp_path / "acts-00001.safetensors"
+    mapped_ted = acts._mapped(1)
+    with path.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(np.float32(7).tobytes())
+    assert mapped_ted[-1, -1, -1] == 7
+    data = path.read_bytes()
+    mapped_ted[:] = 0
+    assert path.read_bytes() == data
+
+
 def test_no_examples(tmp_path: Path) -> None:
     acts, _ = recording(tmp_path, layout_of(0), 3)
     assert list(acts.read("all")) == []

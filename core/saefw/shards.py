@@ -413,8 +413,10 @@ class Acts:
         if shard not in self._open:
             path, shape = self.folder / self.shards[shard].file, [self.n_tokens, self.shards[shard].n, self.d_model]
             start = _start(path, shape, self.layout.dtype)
-            # Copy on write, because torch wants writable memory; nobody writes.
-            mapped = np.memmap(path, dtype=np.uint8, mode="c", offset=start)
+            end = start + self.shards[shard].n * self.layout.example_bytes
+            # Unlike np.memmap this keeps no file open, of which a process may have a thousand; it is mapped to be
+            # copied on write, and nobody writes. By way of numpy, activations may begin at any byte.
+            mapped = torch.from_file(str(path), shared=False, size=end, dtype=torch.uint8).numpy()[start:]
             self._open[shard] = torch.from_numpy(mapped).view(DTYPES[self.layout.dtype]).view(shape)
         return self._open[shard]
 
