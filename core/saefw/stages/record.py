@@ -46,8 +46,9 @@ WORKERS = 16
 class Record(StageConfig):
     """Records the tokens after some blocks of a backbone, for every image of some datasets.
 
-    The same settings give the same bytes. Other knobs give the same activations up to the rounding of the
-    matrix products, whose order of summation may depend on the size of a batch.
+    The same settings on the same machine give the same bytes, unless the size of a batch is found by timing (on a GPU
+    with batch_size null) or halved for lack of memory. Then, and with other knobs, the activations are the same up to
+    the rounding of the matrix products, whose order of summation may depend on the size of a batch.
     """
 
     use: Literal["record"] = "record"
