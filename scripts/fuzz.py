@@ -112,16 +112,25 @@ def read_probe(data: bytes, folder: Path) -> None:
     open_probe(Linear(), folder, Task(3, ("a", "b")))(torch.ones(2, 3))
 
 
+def _images() -> tuple[Any, list[Any]]:
+    """Return the shape of a recording of four images, and these; the last of them is not to train on."""
+    from PIL import Image
+
+    from saefw.plugin import Example
+    from saefw.shards import Layout
+
+    examples = [Example(f"{i}.png", -1, "train" if i < 3 else "test", Image.Image) for i in range(4)]
+    return Layout(4, 5, ("cls",), 3, (2, 2), 0, "float32"), examples
+
+
 @cache
 def _recording() -> dict[str, bytes]:
     """Return the files of a recording of four images in two shards."""
-    import numpy as np
-
-    from saefw.shards import Layout, Writer
+    from saefw.shards import Writer
 
     with tempfile.TemporaryDirectory() as where:
-        layout = Layout(4, 5, ("cls",), 3, (2, 2), 0, "float32")
-        writer = Writer(Path(where), layout, np.array([True, True, True, False]), 2 * layout.example_bytes)
+        layout, examples = _images()
+        writer = Writer(Path(where), layout, examples, 2 * layout.example_bytes)
         for shard in writer.missing():
             writer.write(shard, torch.arange(30.0).reshape(5, 2, 3) + shard)
         writer.finish()
@@ -163,15 +172,13 @@ def read_stats(data: bytes, folder: Path) -> None:
 
 def read_moments(data: bytes, folder: Path) -> None:
     """Go on with a recording that was interrupted, with this beside its first shard."""
-    import numpy as np
-
-    from saefw.shards import Layout, Writer
+    from saefw.shards import Writer
 
     for name, good in _recording().items():
         (folder / name).write_bytes(good)
     (folder / "moments-00000.safetensors").write_bytes(data)
-    layout = Layout(4, 5, ("cls",), 3, (2, 2), 0, "float32")
-    Writer(folder, layout, np.ones(4, dtype=bool), 2 * layout.example_bytes).missing()
+    layout, examples = _images()
+    Writer(folder, layout, examples, 2 * layout.example_bytes).missing()
 
 
 SIZES = 4, 2, 2, 2

@@ -1,6 +1,9 @@
 """Images that cannot be read: named and fatal, or left out for good."""
 
-from functools import partial
+import errno
+import os
+from collections.abc import Callable
+from functools import partial, partialmethod
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
@@ -156,6 +159,31 @@ def test_what_was_broken_stays_so_after_a_stop(tmp_path: Path, monkeypatch: pyte
     for unit in units:
         assert Acts(run.folder(unit)).of_split("broken").tolist() == [3, 10, 21, 35]
         assert Acts(run.folder(unit)).stats("cls").n == 42 - sum(WHOLE[i].split == "train" for i in (3, 10, 21, 35))
+
+
+@pytest.mark.parametrize("broken", ["fatal", "skip"])
+def test_a_fault_of_the_system_leaves_no_image_out(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does anything remember it: the next run records all images."""
+    put(tmp_path, {})
+    settings: dict[str, Any] = {"broken": broken, "shard_mb": 0.01}
+    with monkeypatch.context() as failing:
+        failing.setattr(Files, "__getitem__", partialmethod(failing_disk, Files.__getitem__))
+        with pytest.raises(UserError) as told:
+            record(tmp_path, **settings)
+    assert str(told.value) == "image '30.png' could not be opened (Input/output error); run again once that is mended"
+    run, units = record(tmp_path, **settings)
+    assert len(Acts(run.folder(units[0])).of_split("broken")) == 0
+
+
+def failing_disk(files: Files, whole: Callable[[Files, int], Example], index: int) -> Example:
+    """Return an image, of which the 30th lies where the disk fails."""
+
+    def load() -> Image.Image:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "images/30.png")
+
+    return whole(files, index)._replace(load=load) if index == 30 else whole(files, index)
 
 
 def stop(*units: Unit) -> None:

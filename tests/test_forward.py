@@ -1,6 +1,6 @@
 """Batches: their size is found by trying, and shrinks where memory runs out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -105,3 +105,26 @@ def test_precision_is_autocast(precision: str) -> None:
         expected = outputs(vit, IMAGES, [1])
     assert torch.equal(found[1], expected[1])
     assert not torch.equal(found[1], outputs(vit, IMAGES, [1])[1])
+
+
+@pytest.fixture(params=[True, False])
+def tf32(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """TF32 switched on or off for all that is computed on a GPU."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = request.param
+    yield request.param
+    cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def test_float32_is_no_tf32(tf32: bool) -> None:
+    """Neither in convolutions nor in matrix products, even where it was switched on; after the pass it is as before."""
+    vit, seen = TinyVit().build("cpu"), list[tuple[bool, bool]]()
+
+    def look(*_: object) -> None:
+        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+
+    vit.model.get_submodule("patch_embed").register_forward_pre_hook(look)
+    list(Forward(vit, [1], "cpu", "float32", None).outputs(list(IMAGES)))
+    look()
+    assert seen == [(False, False), (tf32, tf32)]

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from saefw import sealed
 from saefw.care import MADE, checksum
 from saefw.errors import UserError
-from saefw.plugin import Task, Unit
+from saefw.plugin import Example, Task, Unit
 from saefw.run import LOG, Run, _mark
 from saefw.shards import INDEX, STATS, Acts, Layout, Stats, Writer
 from saefw.stages.probe import FILE as PROBE
@@ -308,13 +309,14 @@ def test_a_probe_that_is_none(tmp_path: Path) -> None:
 # Recordings
 
 LAYOUT = Layout(4, 5, ("cls",), 3, (2, 2), 0, "float32")
+EXAMPLES = [Example(f"{i}.png", -1, "train" if i < 3 else "test", Image.Image) for i in range(4)]
 
 
 @pytest.fixture
 def recording(tmp_path: Path) -> Path:
     folder = tmp_path / "acts"
     folder.mkdir()
-    writer = Writer(folder, LAYOUT, np.array([True, True, True, False]), 2 * LAYOUT.example_bytes)
+    writer = Writer(folder, LAYOUT, EXAMPLES, 2 * LAYOUT.example_bytes)
     for shard in writer.missing():
         writer.write(shard, torch.arange(30.0).reshape(5, 2, 3) + shard)
     writer.finish()
@@ -424,7 +426,7 @@ def test_a_share_of_the_statistics_that_is_none_is_made_again(recording: Path) -
 
     def missing(data: bytes) -> list[int]:
         path.write_bytes(data)
-        return Writer(recording, LAYOUT, np.ones(4, dtype=bool), 2 * LAYOUT.example_bytes).missing()
+        return Writer(recording, LAYOUT, EXAMPLES, 2 * LAYOUT.example_bytes).missing()
 
     assert missing(good) == []
     found = sealed.read(path, lambda tensors, about: None)
@@ -438,6 +440,8 @@ def test_a_share_of_the_statistics_that_is_none_is_made_again(recording: Path) -
         ({}, {**about, "file": 3}),
         ({}, {**about, "n": "2"}),
         ({}, {**about, "more": 1}),
+        ({}, {**about, "images": 1}),
+        ({}, {name: value for name, value in about.items() if name != "images"}),
         ({}, {**about, "broken": 1}),
         ({}, {**about, "broken": [[0]]}),
         ({}, {**about, "broken": [["0", "why"]]}),

@@ -1,5 +1,7 @@
 """Images opened again after they were recorded: the same ones, or a sentence."""
 
+import errno
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from PIL.Image import DecompressionBombError
 from tiny import TinySet
 
 from saefw.errors import UserError
-from saefw.originals import again, opened
+from saefw.originals import Unreadable, again, opened
 from saefw.plugin import Example
 
 
@@ -70,3 +72,14 @@ def test_a_file_that_is_gone_or_too_large_is_named(tmp_path: Path, monkeypatch: 
         "image 'a' cannot be read (Image size (60000 pixels) exceeds limit of 2000 pixels, "
         "could be decompression bomb DOS attack.)"
     )
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ESTALE, errno.ENOMEM, errno.EACCES])
+def test_a_fault_of_the_system_is_none_of_the_image(number: int) -> None:
+    def load() -> Image.Image:
+        raise OSError(number, os.strerror(number), "images/a.png")
+
+    with pytest.raises(UserError) as told:
+        opened(Example("a", -1, "test", load))
+    assert not isinstance(told.value, Unreadable)
+    assert str(told.value) == (f"image 'a' could not be opened ({os.strerror(number)}); run again once that is mended")

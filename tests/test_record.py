@@ -1,19 +1,25 @@
 """Recording, against a plain forward pass of everything at once."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
-from tiny import TinyBackbone, TinySet, TinyVit, desk
+from tiny import TinyBackbone, TinyImages, TinySet, TinyVit, desk
 from torch import Tensor
 
 from saefw.errors import UserError
+from saefw.plugin import Dataset, DatasetConfig, Example
 from saefw.run import Run, Watcher
 from saefw.shards import Acts
 from saefw.stages.record import Record
 from saefw.unit import Unit
+
+Rows = list[tuple[str, int, Any, int]]
+"""What a list of images says: name, class, split, number in TinySet."""
 
 
 def record(run: Run, **settings: Any) -> list[Unit]:
@@ -282,3 +288,65 @@ def test_goes_on_where_it_was_stopped(tmp_path: Path, caplog: pytest.LogCaptureF
     CALLS[:] = [0]
     record(stopped, **settings)
     assert sum(CALLS) == 0
+
+
+class Listed(DatasetConfig):
+    """Images of TinySet, as a file beside registry.yaml lists them: name, class, split, number there."""
+
+    use: Literal["listed"] = "listed"
+
+    def build(self, base: Path) -> Dataset:
+        return ListedImages(json.loads((base / "list.json").read_text()))
+
+
+class ListedImages(TinyImages):
+    """The images of Listed."""
+
+    def __init__(self, rows: Rows) -> None:
+        super().__init__(len(rows), 0, frozenset())
+        self.rows = rows
+
+    def __getitem__(self, index: int) -> Example:
+        key, label, split, number = self.rows[index]
+        return Example(key, label, split, lambda: self.image(number))
+
+
+ADDED = ("new.png", 0, "train", 99)
+
+
+@pytest.mark.parametrize(
+    ("change", "again", "n_images"),
+    [
+        (lambda rows: [*rows[:20], *rows[21:]], 2, 59 - 2 * 9),
+        (lambda rows: [*rows[:10], ADDED, *rows[10:]], 3, 61 - 9),
+        (lambda rows: [*rows, ADDED], 0, 61 - 4 * 9),
+        (lambda rows: [(*rows[0][:2], "test", 0), *rows[1:]], 1, 60 - 3 * 9),
+        (lambda rows: [*rows[:30], ("30.png", 1, "train", 30), *rows[31:]], 1, 60 - 3 * 9),
+        (lambda rows: rows[::-1], 4, 60),
+    ],
+    ids=["removed", "added", "added at the end", "of another split", "of another class", "in another order"],
+)
+def test_a_shard_of_other_images_is_not_gone_on_from(
+    change: Callable[[Rows], Rows], again: int, n_images: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is recorded after the dataset changed is, to the byte, what it would be from the start."""
+    settings = {"backbone": "vit", "datasets": ["listed"], "layers": [0, 1], "shard_mb": 0.01, "batch_size": 4}
+    rows: Rows = [(f"{i:02d}.png", 0, "train", i) for i in range(60)]
+
+    def at(path: Path, rows: Rows) -> Run:
+        path.mkdir(exist_ok=True)
+        (path / "list.json").write_text(json.dumps(rows))
+        return desk(path, {"backbones": {"vit": StoppedVit()}, "datasets": {"listed": Listed()}})
+
+    CALLS.clear()
+    with pytest.raises(KeyboardInterrupt):
+        record(at(tmp_path / "stopped", rows), **settings)
+    stopped, fresh = at(tmp_path / "stopped", change(rows)), at(tmp_path / "fresh", change(rows))
+    CALLS[:] = [0]
+    units = record(stopped, **settings)
+    assert sum(CALLS) == n_images
+    said = f"listed: {again} of 7 shards hold other images than the dataset has now; they are recorded again"
+    assert caplog.messages == ([said] if again else [])
+    record(fresh, **settings)
+    for unit in units:
+        assert files(stopped.folder(unit)) == files(fresh.folder(unit))

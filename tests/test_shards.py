@@ -11,10 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 
 from saefw import stream
 from saefw.errors import UserError
+from saefw.imagesets import Example
 from saefw.moments import Moments
 from saefw.shards import DTYPES, Acts, Layout, Writer
 
@@ -42,11 +44,16 @@ def layout_of(n_examples: int, side: int = 2, n_prefix: int = 1, d_model: int = 
     return Layout(n_examples, n_prefix + side * side, prefix, d_model, (side, side), 0, dtype)
 
 
+def examples_of(layout: Layout, train: Tensor | None = None) -> list[Example]:
+    """Images of one class, all of them to train on, or those of a mask."""
+    mask = [True] * layout.n_examples if train is None else train.tolist()
+    return [Example(f"{i}.png", 0, "train" if mask[i] else "test", Image.Image) for i in range(layout.n_examples)]
+
+
 def recording(folder: Path, layout: Layout, per_shard: int, train: Tensor | None = None) -> tuple[Acts, Tensor]:
     """Write a recording; return it opened, and what should be in it, float32."""
     acts_etd = vectors(layout)
-    mask = np.ones(layout.n_examples, dtype=bool) if train is None else train.numpy()
-    writer = Writer(folder, layout, mask, per_shard * layout.example_bytes)
+    writer = Writer(folder, layout, examples_of(layout, train), per_shard * layout.example_bytes)
     for shard in writer.missing():
         span = writer.span(shard)
         writer.write(shard, acts_etd[span.start : span.stop].transpose(0, 1))
@@ -212,10 +219,9 @@ def test_the_library_reads_a_shard(tmp_path: Path) -> None:
 def test_complete_shards_are_kept_and_others_are_not(tmp_path: Path) -> None:
     layout = layout_of(10)
     recording(tmp_path, layout, 3)
-    train = np.ones(10, dtype=bool)
 
     def missing(per_shard: int = 3) -> list[int]:
-        return Writer(tmp_path, layout, train, per_shard * layout.example_bytes).missing()
+        return Writer(tmp_path, layout, examples_of(layout), per_shard * layout.example_bytes).missing()
 
     assert missing() == []
     assert missing(4) == [0, 1, 2], "shards of another size"
@@ -237,6 +243,28 @@ def test_made_again_at_another_shard_size_leaves_nothing(tmp_path: Path) -> None
         f"{kind}-0000{i}.safetensors" for kind in ("acts", "moments") for i in (0, 1)
     ]
     assert torch.equal(next(acts.read("all"))[1], truth_etd)
+
+
+def test_a_recording_of_many_shards_keeps_no_file_open(tmp_path: Path) -> None:
+    acts, truth_etd = recording(tmp_path, layout_of(300), 1)
+    before = len(os.listdir("/proc/self/fd"))
+    (_, found_etd), *_ = acts.read("all", batch=300)
+    assert torch.equal(found_etd, truth_etd) and len(acts._open) == 300
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_shards_are_mapped_and_not_read(tmp_path: Path) -> None:
+    """What is changed in the file is seen; what is changed in memory does not come into the file."""
+    acts, _ = recording(tmp_path, layout_of(4), 2)
+    path = tmp_path / "acts-00001.safetensors"
+    mapped_ted = acts._mapped(1)
+    with path.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(np.float32(7).tobytes())
+    assert mapped_ted[-1, -1, -1] == 7
+    data = path.read_bytes()
+    mapped_ted[:] = 0
+    assert path.read_bytes() == data
 
 
 def test_no_examples(tmp_path: Path) -> None:

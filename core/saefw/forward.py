@@ -6,6 +6,7 @@ Shapes: b batch, t n_tokens, d d_model; `tokens_btd` has shape [b, t, d].
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from time import perf_counter
 
 import torch
@@ -79,7 +80,7 @@ class Forward:
 
     def _run(self, images: Sequence[Tensor]) -> dict[int, Tensor]:
         kind, reduced = self.device.partition(":")[0], self.dtype != torch.float32
-        with torch.inference_mode(), torch.autocast(kind, self.dtype, enabled=reduced):
+        with torch.inference_mode(), _without_tf32(), torch.autocast(kind, self.dtype, enabled=reduced):
             return outputs(self.backbone, torch.stack(list(images)).to(self.device), self.layers)
 
     def _seconds(self, n: int) -> float:
@@ -90,6 +91,18 @@ class Forward:
             for tokens_btd in self._run([self.blank] * n).values():
                 tokens_btd.cpu()
         return perf_counter() - start
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Compute in float32 what is said to be in float32: on a GPU torch takes TF32, of 10 bits, for convolutions."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 def fastest(seconds: Callable[[int], float]) -> int:

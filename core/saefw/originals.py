@@ -22,6 +22,7 @@ def opened(example: Example) -> "Image":
 
     Raises:
         Unreadable: it is missing, broken or too large.
+        UserError: the system does not let it be read now: no permission, a failing disk, too many open files.
 
     """
     from PIL import UnidentifiedImageError
@@ -35,7 +36,12 @@ def opened(example: Example) -> "Image":
     except UnidentifiedImageError as error:
         raise Unreadable(example.key, "it is no image") from error
     except (OSError, EOFError, SyntaxError, ValueError, DecompressionBombError) as error:
-        raise Unreadable(example.key, getattr(error, "strerror", None) or str(error)) from error
+        if isinstance(error, OSError) and error.errno is not None:
+            # The system's word is of the disk, the rights or this process, not of what the file holds.
+            raise UserError(
+                f"image {example.key!r} could not be opened ({error.strerror}); run again once that is mended"
+            ) from error
+        raise Unreadable(example.key, str(error)) from error
     return image
 
 

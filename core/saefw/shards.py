@@ -3,15 +3,15 @@
 A recording's folder holds `acts.json` (its `Layout` and the list of its shards), the shards, and `stats.safetensors`.
 A shard is a safetensors file of one tensor, `acts`, token-major: one token of many images lies in one piece, so that
 the blocks read for training do not hold many patches of one image, and all [CLS] of a shard are one read. Beside each
-shard lies `moments-00000.safetensors`: its checksum and its share of the statistics; it is written last, and says that
-the shard is complete.
+shard lies `moments-00000.safetensors`: its checksum, that of what the dataset says of its images, and its share of the
+statistics; it is written last, and says that the shard is complete.
 
 Shapes: t n_tokens, e examples, d d_model, n vectors; `acts_ted` has shape [t, e, d].
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -26,8 +26,10 @@ from saefw import sealed
 from saefw import tensors as files
 from saefw.care import checksum, write_atomically
 from saefw.errors import UserError
+from saefw.imagesets import Example
 from saefw.moments import Moments
 from saefw.stream import BUFFER_MB, Indices, Stream
+from saefw.unit import canonical
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """What activations may be stored as."""
@@ -37,6 +39,9 @@ STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 INDEX = "acts.json"
 STATS = "stats.safetensors"
+IMAGES = "images"
+"""Under what a shard's share of the statistics has the checksum of what the dataset says of its images."""
+
 KINDS = ("patches", "cls")
 """The tokens that have statistics of their own."""
 
@@ -102,20 +107,22 @@ class Shard(NamedTuple):
 class Writer:
     """Writes a recording shard by shard; what an interrupted run left complete is kept."""
 
-    def __init__(self, folder: Path, layout: Layout, train: NDArray[np.bool_], shard_bytes: int) -> None:
+    def __init__(self, folder: Path, layout: Layout, examples: Sequence[Example], shard_bytes: int) -> None:
         """Look what is there already.
 
         Args:
             folder: exists.
             layout: the recording's shape.
-            train: bool [n_examples], the examples that the statistics are of.
+            examples: of the dataset, all of them; the statistics are of those of split train.
             shard_bytes: a shard holds as many whole examples as fit, at least one.
 
         """
-        self.folder, self.layout, self.train = folder, layout, train
+        self.folder, self.layout, self.examples = folder, layout, examples
         self.per_shard = max(1, shard_bytes // layout.example_bytes)
         self.n_shards = -(-layout.n_examples // self.per_shard)
         self._done: dict[int, tuple[Shard, dict[str, Moments]]] = {}
+        self.other: list[int] = []
+        """Shards that hold other images than the dataset has now: to write, as if they were not there."""
         for i in range(self.n_shards):
             if (kept := self._kept(i)) is not None:
                 self._done[i] = kept
@@ -150,12 +157,12 @@ class Writer:
         file, span = _name(shard), self.span(shard)
         data = _safetensors(acts_ted)
         entry = Shard(file, span.start, len(span), len(data), sha256(data).hexdigest(), broken)
-        train_e = self.train[span.start : span.stop].copy()
+        train_e = np.array([self.examples[example].split == "train" for example in span], dtype=bool)
         train_e[[example - span.start for example, _ in broken]] = False
         moments = self._moments(acts_ted, train_e)
         write_atomically(self.folder / file, data)
         tensors = {f"{kind}.{key}": x for kind, each in moments.items() for key, x in each.tensors().items()}
-        sealed.write(self.folder / _moments_name(shard), tensors, entry._asdict())
+        sealed.write(self.folder / _moments_name(shard), tensors, {**entry._asdict(), IMAGES: self._images(span)})
         self._done[shard] = entry, moments
 
     def finish(self) -> tuple[list[Shard], float]:
@@ -189,15 +196,18 @@ class Writer:
 
         def check(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
             files.check(tensors, form)
-            _shard(about)
+            _sealed(about)
 
         found = sealed.read(self.folder / _moments_name(shard), check)
         if found is None:
             return None
-        tensors, entry = found[0], _shard(found[1])
+        tensors, (entry, images) = found[0], _sealed(found[1])
         moments = {kind: Moments.of({key: tensors[f"{kind}.{key}"] for key in none}) for kind in KINDS}
         span, path = self.span(shard), self.folder / _name(shard)
         if (entry.file, entry.first, entry.n) != (path.name, span.start, len(span)):
+            return None
+        if images != self._images(span):
+            self.other.append(shard)
             return None
         if not all(example in span for example, _ in entry.broken):
             return None
@@ -207,6 +217,12 @@ class Writer:
         except OSError:
             return None
         return entry, moments
+
+    def _images(self, span: range) -> str:
+        """Return the SHA-256 of what decides a shard, but for the pixels: its images by name, and the layout."""
+        named = [[example.key, int(example.label), example.split] for example in self.examples[span.start : span.stop]]
+        # Images that were added elsewhere change nothing here.
+        return sha256(canonical([asdict(replace(self.layout, n_examples=0)), named]).encode()).hexdigest()
 
     def _moments(self, acts_ted: Tensor, train_e: NDArray[np.bool_]) -> dict[str, Moments]:
         """Take the moments of a shard's train examples, token by token, so that little is in float64 at a time."""
@@ -397,8 +413,10 @@ class Acts:
         if shard not in self._open:
             path, shape = self.folder / self.shards[shard].file, [self.n_tokens, self.shards[shard].n, self.d_model]
             start = _start(path, shape, self.layout.dtype)
-            # Copy on write, because torch wants writable memory; nobody writes.
-            mapped = np.memmap(path, dtype=np.uint8, mode="c", offset=start)
+            end = start + self.shards[shard].n * self.layout.example_bytes
+            # Unlike np.memmap this keeps no file open, of which a process may have a thousand; it is mapped to be
+            # copied on write, and nobody writes. By way of numpy, activations may begin at any byte.
+            mapped = torch.from_file(str(path), shared=False, size=end, dtype=torch.uint8).numpy()[start:]
             self._open[shard] = torch.from_numpy(mapped).view(DTYPES[self.layout.dtype]).view(shape)
         return self._open[shard]
 
@@ -437,6 +455,14 @@ def _shard(told: Mapping[str, Any]) -> Shard:
     except TypeError as error:
         raise ValueError(str(error)) from error
     return shard
+
+
+def _sealed(about: Mapping[str, Any]) -> tuple[Shard, str]:
+    """Return a shard and the checksum of its images, as its share of the statistics tells; raise ValueError if none."""
+    images = about.get(IMAGES)
+    if not isinstance(images, str):
+        raise ValueError("does not say of which images it is")
+    return _shard({key: value for key, value in about.items() if key != IMAGES}), images
 
 
 def _start(path: Path, shape: list[int], dtype: str) -> int:

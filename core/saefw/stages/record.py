@@ -12,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from typing import Annotated, Literal, NamedTuple, cast
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -47,8 +46,9 @@ WORKERS = 16
 class Record(StageConfig):
     """Records the tokens after some blocks of a backbone, for every image of some datasets.
 
-    The same settings give the same bytes. Other knobs give the same activations up to the rounding of the
-    matrix products, whose order of summation may depend on the size of a batch.
+    The same settings on the same machine give the same bytes, unless the size of a batch is found by timing (on a GPU
+    with batch_size null) or halved for lack of memory. Then, and with other knobs, the activations are the same up to
+    the rounding of the matrix products, whose order of summation may depend on the size of a batch.
     """
 
     use: Literal["record"] = "record"
@@ -116,6 +116,8 @@ class Record(StageConfig):
     def make(self, units: Sequence[Unit], run: Run) -> None:
         """Record all layers of a (backbone, dataset) in one pass; complete shards of an earlier run are kept.
 
+        A shard is not kept if the dataset has other images in its place now, or has split or labelled them otherwise.
+
         Raises:
             UserError: an image cannot be read (with `broken: skip`: more than half of them), or has an activation that
                 is too large for the dtype.
@@ -136,10 +138,15 @@ class Record(StageConfig):
         """Record the layers of one backbone on one dataset; yield how many of its images are done."""
         examples = [dataset[i] for i in range(len(dataset))]
         _check_names(units[0].given["names"]["dataset"], examples, dataset.classes)
-        train = np.array([example.split == "train" for example in examples], dtype=bool)
         writers = [
-            Writer(run.folder(unit), _layout(unit, len(dataset)), train, int(self.shard_mb * 2**20)) for unit in units
+            Writer(run.folder(unit), _layout(unit, len(dataset)), examples, int(self.shard_mb * 2**20))
+            for unit in units
         ]
+        if other := {shard for writer in writers for shard in writer.other}:
+            log.warning(
+                "%s: %d of %d shards hold other images than the dataset has now; they are recorded again",
+                units[0].given["names"]["dataset"], len(other), writers[0].n_shards,
+            )  # fmt: skip
         # A shard that one layer lacks is recorded for all: what is broken may have changed, and is the same for all.
         shards = sorted({shard for writer in writers for shard in writer.missing()})
         done = len(dataset) - sum(len(writers[0].span(shard)) for shard in shards)
