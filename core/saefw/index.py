@@ -79,6 +79,10 @@ class Index:
         version, found = self._broken.get(folder, (None, []))
         return found if found and version == _version(folder / MADE) else []
 
+    def forgive(self, folder: Path) -> None:
+        """Forget what was found damaged of a kept unit."""
+        self._broken.pop(folder, None)
+
     def broken(self) -> dict[Path, list[Damage]]:
         """Return what was found damaged, by the folder of the unit."""
         return {folder: found for folder in self._broken if (found := self.damage(folder))}

@@ -259,8 +259,12 @@ def _make(
         # In one order everywhere, so that two runs never wait for each other.
         for unit in sorted(missing, key=lambda unit: unit.address):
             locks.enter_context(store.lock(unit, partial(observer.waiting, unit)))
-            if damage := store.damage(store.folder(unit)):
-                store.unkeep(store.folder(unit), damage)
+            if damage := store.damage(folder := store.folder(unit)):
+                if not store.unkeep(folder, damage):
+                    text = f"{said(damage)}, by what the index says, though not by its checksum"
+                    raise _placed(
+                        registry, name, UserError(f"{text}; delete {folder}, and the next run makes it again")
+                    )
                 log.warning("%s; '%s' is made again", said(damage), unit.label)
         late = [unit for unit in missing if store.settled(unit)]
         if late:
