@@ -551,3 +551,33 @@ def test_a_whole_unit_is_not_replaced(store: Store) -> None:
     assert not store.has(unit(1))
     assert make(store, unit(1), value=7.0) == folder
     assert contents(folder) == before and store.has(unit(1)) and not store.partial(unit(1)).exists()
+
+
+@pytest.mark.parametrize("kind", [duckdb.OutOfMemoryException, duckdb.InterruptException, duckdb.IOException])
+def test_an_error_that_passes_marks_no_unit(
+    store: Store, monkeypatch: pytest.MonkeyPatch, kind: type[duckdb.Error]
+) -> None:
+    folder = make(store, unit(1))
+
+    def failing(value: object) -> str:
+        raise kind("for a while\nand more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("saefw.index.canonical", failing)
+        with pytest.raises(UserError if kind is duckdb.OutOfMemoryException else kind) as caught:
+            store.sync()
+    if kind is duckdb.OutOfMemoryException:
+        assert str(caught.value) == (
+            f"{store.root / INDEX}: cannot be brought up to date (for a while); the next run tries again"
+        )
+    assert not store.damage(folder) and store.has(unit(1)) and store.sync() == 1
+
+
+def test_a_unit_that_is_a_link_is_not_deleted(store: Store, tmp_path: Path) -> None:
+    folder = make(store, unit(1))
+    folder.rename(tmp_path / "big")
+    folder.symlink_to(tmp_path / "big")
+    with pytest.raises(UserError) as caught:
+        store.delete(folder, print)
+    assert str(caught.value) == f"{folder}: is a link, and stays; delete it and what it leads to yourself"
+    assert store.has(unit(1)) and sorted(path.name for path in folder.parent.iterdir()) == [folder.name]

@@ -256,6 +256,8 @@ class Store(Index):
         gone = folder.with_suffix(GONE)
         with self.hold(folder.stem, waiting):
             try:
+                if folder.is_symlink():
+                    raise UserError(f"{folder}: is a link, and stays; delete it and what it leads to yourself")
                 if folder != gone and folder.exists():
                     if gone.exists():
                         shutil.rmtree(gone)
@@ -264,7 +266,7 @@ class Store(Index):
                 if gone.exists():
                     shutil.rmtree(gone)
             except OSError as error:
-                raise UserError(f"{error.filename}: cannot be deleted ({error.strerror})") from error
+                raise UserError(f"{error.filename or folder}: cannot be deleted ({error.strerror or error})") from error
 
 
 def _array(value: Any) -> np.ndarray[Any, Any]:
