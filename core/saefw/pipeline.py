@@ -275,6 +275,9 @@ def _make(
             return []
         run.enter(name)
         try:
+            # From now on `saefw gc` sees what these are made from.
+            for unit in missing:
+                store.begin(unit)
             run.check(*(need for unit in missing for need in unit.needs))
             stage.make(missing, run)
         except UserError as error:
