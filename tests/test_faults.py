@@ -548,6 +548,33 @@ def test_verify(place: Place) -> None:
     assert place("verify") == (0, f"{place.store.root}: {N_UNITS} units, {size[1]}, fine\n", "")
 
 
+def test_verify_of_a_file_that_cannot_be_read(place: Place) -> None:
+    """It is named and stays, with all of its unit; what is damaged is mended all the same."""
+    before = fingerprints(place.store)
+    file, damaged = place.unit(*ACTS) / "acts-00001.safetensors", place.unit(*SAE) / "sae.safetensors"
+    elsewhere = place.base / "elsewhere.safetensors"
+    file.rename(elsewhere)
+    file.symlink_to(file)
+    unread = (
+        f"{file}: cannot be read (Too many levels of symbolic links); nothing is deleted for that; make it readable, "
+        "or delete it, and its unit is made again\n"
+    )
+    said = place("verify", "--mend")
+    assert (said.exit_code, said.out) == (1, unread)
+    assert re.fullmatch(rf"{place.store.root}: {N_UNITS} units, \S+ \S+, 1 of which a file cannot be read\n", said.err)
+    cut(damaged)
+    said = place("verify", "--mend")
+    assert said.exit_code == 1 and said.out == f"{unread}{damaged}: damaged (100 bytes, not 5,100)\n"
+    assert said.err.endswith(
+        ", 1 of which a file cannot be read, 1 damaged; that is put right, and `saefw run` makes it again\n"
+    )
+    said = place("run", "--stage", "sweep")
+    assert (said.exit_code, said.err) == (1, f"{place.where('sweep')}{unread}")
+    elsewhere.rename(file)
+    assert place()[::2] == (0, "")
+    assert fingerprints(place.store) == before
+
+
 def test_verify_of_a_damaged_index(place: Place) -> None:
     index = place.store.root / "saefw.duckdb"
     flip_a_block(index)

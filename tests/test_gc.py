@@ -182,3 +182,14 @@ def test_killed_while_deleting(saefw: Saefw, monkeypatch: pytest.MonkeyPatch) ->
     saefw.write()
     saefw("run")
     assert fakes.made(saefw.base).count("number 3") == 2
+
+
+def test_what_a_run_began_to_use_since_it_was_listed_stays(saefw: Saefw) -> None:
+    store, number = Store(saefw.base / "runs"), Unit("numbers", {"n": 3}, label="number 3")
+    sums = Unit("sums", {"of": 3}, (number,), label="sum of 3")
+    found = gc.find([Path("registry.yaml")])
+    with store.lock(sums, print):
+        store.begin(sums)
+        held = [(spare.label, holder) for spare, holder in gc.delete(found) if holder]
+    assert held == [("number 3", f"process {os.getpid()} on {os.uname().nodename}")]
+    assert store.has(number) and "dots" not in labels(saefw.base)

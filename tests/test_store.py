@@ -1,5 +1,6 @@
 """Folders are the truth and the index follows them, whatever is killed, copied, damaged or looked at meanwhile."""
 
+import errno
 import json
 import os
 import subprocess
@@ -7,12 +8,13 @@ import sys
 import time
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
 import pytest
 
-from saefw.care import damages, write_atomically
+from saefw.care import Damage, Unread, damages, write_atomically
 from saefw.errors import UserError
 from saefw.index import INDEX
 from saefw.run import LOG, Run
@@ -470,3 +472,112 @@ def test_time_is_shared_by_units_kept_together(store: Store) -> None:
     with run.db() as db:
         first, second = (row[0] for row in db.execute("SELECT seconds FROM unit").fetchall())
     assert first == second and 0.1 <= first < 0.2
+
+
+# What cannot be read is not damaged.
+
+UNREAD = "nothing is deleted for that; make it readable, or delete it, and its unit is made again"
+
+
+def refuse(patch: pytest.MonkeyPatch, name: str, number: int) -> None:
+    """Let the system fail to open the files of a name, as a network disk does for a while."""
+    whole = Path.open
+
+    def failing(self: Path, *args: Any, **more: Any) -> Any:
+        if self.name == name:
+            raise OSError(number, os.strerror(number), str(self))
+        return whole(self, *args, **more)
+
+    patch.setattr(Path, "open", failing)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+@pytest.mark.parametrize("name", ["metric.parquet", "made.json"])
+def test_a_file_that_cannot_be_read_is_not_damaged(
+    store: Store, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    folder, run = make(store, unit(1)), Run(store, store.root, {}, {}, mend=True)
+    before, file = contents(folder), folder / name
+    with monkeypatch.context() as patch:
+        refuse(patch, name, number)
+        for met in (
+            lambda: run.check(unit(1)),
+            lambda: store.sync(),
+            lambda: store.set_back(folder, [Damage(file, "of old")]),
+        ):
+            with pytest.raises(Unread) as caught:
+                met()
+            assert str(caught.value) == f"{file}: cannot be read ({os.strerror(number)}); {UNREAD}"
+    assert contents(folder) == before and not store.partial(unit(1)).exists() and store.has(unit(1))
+    run.check(unit(1))
+    assert store.sync() == 1
+
+
+def test_damage_is_looked_at_again_before_anything_goes(store: Store) -> None:
+    folder = make(store, unit(1))
+    before = contents(folder)
+    store.set_back(folder, [Damage(folder / "metric.parquet", "of old")])
+    assert contents(folder) == before
+
+
+def test_a_link_to_itself_cannot_be_read(store: Store) -> None:
+    file = make(store, unit(1)) / "metric.parquet"
+    file.unlink()
+    file.symlink_to(file)
+    with pytest.raises(Unread) as caught:
+        list(damages(file.parent))
+    assert str(caught.value) == f"{file}: cannot be read (Too many levels of symbolic links); {UNREAD}"
+
+
+def test_a_working_folder_that_cannot_be_read_for_a_while_stays(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = store.begin(unit(1))
+    (folder / "checkpoint").write_text("hours of work")
+    with monkeypatch.context() as patch, pytest.raises(Unread) as caught:
+        refuse(patch, "unit.json", errno.ESTALE)
+        store.begin(unit(1))
+    assert str(caught.value) == f"{folder / 'unit.json'}: cannot be read (Stale file handle); {UNREAD}"
+    assert (store.begin(unit(1)) / "checkpoint").read_text() == "hours of work"
+
+
+def test_a_whole_unit_is_not_replaced(store: Store) -> None:
+    """Even if it was taken for damaged when the making began."""
+    folder = make(store, unit(1))
+    before = contents(folder)
+    store.mark(folder, [Damage(folder / "metric.parquet", "said a disk that was full for a while")])
+    assert not store.has(unit(1))
+    assert make(store, unit(1), value=7.0) == folder
+    assert contents(folder) == before and store.has(unit(1)) and not store.partial(unit(1)).exists()
+
+
+@pytest.mark.parametrize("kind", [duckdb.OutOfMemoryException, duckdb.InterruptException, duckdb.IOException])
+def test_an_error_that_passes_marks_no_unit(
+    store: Store, monkeypatch: pytest.MonkeyPatch, kind: type[duckdb.Error]
+) -> None:
+    folder = make(store, unit(1))
+
+    def failing(value: object) -> str:
+        raise kind("for a while\nand more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("saefw.index.canonical", failing)
+        with pytest.raises(UserError if kind is duckdb.OutOfMemoryException else kind) as caught:
+            store.sync()
+    if kind is duckdb.OutOfMemoryException:
+        assert str(caught.value) == (
+            f"{store.root / INDEX}: cannot be brought up to date (for a while); the next run tries again"
+        )
+    assert not store.damage(folder) and store.has(unit(1)) and store.sync() == 1
+
+
+def test_a_unit_that_is_a_link_is_not_deleted(store: Store, tmp_path: Path) -> None:
+    folder = make(store, unit(1))
+    folder.rename(tmp_path / "big")
+    folder.symlink_to(tmp_path / "big")
+    with pytest.raises(UserError) as caught:
+        store.delete(folder, print)
+    assert str(caught.value) == f"{folder}: is a link, and stays; delete it and what it leads to yourself"
+    assert store.has(unit(1)) and sorted(path.name for path in folder.parent.iterdir()) == [folder.name]

@@ -7,6 +7,7 @@ has no such list: what a stage goes on from has a checksum of its own (see `saef
 import errno
 import json
 import os
+import stat
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
 import duckdb
+
+from saefw.errors import UserError
 
 PART = ".part"
 """The end of the name of a file that is being written; one that a killed run left is never kept."""
@@ -23,6 +26,9 @@ MADE = "made.json"
 
 REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """How the system says that a disk is full or may not be written to."""
+
+NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+"""How the system says that there is no such file, as against one that cannot be read now."""
 
 BLOCK = 1 << 20
 """Bytes read at a time for a checksum."""
@@ -86,6 +92,32 @@ def settle(path: Path) -> None:
 # Checking
 
 
+class Unread(UserError):
+    """A file cannot be read, which says nothing of what it holds: for that nothing is set back or deleted."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        """Say which file, and why."""
+        super().__init__(
+            f"{path}: cannot be read ({error.strerror}); nothing is deleted for that; make it readable, or delete it, "
+            "and its unit is made again"
+        )
+
+
+def found(path: Path) -> os.stat_result | None:
+    """Return the facts of a file or folder, or None if it is not there.
+
+    Raises:
+        Unread: the system cannot say.
+
+    """
+    try:
+        return path.stat()
+    except OSError as error:
+        if error.errno in NOT_THERE:
+            return None
+        raise Unread(path, error) from error
+
+
 def checksum(path: Path, told: Callable[[int], None] = lambda n: None) -> str:
     """Return the SHA-256 of a file, in hex; `told` hears of every block how many bytes it has."""
     digest, block = sha256(), memoryview(bytearray(BLOCK))
@@ -141,14 +173,21 @@ def damages(
         only: look at these files alone, those that it has.
         told: hears how many bytes were read.
 
+    Raises:
+        Unread: a file cannot be read, whatever it holds.
+
     """
+    path = folder / MADE
+    facts = found(path)
+    if not facts or not stat.S_ISREG(facts.st_mode):
+        yield Damage(path, "is not a file" if facts else "is not there")
+        return
     try:
         files = listed(folder)
     except OSError as error:
-        yield Damage(folder / MADE, f"cannot be read: {error.strerror}")
-        return
+        raise Unread(path, error) from error
     except ValueError as error:
-        yield Damage(folder / MADE, str(error))
+        yield Damage(path, str(error))
         return
     for name, (size, digest) in files.items():
         if only is None or name in only:
@@ -173,14 +212,14 @@ def said(damage: Sequence[Damage]) -> str:
 
 def _differs(path: Path, size: int, digest: str, told: Callable[[int], None]) -> str:
     """Say what is wrong with a file, or nothing."""
-    try:
-        found = path.stat().st_size
-        if not path.is_file():  # to open a pipe is to wait for whoever writes to it
-            return "is not a file"
-        if found != size:
-            return f"{found:,} bytes, not {size:,}"
-        return "" if checksum(path, told) == digest else f"its SHA-256 is not the one in {MADE}"
-    except FileNotFoundError:
+    facts = found(path)
+    if not facts:
         return "is not there"
+    if not stat.S_ISREG(facts.st_mode):  # to open a pipe is to wait for whoever writes to it
+        return "is not a file"
+    if facts.st_size != size:
+        return f"{facts.st_size:,} bytes, not {size:,}"
+    try:
+        return "" if checksum(path, told) == digest else f"its SHA-256 is not the one in {MADE}"
     except OSError as error:
-        return f"cannot be read: {error.strerror}"
+        raise Unread(path, error) from error

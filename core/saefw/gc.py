@@ -88,6 +88,9 @@ def delete(found: Found) -> Iterator[tuple[Spare, str]]:
     for spare in found.spare:
         who = ""
         try:
+            # Asked again: since it was listed, a run may have begun what is made from it.
+            if who := _user(found.store, spare.address):
+                raise _Held(who)
             found.store.delete(spare.folder, _refuse)
         except _Held as error:
             who = str(error)
@@ -175,6 +178,15 @@ def _holder(store: Store, address: str) -> str:
             return ""
     except _Held as error:
         return str(error)
+
+
+def _user(store: Store, address: str) -> str:
+    """Return who is at work on a unit that is made from this one, or nothing."""
+    kept = store.kept()
+    for path in store.root.glob(f"*/*{PARTIAL}"):
+        if address in _closure(kept, _needs(path)) and (who := _holder(store, path.stem)):
+            return who
+    return ""
 
 
 def _refuse(holder: str) -> None:

@@ -27,6 +27,18 @@ INDEX = "saefw.duckdb"
 STORAGE = "v1.2.0"
 """DuckDB's storage version of the index: one that DuckDB 1.2 and newer can open."""
 
+CONTENT = (
+    ValueError,
+    KeyError,
+    TypeError,
+    RecursionError,
+    duckdb.DataError,
+    duckdb.IntegrityError,
+    duckdb.ProgrammingError,
+    duckdb.NotSupportedError,
+)
+"""What comes of reading files that hold something else than a unit's: the same every time."""
+
 log = logging.getLogger("saefw")
 
 
@@ -78,6 +90,10 @@ class Index:
         """Return what was found damaged of a kept unit, if it was neither set back nor made again since."""
         version, found = self._broken.get(folder, (None, []))
         return found if found and version == _version(folder / MADE) else []
+
+    def forgive(self, folder: Path) -> None:
+        """Forget what was found damaged of a kept unit."""
+        self._broken.pop(folder, None)
 
     def broken(self) -> dict[Path, list[Damage]]:
         """Return what was found damaged, by the folder of the unit."""
@@ -140,7 +156,16 @@ class Index:
             try:
                 return self._publish(path, copy, new, gone, afresh or not path.exists())
             except duckdb.Error as error:
-                if afresh or any(os.strerror(number) in str(error) for number in REFUSED):
+                if isinstance(error, duckdb.OutOfMemoryException):
+                    why = str(error).splitlines()[0]
+                    raise UserError(
+                        f"{path}: cannot be brought up to date ({why}); the next run tries again"
+                    ) from error
+                if (
+                    afresh
+                    or isinstance(error, duckdb.InterruptException)
+                    or any(os.strerror(number) in str(error) for number in REFUSED)
+                ):
                     raise
                 log.warning("%s: damaged; made anew from the folders of the units", path)
                 return self._publish(path, copy, {}, [], afresh=True)
@@ -205,7 +230,11 @@ class Index:
             db.execute("ROLLBACK")
             if any(os.strerror(number) in str(error) for number in REFUSED):
                 raise
-            self.mark(folder, [Damage(path, (str(error) or type(error).__name__).splitlines()[0])])
+            damage = list(damages(folder, {"unit.json", *(f"{table}.parquet" for table in types())}))
+            # Too little memory, a disk that fails for a while or Ctrl-C say nothing of the unit.
+            if not damage and not isinstance(error, CONTENT):
+                raise
+            self.mark(folder, damage or [Damage(path, (str(error) or type(error).__name__).splitlines()[0])])
             return False
         db.execute("COMMIT")
         return True

@@ -259,9 +259,15 @@ def _make(
         # In one order everywhere, so that two runs never wait for each other.
         for unit in sorted(missing, key=lambda unit: unit.address):
             locks.enter_context(store.lock(unit, partial(observer.waiting, unit)))
-            if damage := store.damage(store.folder(unit)):
-                store.unkeep(store.folder(unit), damage)
+            if damage := store.damage(folder := store.folder(unit)):
+                if not store.unkeep(folder, damage):
+                    text = f"{said(damage)}, by what the index says, though not by its checksum"
+                    raise _placed(
+                        registry, name, UserError(f"{text}; delete {folder}, and the next run makes it again")
+                    )
                 log.warning("%s; '%s' is made again", said(damage), unit.label)
+                # Its rows go from the index now: killed before the new ones are in it, nobody would miss those.
+                store.sync()
         late = [unit for unit in missing if store.settled(unit)]
         if late:
             store.sync()
@@ -271,6 +277,9 @@ def _make(
             return []
         run.enter(name)
         try:
+            # From now on `saefw gc` sees what these are made from.
+            for unit in missing:
+                store.begin(unit)
             run.check(*(need for unit in missing for need in unit.needs))
             stage.make(missing, run)
         except UserError as error:

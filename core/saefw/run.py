@@ -14,7 +14,7 @@ from typing import Any, Protocol, Self, TypeVar
 import duckdb
 from pydantic import Field, model_validator
 
-from saefw.care import Damage, damages, said, settle, weight, write_atomically, writing
+from saefw.care import Damage, Unread, damages, said, settle, weight, write_atomically, writing
 from saefw.entry import Entry, Member
 from saefw.errors import Faults, NotYet, UserError
 from saefw.imagesets import Dataset
@@ -275,6 +275,8 @@ class Run:
             return f"{text}; `saefw verify --mend` sets '{unit.label}' back, and `saefw run` makes it again"
         try:
             self.store.set_back(folder, damage)
+        except Unread:
+            raise
         except (OSError, UserError):
             return f"{text}, and '{unit.label}' cannot be set back; delete {folder}, and the next run makes it again"
         return f"{text}; '{unit.label}' is set back: the next run makes it again, and all else is kept"

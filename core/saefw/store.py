@@ -18,7 +18,19 @@ from typing import Any
 import duckdb
 import numpy as np
 
-from saefw.care import MADE, PART, Damage, checksum, damages, listed, settle, write_atomically, writing
+from saefw.care import (
+    MADE,
+    PART,
+    Damage,
+    Unread,
+    checksum,
+    damages,
+    found,
+    listed,
+    settle,
+    write_atomically,
+    writing,
+)
 from saefw.errors import UserError
 from saefw.index import Index, quoted, refused, types
 from saefw.unit import Unit
@@ -53,11 +65,11 @@ class Store(Index):
         """Whether the unit was kept: a folder without made.json (half a copy, say) is not, nor one found damaged.
 
         Raises:
-            UserError: the folder of its address holds another unit.
+            UserError: the folder of its address holds another unit, or cannot be read.
 
         """
         folder = self.folder(unit)
-        if not (folder / MADE).exists() or self.damage(folder):
+        if not found(folder / MADE) or self.damage(folder):
             return False
         if _says(folder, unit):
             return True
@@ -70,11 +82,11 @@ class Store(Index):
         """Return the folder to work in; what an interrupted run left there is still in it.
 
         Raises:
-            UserError: it cannot be written to.
+            UserError: it cannot be written to, or what lies there cannot be read.
 
         """
         folder = self.partial(unit)
-        if (folder / "unit.json").exists():
+        if found(folder / "unit.json"):
             if _says(folder, unit):
                 return folder
             log.warning("%s: is not what it should be; '%s' is begun anew", folder / "unit.json", unit.label)
@@ -152,7 +164,7 @@ class Store(Index):
         if self.has(unit):
             return True
         partial = self.partial(unit)
-        if not (partial / MADE).exists():
+        if not found(partial / MADE):
             return False
         # Or a damaged one that was being set back.
         if not _says(partial, unit) or any(damages(partial)):
@@ -171,7 +183,11 @@ class Store(Index):
         if self.has(unit):  # another machine put it there meanwhile
             shutil.rmtree(partial)
             return folder
-        if folder.exists():
+        if found(folder):
+            if not any(damages(folder)):  # whole after all, whatever was thought of it
+                self.forgive(folder)
+                shutil.rmtree(partial)
+                return folder
             shutil.rmtree(folder)
         partial.rename(folder)
         settle(folder.parent)
@@ -185,23 +201,25 @@ class Store(Index):
 
         Raises:
             OSError: the store cannot be written to.
+            Unread: a file of it cannot be read; nothing is changed.
 
         """
-        if (folder / MADE).exists():
+        if found(folder / MADE):
             with self._flock(self.root / "locks" / folder.name):
                 self.unkeep(folder, damage)
 
-    def unkeep(self, folder: Path, damage: Sequence[Damage]) -> None:
-        """Do what `set_back` does, for one who holds the lock.
+    def unkeep(self, folder: Path, damage: Sequence[Damage]) -> bool:
+        """Do what `set_back` does, for one who holds the lock; return False if its files are not damaged.
 
         Raises:
             OSError: the store cannot be written to.
+            Unread: a file of it cannot be read; nothing is changed.
 
         """
         names = {one.file.relative_to(folder).as_posix() for one in damage}
-        damage = list(damages(folder, names)) if (folder / MADE).exists() else []
+        damage = list(damages(folder, names)) if found(folder / MADE) else []
         if not damage:
-            return
+            return False
         # In this order: killed anywhere in between, the unit is either known to be damaged or no longer kept.
         for file in dict.fromkeys(one.file for one in damage):
             if file.name != MADE:
@@ -212,6 +230,7 @@ class Store(Index):
         folder.rename(partial)
         (partial / MADE).unlink(missing_ok=True)
         settle(partial.parent)
+        return True
 
     @contextmanager
     def lock(self, unit: Unit, waiting: Callable[[str], None]) -> Iterator[None]:
@@ -237,6 +256,8 @@ class Store(Index):
         gone = folder.with_suffix(GONE)
         with self.hold(folder.stem, waiting):
             try:
+                if folder.is_symlink():
+                    raise UserError(f"{folder}: is a link, and stays; delete it and what it leads to yourself")
                 if folder != gone and folder.exists():
                     if gone.exists():
                         shutil.rmtree(gone)
@@ -245,7 +266,7 @@ class Store(Index):
                 if gone.exists():
                     shutil.rmtree(gone)
             except OSError as error:
-                raise UserError(f"{error.filename}: cannot be deleted ({error.strerror})") from error
+                raise UserError(f"{error.filename or folder}: cannot be deleted ({error.strerror or error})") from error
 
 
 def _array(value: Any) -> np.ndarray[Any, Any]:
@@ -255,8 +276,11 @@ def _array(value: Any) -> np.ndarray[Any, Any]:
 
 
 def _says(folder: Path, unit: Unit) -> bool:
-    """Whether a folder's unit.json is that of a unit."""
+    """Whether a folder's unit.json is that of a unit; raise Unread if it is there and cannot be read."""
+    path = folder / "unit.json"
     try:
-        return (folder / "unit.json").read_bytes() == unit.text.encode()
-    except OSError:
+        return path.read_bytes() == unit.text.encode()
+    except FileNotFoundError:
         return False
+    except OSError as error:
+        raise Unread(path, error) from error

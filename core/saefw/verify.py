@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from saefw.care import MADE, Damage, damages, listed, weight
+from saefw.care import MADE, Damage, Unread, damages, found, listed, weight
 from saefw.errors import UserError, did_you_mean
 from saefw.index import INDEX
 from saefw.printer import Printer, short, size
@@ -20,20 +20,26 @@ def verify(store: Store, stage: str | None, mend: bool, printer: Printer, other:
     Args:
         store: what to check; without `mend` nothing in it changes.
         stage: only the units of this stage, by its `use`; or those of all, and the index.
-        mend: set damaged units back, so that the next run makes them again, and make a damaged index anew.
+        mend: set damaged units back, so that the next run makes them again, and make a damaged index anew. A unit of
+            which a file cannot be read stays as it is.
         printer: shows how far it is, and what was found.
         other: what to put behind a command so that it takes the same registry.
 
     Raises:
-        UserError: something is damaged and was not mended; the text says what to do.
+        UserError: something is damaged and was not mended, or cannot be read; the text says what to do.
 
     """
     units = _units(store, stage)
-    told, n_bytes, bad = _progress(printer, sum(map(weight, units))), 0, 0
+    told, n_bytes, bad, unread = _progress(printer, sum(map(weight, units))), 0, 0, 0
     for folder in units:
         n_bytes += weight(folder)
-        damage = list(damages(folder, told=told))
-        if not (folder / MADE).exists():  # set back or removed meanwhile
+        try:
+            damage = list(damages(folder, told=told))
+            if not found(folder / MADE):  # set back or removed meanwhile
+                continue
+        except Unread as error:
+            printer.say(str(error))
+            unread += 1
             continue
         for one in damage:
             printer.say(str(one))
@@ -52,14 +58,21 @@ def verify(store: Store, stage: str | None, mend: bool, printer: Printer, other:
         else:
             store.sync()
     said = f"{short(store.root)}: {len(units):,} unit{'' if len(units) == 1 else 's'}, {size(n_bytes) or '0 B'}"
+    if unread:
+        said += f", {unread:,} of which a file cannot be read"
     if not (bad or broken):
+        if unread:
+            raise UserError(said)
         printer.say(f"{said}, fine")
         return
     what = " and ".join(filter(None, [f"{bad:,} damaged" if bad else "", "the index damaged" if broken else ""]))
     again = f", and `saefw run` makes {'it' if bad == 1 else 'them'} again" if bad else ""
     if not mend:
         raise UserError(f"{said}, {what}; `saefw verify --mend{other}` puts that right{again}")
-    printer.say(f"{said}, {what}; that is put right{again}")
+    put_right = f"{said}, {what}; that is put right{again}"
+    if unread:
+        raise UserError(put_right)
+    printer.say(put_right)
 
 
 def _units(store: Store, stage: str | None) -> list[Path]:
