@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -103,6 +104,15 @@ class Bomb:
         return os.mkdir, ("unpickled",)
 
 
+def word(path: Path) -> str:
+    """Return what safetensors says of a file, in the words of its version; nothing if it opens it."""
+    try:
+        with safe_open(path, "pt"):
+            return ""
+    except SafetensorError as error:
+        return str(error)
+
+
 def headed(header: bytes, body: bytes = b"") -> bytes:
     return len(header).to_bytes(8, "little") + header + body
 
@@ -146,8 +156,10 @@ def test_bytes_that_are_no_weights(
     monkeypatch.chdir(tmp_path)
     data, why = BYTES[name]
     (tmp_path / FILE).write_bytes(data)
-    message, start = said(lambda: open_sae(CONFIG, tmp_path)), f"{tmp_path / FILE}: cannot be read ({why}"
-    assert message.startswith(start) and message.endswith(f"); delete {tmp_path} to train it again"), message
+    reason = word(tmp_path / FILE) or why
+    assert reason.startswith(why)
+    message = said(lambda: open_sae(CONFIG, tmp_path))
+    assert message == f"{tmp_path / FILE}: cannot be read ({reason}); delete {tmp_path} to train it again"
     path = run.folder(TRAIN) / CHECKPOINT
     path.write_bytes(data)
     assert (resumed(run), caplog.messages) == (0, anew(path))
@@ -400,9 +412,7 @@ def test_a_shard_that_is_none(recording: Path) -> None:
         f"{path}: holds {{'other': ('F32', [5, 2, 3])}}, not float32 [5, 2, 3]; {end}"
     )
     for data in (b"", b"\xff" * 200, pickle.dumps(Bomb()), (2**62).to_bytes(8, "little") + b"{}"):
-        told = message(data)
-        assert told.startswith(f"{path}: cannot be read (Error while deserializing header: "), told
-        assert told.endswith(f"); {end}"), told
+        assert message(data) == f"{path}: cannot be read ({word(path)}); {end}"
 
 
 def test_statistics_that_are_none(recording: Path) -> None:
