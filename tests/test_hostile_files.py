@@ -17,12 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from saefw import sealed
+from saefw import pictures, sealed
 from saefw.care import MADE, checksum
 from saefw.errors import UserError
 from saefw.plugin import Example, Task, Unit
 from saefw.run import LOG, Run, _mark
 from saefw.shards import INDEX, STATS, Acts, Layout, Stats, Writer
+from saefw.stages import drawings
 from saefw.stages.probe import FILE as PROBE
 from saefw.stages.probe import open_probe
 from saefw.stages.train import CHECKPOINT, FILE, Training, open_sae
@@ -581,3 +582,41 @@ def test_a_tally_that_is_none(tmp_path: Path) -> None:
             Tally(4, 2, 2, 2, pairs, {**good, "pairs": torch.tensor(n)})
         assert [str(caught.value)] == anew(pairs)
     assert not pairs.stat().st_size
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("data", [b"", b"noise" * 50, pickle.dumps(Bomb()), save({"other": torch.ones(3, 2)})])
+def test_pictures_that_are_none(data: bytes, tmp_path: Path) -> None:
+    for name, opens in {
+        "maps.safetensors": lambda path: pictures.maps(path, 0),
+        "picture.parquet": lambda path: pictures.read(path, [0]),
+    }.items():
+        path = tmp_path / name
+        path.write_bytes(data)
+        message = said(lambda path=path, opens=opens: opens(path))  # type: ignore[misc]
+        assert message == f"{path}: cannot be read; delete {tmp_path} to make it again"
+
+
+def test_a_map_of_a_feature_that_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "maps.safetensors"
+    path.write_bytes(save({"maps": torch.ones(3, 2, 4, dtype=torch.uint8)}))
+    assert pictures.maps(path, 2).shape == (2, 4)
+    assert said(lambda: pictures.maps(path, 3)) == f"{path}: cannot be read; delete {tmp_path} to make it again"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[1]", "list instead of a JSON object"),
+        ('{"edit": -1}', "edit must be a whole number from 0 to 2147483647, and is -1"),
+        ('{"edit": "1"}', "edit must be a whole number from 0 to 2147483647, and is '1'"),
+        ("[" * 100_000, "nested too deep"),
+    ],
+)
+def test_a_first_example_that_is_none(text: str, why: str, tmp_path: Path) -> None:
+    path = tmp_path / "first.json"
+    path.write_text(text)
+    message = f"{path}: cannot be read ({why}); delete {tmp_path} to make it again"
+    assert said(lambda: drawings._first(path)) == message
