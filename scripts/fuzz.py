@@ -65,7 +65,7 @@ def _config() -> Any:
 
 
 def _stats() -> Any:
-    from saefw.shards import Stats
+    from saefw.acts import Stats
 
     return Stats(torch.zeros(3), torch.ones(3), 1.0, 1)
 
@@ -140,7 +140,7 @@ def _recording() -> dict[str, bytes]:
 def _acts(folder: Path, changed: dict[str, bytes]) -> None:
     import numpy as np
 
-    from saefw.shards import Acts
+    from saefw.acts import Acts
 
     for name, data in {**_recording(), **changed}.items():
         (folder / name).write_bytes(data)

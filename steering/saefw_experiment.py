@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 
 from saefw import pictures, pipeline, registry, tensors
+from saefw.acts import Acts
 from saefw.catalog import Catalog
 from saefw.controls import strongest
 from saefw.errors import escaped
 from saefw.originals import again
 from saefw.plugin import Entry, Run, Unit, UserError, settings
-from saefw.shards import Acts
 from saefw.stages.probe import open_probe, task_of
 from saefw.stages.steer import GRADIENT, Steer
 from saefw.stages.train import open_sae

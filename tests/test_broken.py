@@ -16,9 +16,9 @@ from pydantic import Field
 from tiny import TinySet, desk
 from torch import Tensor
 
+from saefw.acts import Acts
 from saefw.errors import UserError
 from saefw.plugin import Dataset, DatasetConfig, Example, Run, Unit
-from saefw.shards import Acts
 from saefw.stages.record import Record
 
 WHOLE = {i: TinySet().build(Path())[i] for i in range(60)}

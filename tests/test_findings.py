@@ -13,9 +13,9 @@ import pytest
 from scipy.stats import t
 
 from saefw import pipeline
+from saefw.acts import Acts
 from saefw.catalog import Catalog
 from saefw.registry import read
-from saefw.shards import Acts
 from saefw.stages.train import open_sae
 
 TOP = Path(__file__).parents[1]

@@ -26,7 +26,7 @@ FLOORS = (
         "wording",
     ),
     ("shards", "store"),
-    ("run",),
+    ("acts", "run"),
     ("plugin",),
     ("blocks", "hookspecs", "metrics", "originals", "tally"),
     ("catalog", "controls", "duplicates", "facts", "forward", "get", "outcome", "steering", "testing"),

@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from saefw import pictures, sealed
+from saefw.acts import Acts, Stats
 from saefw.care import MADE, checksum
 from saefw.errors import UserError
 from saefw.plugin import Example, Task, Unit
 from saefw.run import LOG, Run, _mark
-from saefw.shards import INDEX, STATS, Acts, Layout, Stats, Writer
+from saefw.shards import INDEX, STATS, Layout, Writer
 from saefw.stages import drawings
 from saefw.stages.probe import FILE as PROBE
 from saefw.stages.probe import open_probe

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
+from saefw.acts import Acts
 from saefw.errors import UserError
 from saefw.plugin import Dataset, DatasetConfig, Example, Pick, Run, Unit
 from saefw.run import Watcher
-from saefw.shards import Acts
 from saefw.stages.probe import ProbeStage, open_probe, task_of
 from saefw.stages.record import Record
 from saefw_linear import Linear, LinearProbe

@@ -11,10 +11,10 @@ import torch
 from tiny import TinyBackbone, TinyImages, TinySet, TinyVit, desk
 from torch import Tensor
 
+from saefw.acts import Acts
 from saefw.errors import UserError
 from saefw.plugin import Dataset, DatasetConfig, Example
 from saefw.run import Run, Watcher
-from saefw.shards import Acts
 from saefw.stages.record import Record
 from saefw.unit import Unit
 

@@ -15,11 +15,11 @@ import torch
 from typer.testing import CliRunner
 
 from saefw import pipeline
+from saefw.acts import Acts
 from saefw.catalog import Catalog
 from saefw.cli import app
 from saefw.index import types
 from saefw.registry import read
-from saefw.shards import Acts
 from saefw.store import Store
 
 REGISTRY = f"""

@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from saefw import stream
+from saefw.acts import Acts
 from saefw.errors import UserError
 from saefw.imagesets import Example
 from saefw.moments import Moments
-from saefw.shards import DTYPES, Acts, Layout, Writer
+from saefw.shards import DTYPES, Layout, Writer
 
 
 @pytest.fixture(autouse=True, scope="module")

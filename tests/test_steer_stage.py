@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from saefw.acts import Acts
 from saefw.controls import Drawn
 from saefw.errors import UserError
 from saefw.metrics import Nmse
 from saefw.plugin import NotYet, Run, Unit
 from saefw.run import Watcher
-from saefw.shards import Acts
 from saefw.stages.probe import ProbeStage, open_probe, task_of
 from saefw.stages.record import Record
 from saefw.stages.steer import SaePick, Steer

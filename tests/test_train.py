@@ -14,11 +14,11 @@ from pydantic import Field
 from safetensors import safe_open
 from torch import Tensor
 
+from saefw.acts import Acts, Stats
 from saefw.errors import UserError
 from saefw.plugin import Run, SaeConfig, Unit
 from saefw.run import Watcher
 from saefw.sae import Loss, Sae
-from saefw.shards import Acts, Stats
 from saefw.stages import train as module
 from saefw.stages.record import Record
 from saefw.stages.train import CHECKPOINT, FILE, Train, Training, learning_rate, open_sae, saefw_metrics, seeded

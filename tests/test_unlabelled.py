@@ -6,9 +6,9 @@ from typing import Any, Literal
 import pytest
 from tiny import TinyImages, TinySet, desk
 
+from saefw.acts import Acts
 from saefw.errors import UserError
 from saefw.plugin import Dataset, Example, Run, StageConfig, Unit
-from saefw.shards import Acts
 from saefw.stages.charts import Pareto
 from saefw.stages.drawings import FeatureGrid
 from saefw.stages.figures import Draw

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from tiny import TinyImages, TinySet, TinyVit, desk
 
 from saefw import pictures
+from saefw.acts import Acts
 from saefw.facts import names
 from saefw.plugin import Pick, Run, SaeConfig, Unit, UserError
-from saefw.shards import Acts
 from saefw.stages import visuals
 from saefw.stages.drawings import FeatureGrid
 from saefw.stages.record import Record

@@ -16,10 +16,10 @@ from torch.nn.functional import cross_entropy
 
 from saefw import sealed
 from saefw import tensors as files
+from saefw.acts import Acts
 from saefw.blocks import resolve
 from saefw.care import write_atomically
 from saefw.plugin import Names, Probe, ProbeConfig, Run, StageConfig, Task, Unit, UserError, hookimpl, settings
-from saefw.shards import Acts
 from saefw.unit import canonical
 
 FILE = "probe.safetensors"

@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from saefw import controls, sealed
+from saefw.acts import Acts
 from saefw.blocks import resolve
 from saefw.care import write_atomically
 from saefw.controls import Ints
@@ -26,7 +27,6 @@ from saefw.facts import Name, facts, names
 from saefw.originals import again
 from saefw.outcome import KINDS, ROLES, Readout, first, summary
 from saefw.plugin import Knob, Names, Pick, Run, StageConfig, Unit, UserError, hookimpl
-from saefw.shards import Acts
 from saefw.stages.probe import depth, open_probe, task_of
 from saefw.stages.train import open_sae
 from saefw.steering import Steering, along, check_reach, like_norm

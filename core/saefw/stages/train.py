@@ -19,6 +19,7 @@ from torch.nn import Parameter
 
 from saefw import sealed
 from saefw import tensors as files
+from saefw.acts import Acts, Stats
 from saefw.blocks import resolve
 from saefw.care import write_atomically
 from saefw.metrics import L0, Cosine, Dead, Dense, ExplainedVariance, Nmse
@@ -38,7 +39,6 @@ from saefw.plugin import (
 )
 from saefw.sae import Sae
 from saefw.sealed import HEADER
-from saefw.shards import Acts, Stats
 from saefw.stream import Stream
 from saefw.unit import canonical
 

@@ -19,6 +19,7 @@ from safetensors.torch import save
 
 from saefw import pictures, sealed
 from saefw import tensors as files
+from saefw.acts import Acts
 from saefw.care import write_atomically, writing
 from saefw.originals import again
 from saefw.pictures import Tile
@@ -39,7 +40,6 @@ from saefw.plugin import (
     hookimpl,
 )
 from saefw.sae import Sae
-from saefw.shards import Acts
 from saefw.stages.train import Clock, open_sae
 from saefw.tally import IMAGE_FEATURES, Tally, most
 from saefw.tally import check as check_state
