@@ -72,14 +72,14 @@ def _stats() -> Any:
 
 def _training() -> Any:
     from saefw.plugin import Unit
-    from saefw.stages.train import Training
+    from saefw.training import Training
 
     return Training(Unit("train", {}, given={"sae": _config()}), 3, _stats(), 10, "cpu")
 
 
 def read_sae(data: bytes, folder: Path) -> None:
     """Open a trained SAE and run it."""
-    from saefw.stages.train import FILE, open_sae
+    from saefw.trained import FILE, open_sae
 
     (folder / FILE).write_bytes(data)
     open_sae(_config(), folder)(torch.ones(2, 3))
@@ -94,7 +94,7 @@ def _run(folder: Path) -> Any:
 
 def read_checkpoint(data: bytes, folder: Path) -> None:
     """Go on from a checkpoint by a step."""
-    from saefw.stages.train import CHECKPOINT
+    from saefw.training import CHECKPOINT
 
     training, run = _training(), _run(folder)
     (run.folder(training.unit) / CHECKPOINT).write_bytes(data)

@@ -23,9 +23,9 @@ from saefw.originals import again
 from saefw.plugin import Entry, Run, Unit, UserError, settings
 from saefw.stages.probe import open_probe, task_of
 from saefw.stages.steer import GRADIENT, Steer
-from saefw.stages.train import open_sae
 from saefw.stages.visuals import MAPS, PICTURES
 from saefw.steering import Reading, Steering
+from saefw.trained import open_sae
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from saefw.catalog import Catalog
 from saefw.cli import app
 from saefw.registry import read
-from saefw.stages.train import open_sae
 from saefw.testing import check_sae
+from saefw.trained import open_sae
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -16,7 +16,7 @@ from saefw import pipeline
 from saefw.acts import Acts
 from saefw.catalog import Catalog
 from saefw.registry import read
-from saefw.stages.train import open_sae
+from saefw.trained import open_sae
 
 TOP = Path(__file__).parents[1]
 

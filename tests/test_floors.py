@@ -10,7 +10,7 @@ TOP = Path(__file__).parents[1]
 
 FLOORS = (
     ("saefw", "errors"),
-    ("care", "images", "moments", "sae", "splits", "tensors", "unit", "vision"),
+    ("care", "chance", "images", "moments", "sae", "splits", "tensors", "unit", "vision"),
     (
         "archives",
         "commands",
@@ -28,7 +28,7 @@ FLOORS = (
     ("shards", "store"),
     ("acts", "run"),
     ("plugin",),
-    ("blocks", "hookspecs", "metrics", "originals", "tally"),
+    ("blocks", "hookspecs", "metrics", "originals", "tally", "trained", "training"),
     ("catalog", "controls", "duplicates", "facts", "forward", "get", "outcome", "steering", "testing"),
     ("registry", "stages", "stages.probe", "stages.record", "stages.train"),
     ("pipeline", "stages.charts", "stages.drawings", "stages.figures", "stages.steer", "stages.visuals"),

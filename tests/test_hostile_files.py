@@ -27,9 +27,10 @@ from saefw.shards import INDEX, STATS, Layout, Writer
 from saefw.stages import drawings
 from saefw.stages.probe import FILE as PROBE
 from saefw.stages.probe import open_probe
-from saefw.stages.train import CHECKPOINT, FILE, Training, open_sae
 from saefw.store import Store
 from saefw.tally import Tally, check
+from saefw.trained import FILE, open_sae
+from saefw.training import CHECKPOINT, Training
 from saefw.unit import canonical
 from saefw_linear import Linear
 from saefw_topk import TopK

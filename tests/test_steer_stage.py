@@ -23,9 +23,10 @@ from saefw.run import Watcher
 from saefw.stages.probe import ProbeStage, open_probe, task_of
 from saefw.stages.record import Record
 from saefw.stages.steer import SaePick, Steer
-from saefw.stages.train import Train, open_sae
+from saefw.stages.train import Train
 from saefw.stages.visuals import Visuals
 from saefw.steering import Steering
+from saefw.trained import open_sae
 from saefw_linear import Linear
 from saefw_topk import TopK
 

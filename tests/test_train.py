@@ -15,14 +15,17 @@ from safetensors import safe_open
 from torch import Tensor
 
 from saefw.acts import Acts, Stats
+from saefw.chance import seeded
 from saefw.errors import UserError
 from saefw.plugin import Run, SaeConfig, Unit
 from saefw.run import Watcher
 from saefw.sae import Loss, Sae
 from saefw.stages import train as module
 from saefw.stages.record import Record
-from saefw.stages.train import CHECKPOINT, FILE, Train, Training, learning_rate, open_sae, saefw_metrics, seeded
+from saefw.stages.train import Train, saefw_metrics
 from saefw.store import Store
+from saefw.trained import FILE, open_sae
+from saefw.training import CHECKPOINT, Training, learning_rate
 from saefw_relu import Relu
 from saefw_topk import TopK
 

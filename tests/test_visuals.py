@@ -22,10 +22,11 @@ from saefw.plugin import Pick, Run, SaeConfig, Unit, UserError
 from saefw.stages import visuals
 from saefw.stages.drawings import FeatureGrid
 from saefw.stages.record import Record
-from saefw.stages.train import Train, open_sae
+from saefw.stages.train import Train
 from saefw.stages.visuals import Visuals, percent
 from saefw.style import styled
 from saefw.tally import EXACT, Tally
+from saefw.trained import open_sae
 from saefw_topk import TopK
 
 TOP = 6

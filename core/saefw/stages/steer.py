@@ -28,9 +28,9 @@ from saefw.originals import again
 from saefw.outcome import KINDS, ROLES, Readout, first, summary
 from saefw.plugin import Knob, Names, Pick, Run, StageConfig, Unit, UserError, hookimpl
 from saefw.stages.probe import depth, open_probe, task_of
-from saefw.stages.train import open_sae
 from saefw.steering import Steering, along, check_reach, like_norm
 from saefw.tensors import Form
+from saefw.trained import open_sae
 
 ALL_LOGITS = 20
 """With so many classes or fewer every logit is stored; with more, the TOP before and after, the own and the target."""

@@ -1,27 +1,19 @@
-"""Trains every SAE of a sweep on one stream of tokens; saves and reopens them.
+"""Trains every SAE of a sweep on one stream of tokens, and measures them.
 
 Shapes: n tokens, d d_model, s d_sae.
 """
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
-from safetensors.torch import save
-from torch import Tensor
-from torch.nn import Parameter
 
-from saefw import sealed
-from saefw import tensors as files
-from saefw.acts import Acts, Stats
+from saefw.acts import Acts
 from saefw.blocks import resolve
-from saefw.care import write_atomically
 from saefw.metrics import L0, Cosine, Dead, Dense, ExplainedVariance, Nmse
 from saefw.plugin import (
     BackboneConfig,
@@ -38,20 +30,16 @@ from saefw.plugin import (
     settings,
 )
 from saefw.sae import Sae
-from saefw.sealed import HEADER
 from saefw.stream import Stream
+from saefw.trained import write_sae
+from saefw.training import CHECKPOINT, Training
 from saefw.unit import canonical
 
-FILE = "sae.safetensors"
-CHECKPOINT = "checkpoint.safetensors"
 TOKENS = 8192
 """How many tokens, about, are measured at once."""
 
 WORTH = 20
 """Between two checkpoints lies so many times what writing one takes, at least."""
-
-WIDEST = 1 << 20
-"""The largest d_model that a file may speak of."""
 
 PAUSE = 0.1
 """Seconds between two words about progress."""
@@ -202,7 +190,7 @@ class Train(StageConfig):
     def _steps(
         self,
         run: Run,
-        trainings: list["Training"],
+        trainings: list[Training],
         stream: Stream,
         steps: range,
         dead_after: int,
@@ -240,13 +228,14 @@ class Train(StageConfig):
         """Whether the loss of a step is noted."""
         return step % self.log_every == 0 or step == n_steps - 1
 
-    def _finish(self, run: Run, acts: Acts, trainings: Sequence["Training"]) -> None:
+    def _finish(self, run: Run, acts: Acts, trainings: Sequence[Training]) -> None:
         """Measure, write and keep SAEs that are trained."""
         measured = measure(acts, acts.of_split("valid"), self.tokens, [training.sae for training in trainings], run)
         for training, values in zip(trainings, measured, strict=True):
             unit, config, address = training.unit, training.config, training.unit.needs[0].address
             about = {"acts": address, "layer": acts.layer, "tokens": self.tokens, "d_model": acts.d_model}
-            training.write(run.folder(unit), {**about, "n_tokens": training.n_steps * self.batch_size})
+            about["n_tokens"] = training.n_steps * self.batch_size
+            write_sae(training.sae, config, run.folder(unit), about)
             variant, n_features = config.content()["use"], training.sae.d_sae
             run.put(
                 unit, "sae", acts=address, variant=variant, n_features=n_features, config=canonical(settings(config))
@@ -276,123 +265,6 @@ class Clock:
         return time.monotonic() >= self._due
 
 
-class Training:
-    """One SAE while it is trained: its weights, its optimiser, its place in the stream, and who has not fired."""
-
-    def __init__(self, unit: Unit, d_model: int, stats: Stats, n_steps: int, device: str) -> None:
-        """Start at step 0 with fresh weights, drawn by the entry's own seed."""
-        self.unit, self.n_steps, self.step, self.device = unit, n_steps, 0, device
-        self.config: SaeConfig = unit.given["sae"]
-        with seeded(self.config.seed, 0):
-            self.sae = self.config.build(d_model)
-        self.sae.mean.copy_(stats.mean)
-        self.sae.scale.fill_(stats.scale)
-        self.sae.to(device).train()
-        fused = torch.device(device).type in ("cpu", "cuda")
-        self.adam = torch.optim.Adam(self.sae.parameters(), lr=self.config.lr, fused=fused)
-        self.since_s = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=device)
-        self.total = torch.zeros(())
-        self.values: dict[str, Any] = {}
-        """What there is to log of the last step, not yet as numbers."""
-
-        self.whole = True
-        """Whether it stands between two steps."""
-
-    def advance(self, x_nd: Tensor, dead_after: int) -> None:
-        """Take one step on normalised tokens.
-
-        The order matters: were the rows brought to norm 1 before Adam's step, they would be saved at another norm,
-        and were the gradient clipped before its useless part is taken out, the useful part would be clipped too.
-        """
-        self.whole = False
-        lr, dead_s = learning_rate(self.config, self.step, self.n_steps), self.since_s >= dead_after
-        for group in self.adam.param_groups:
-            group["lr"] = lr
-        with seeded(self.config.seed, self.step + 1, self.device):
-            loss = self.sae.loss(x_nd, dead_s)
-        total = torch.stack(list(loss.terms.values())).sum()
-        self.adam.zero_grad()
-        total.backward()  # type: ignore[no-untyped-call]
-        self.total = total.detach()
-        if self.config.unit_norm:
-            drop_radial(self.sae.W_dec)
-        if self.config.clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.config.clip)
-        self.adam.step()
-        if self.config.unit_norm:
-            renormalise(self.sae.W_dec)
-        self.since_s = torch.where(loss.fired_s > 0, 0, self.since_s + len(x_nd))
-        terms = {f"train_{name}": term.detach() for name, term in loss.terms.items()}
-        seen = {"train_l0": loss.fired_s.sum() / len(x_nd), "train_dead": dead_s.float().mean(), "lr": lr}
-        self.values = {**terms, **seen}
-        self.step += 1
-        self.whole = True
-
-    def log(self, run: Run) -> None:
-        """Note what the last step measured."""
-        run.log(self.unit, self.step - 1, **{name: float(value) for name, value in self.values.items()})
-
-    def healthy(self) -> bool:
-        """Whether the last loss and all weights are finite."""
-        numbers = [self.total, *self.sae.parameters()]
-        return all(bool(number.isfinite().all()) for number in numbers)
-
-    def excuse(self) -> str:
-        """Say that the loss is no number any more, and what to try."""
-        return (
-            f"{self.unit.label}: the loss is {float(self.total):g} after {self.step} of {self.n_steps} steps with "
-            f"lr {self.config.lr:g}; try a smaller lr, a longer warmup, or clip: 1"
-        )
-
-    def checkpoint(self, run: Run) -> None:
-        """Write all that going on needs: weights, Adam's moments, the step (also the place in stream and log)."""
-        tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
-        for index, state in self.adam.state_dict()["state"].items():
-            tensors |= {f"adam.{index}.{name}": tensor for name, tensor in state.items()}
-        about = {"step": self.step, "log": run.mark(self.unit)}
-        sealed.write(run.folder(self.unit) / CHECKPOINT, {**tensors, "since_s": self.since_s}, about)
-
-    def resume(self, run: Run) -> None:
-        """Go on from the unit's checkpoint, if there is one and both it and the log up to it are whole."""
-        found = sealed.read(run.folder(self.unit) / CHECKPOINT, self._check)
-        if found is None or not run.rewind(self.unit, found[1]["log"]):
-            run.rewind(self.unit)
-            return
-        tensors, about = found
-        self.since_s.copy_(tensors.pop("since_s"))
-        states: dict[int, dict[str, Tensor]] = {}
-        for key in [key for key in tensors if key.startswith("adam.")]:
-            _, index, name = key.split(".")
-            states.setdefault(int(index), {})[name] = tensors.pop(key)
-        self.adam.load_state_dict({**self.adam.state_dict(), "state": states})
-        self.sae.load_state_dict({key.removeprefix("sae."): tensor for key, tensor in tensors.items()})
-        self.step = about["step"]
-
-    def _check(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """See that it is a checkpoint of such a training: before the first step, Adam has no moments."""
-        step = files.number(about.get("step"), 0, self.n_steps, "step")
-        if not isinstance(about.get("log"), str):
-            raise ValueError("log must be a mark")
-        wanted = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
-        for index, parameter in enumerate(self.sae.parameters() if step else ()):
-            moments = {"exp_avg": parameter, "exp_avg_sq": parameter, "step": torch.zeros(())}
-            wanted |= {f"adam.{index}.{name}": tensor for name, tensor in moments.items()}
-        files.check(tensors, files.form({**wanted, "since_s": self.since_s}))
-
-    def write(self, folder: Path, about: Mapping[str, Any]) -> None:
-        """Write the trained SAE for `open_sae`; `about` goes into the file's header beside its settings."""
-        header = {**about, "config": self.config.content(), "normalisation": "(x - mean) / scale"}
-        _write(folder / FILE, self.sae.state_dict(), header)
-
-
-def learning_rate(config: SaeConfig, step: int, n_steps: int) -> float:
-    """Return the learning rate of a step, counted from 0: a line up, a plateau, a line down to 0 at step n_steps."""
-    rise = (step + 1) / config.warmup if step < config.warmup else 1.0
-    falling = config.decay * n_steps
-    fall = (n_steps - step) / falling if n_steps - step < falling else 1.0
-    return config.lr * min(rise, fall)
-
-
 @torch.no_grad()
 def measure(acts: Acts, examples: Examples, tokens: str, saes: Sequence[Sae], run: Run) -> list[dict[str, float]]:
     """Return what `saefw_metrics` brought, of each SAE over the tokens of some images, and n_valid_tokens."""
@@ -415,81 +287,6 @@ def measure(acts: Acts, examples: Examples, tokens: str, saes: Sequence[Sae], ru
             run.progress(n_tokens, n_tokens // len(indices) * len(examples), "valid tokens")
             telling.restart(PAUSE)
     return [{**{name: metric.result() for name, metric in row.items()}, "n_valid_tokens": n_tokens} for row in rows]
-
-
-@torch.no_grad()
-def drop_radial(W_dec: Parameter) -> None:
-    """Take out of the gradient of each decoder row [s, d] its part along the row: it would only change the norm."""
-    if W_dec.grad is not None:
-        along_s = (W_dec.grad * W_dec).sum(dim=1, keepdim=True) / W_dec.square().sum(dim=1, keepdim=True)
-        W_dec.grad -= along_s * W_dec
-
-
-@torch.no_grad()
-def renormalise(W_dec: Parameter) -> None:
-    """Bring each decoder row [s, d] to L2 norm 1."""
-    W_dec.div_(W_dec.norm(dim=1, keepdim=True))
-
-
-@contextmanager
-def seeded(seed: int, step: int, device: str = "cpu") -> Iterator[None]:
-    """Seed torch's generators by an SAE's seed and a step, so that nothing depends on who trains beside.
-
-    That of the CPU is put back. (`torch.manual_seed` would do, but takes longer than a step of a small SAE.)
-    """
-    # The CPU's generator looks at the lower 32 bits alone, so the seed has to be in them: an odd factor keeps any
-    # two below 2**32 apart.
-    number, before = (seed * 0x9E3779B1 + step) % 2**63, torch.get_rng_state()
-    torch.default_generator.manual_seed(number)
-    if (kind := torch.device(device).type) != "cpu":
-        getattr(torch, kind).manual_seed(number)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before)
-
-
-# Files
-
-
-def open_sae(config: SaeConfig, folder: Path, device: str = "cpu") -> Sae:
-    """Return the trained SAE in a unit's folder, in eval mode, its weights frozen.
-
-    Raises:
-        UserError: the file is missing, damaged, or of an SAE with other settings.
-
-    """
-    path = folder / FILE
-    try:
-        tensors, header = _read(path)
-        d_model = files.number(header.get("d_model"), 1, WIDEST, "d_model")
-        n_numbers = sum(tensor.numel() for tensor in tensors.values())
-    except ValueError as error:
-        raise UserError(f"{path}: cannot be read ({error}); delete {folder} to train it again") from error
-    if header.get("config") != config.content():
-        raise UserError(f"{path}: holds an SAE with other settings than asked for; delete {folder} to train that one")
-    does_not_fit = f"{path}: does not fit its SAE; delete {folder} to train it again"
-    # Before one is built: a width that no file of this size can have would cost memory.
-    if n_numbers < d_model**2 * config.expansion:
-        raise UserError(f"{does_not_fit} ({n_numbers} numbers are too few for a d_model of {d_model})")
-    with seeded(config.seed, 0):
-        sae = config.build(d_model)
-    try:
-        files.check(tensors, files.form(sae.state_dict()))
-    except ValueError as error:
-        raise UserError(f"{does_not_fit} ({error})") from error
-    sae.load_state_dict(tensors)
-    return sae.to(device).eval().requires_grad_(False)
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, save(ready, metadata={HEADER: canonical(header)}))
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors, metadata = files.read(path)
-    return tensors, files.parsed(metadata.get(HEADER, ""))
 
 
 @hookimpl

@@ -40,9 +40,10 @@ from saefw.plugin import (
     hookimpl,
 )
 from saefw.sae import Sae
-from saefw.stages.train import Clock, open_sae
+from saefw.stages.train import Clock
 from saefw.tally import IMAGE_FEATURES, Tally, most
 from saefw.tally import check as check_state
+from saefw.trained import open_sae
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -1,0 +1,24 @@
+"""Seeds torch's generators, so that chance is each SAE's own."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def seeded(seed: int, step: int, device: str = "cpu") -> Iterator[None]:
+    """Seed torch's generators by an SAE's seed and a step, so that nothing depends on who trains beside.
+
+    That of the CPU is put back. (`torch.manual_seed` would do, but takes longer than a step of a small SAE.)
+    """
+    # The CPU's generator looks at the lower 32 bits alone, so the seed has to be in them: an odd factor keeps any
+    # two below 2**32 apart.
+    number, before = (seed * 0x9E3779B1 + step) % 2**63, torch.get_rng_state()
+    torch.default_generator.manual_seed(number)
+    if (kind := torch.device(device).type) != "cpu":
+        getattr(torch, kind).manual_seed(number)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
