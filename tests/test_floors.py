@@ -9,7 +9,7 @@ import pytest
 TOP = Path(__file__).parents[1]
 
 FLOORS = (
-    ("saefw", "errors"),
+    ("bench", "saefw", "errors"),
     ("care", "chance", "images", "moments", "sae", "splits", "tensors", "unit", "vision"),
     (
         "archives",
@@ -34,7 +34,9 @@ FLOORS = (
     ("pipeline", "stages.charts", "stages.drawings", "stages.figures", "stages.steer", "stages.visuals"),
     ("gc", "tables"),
     ("printer",),
-    ("verify",),
+    ("bench.frame", "verify"),
+    ("bench.read",),
+    ("bench.command",),
     ("cli",),
     ("__main__",),
 )
@@ -64,7 +66,7 @@ def faults_of_core(module: str, source: str) -> list[str]:
     for name in imported(source):
         if name.startswith("saefw_"):
             faults.append(f"{module} imports the plugin {name}")
-        elif name.startswith("saefw.stages.") and not module.startswith("saefw.stages."):
+        elif name.startswith("saefw.stages.") and not module.startswith(("saefw.stages.", "saefw.bench.")):
             faults.append(f"{module} imports the stage {name}")
         elif FLOOR[name] >= FLOOR[module]:
             faults.append(f"{module} (floor {FLOOR[module]}) imports {name} (floor {FLOOR[name]})")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import saefw
+from saefw.bench.command import bench
 from saefw.commands import Commands
 from saefw.errors import UserError, did_you_mean, escaped
 
@@ -385,6 +386,9 @@ def gc(
         else:
             gone.append(spare.bytes)
     print(f"Deleted {len(gone)} unit{'' if len(gone) == 1 else 's'}, {size(sum(gone)) or 'nothing on disk'}.")
+
+
+app.command()(bench)
 
 
 def _header(registry: Path) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Ratios of what saefw does to the hardware and to plain references."""
