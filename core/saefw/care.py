@@ -134,6 +134,8 @@ class Damage:
 
     file: Path
     why: str
+    as_made: bool = False
+    """Whether its checksum is right all the same: it was made so, or changed along with made.json."""
 
     def __str__(self) -> str:
         """Say which file it is, and what is wrong with it."""

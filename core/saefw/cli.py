@@ -133,6 +133,8 @@ def check(
     desk = pipeline.desk(registry, catalog)
     plans = pipeline.plan(registry, catalog, run=desk)
     _damaged(desk.store)
+    for line in registry.absent():
+        print(escaped(line), file=sys.stderr)
     counts = [
         f"{sum(map(len, block.values()))} {kind if sum(map(len, block.values())) != 1 else kind[:-1]}"
         for kind, block in registry.families.items()
@@ -298,14 +300,15 @@ def index(registry: Of = REGISTRY) -> None:
     """Make saefw.duckdb anew from the parquet in the folders of the units."""
     from saefw.care import said
     from saefw.index import INDEX
-    from saefw.pipeline import MEND
+    from saefw.pipeline import cure
 
     store = _store(registry)
     if not store.root.is_dir():
         raise UserError(f"{store.root}: there is no such folder; `saefw run` makes it")
     n = store.rebuild()
     print(f"{store.root / INDEX}: {n} unit{'' if n == 1 else 's'}")
-    left_out = [f"{said(damage)}; its unit is left out; {MEND}" for damage in store.broken().values()]
+    broken = store.broken().items()
+    left_out = [f"{said(damage)}; its unit is left out; {cure(folder, damage)}" for folder, damage in broken]
     if left_out:
         raise UserError("\n".join(left_out))
 
@@ -379,13 +382,20 @@ def gc(
     if not yes and not typer.confirm(f"Delete {what}?"):
         print("Nothing was deleted.")
         return
-    gone = []
-    for spare, holder in delete(found):
-        if holder:
-            print(f"{spare.address} stays: {holder} is making it")
-        else:
-            gone.append(spare.bytes)
+    gone, stay = [], []
+    try:
+        for spare, why in delete(found):
+            if isinstance(why, UserError):
+                stay.append(str(why))
+            elif why:
+                print(f"{spare.address} stays: {why} is making it")
+            else:
+                gone.append(spare.bytes)
+    except UserError as error:  # of the index
+        stay.append(str(error))
     print(f"Deleted {len(gone)} unit{'' if len(gone) == 1 else 's'}, {size(sum(gone)) or 'nothing on disk'}.")
+    if stay:
+        raise UserError("\n".join(stay))
 
 
 app.command()(bench)

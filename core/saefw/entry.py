@@ -108,6 +108,12 @@ class Entry(BaseModel):
             kept[name] = value
         return kept
 
+    def places(self) -> Iterator[tuple[str, Place]]:
+        """Yield (field, path) for each setting that is the path of something that is to be there."""
+        for name in type(self).model_fields:
+            if isinstance(place := getattr(self, name), Place):
+                yield name, place
+
     @classmethod
     def names(cls) -> Iterator[tuple[str, str]]:
         """Yield (field, kind) for each setting that names entries."""

@@ -1,8 +1,11 @@
 """Finds the units that no registry needs, and deletes them."""
 
 import json
+import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,7 +71,9 @@ def find(paths: Sequence[Path]) -> Found:
     kept, folders, held = store.kept(), _folders(store), dict[str, int]()
     for path in folders:
         reason = open_ended.get(path.parent.name, "")
-        if path.suffix == PARTIAL and (who := _holder(store, path.stem)):
+        if path.is_symlink():
+            reason = f"{path} is a link; delete it and what it leads to yourself"
+        elif path.suffix == PARTIAL and (who := _holder(store, path.stem)):
             reason = f"{who} is at work on it, or on what is made from it"
         if reason and path.suffix != GONE:
             more = _closure(kept, [path.stem, *_needs(path)]) - needed
@@ -83,18 +88,24 @@ def find(paths: Sequence[Path]) -> Found:
     return Found(store, spare, len(needed & set(kept)), held)
 
 
-def delete(found: Found) -> Iterator[tuple[Spare, str]]:
-    """Delete what can go; yield each folder with who holds it, if that is why it stays. The index follows."""
+def delete(found: Found) -> Iterator[tuple[Spare, str | UserError]]:
+    """Delete what can go; yield each folder with why it stays, if it does: who holds it, or what is wrong.
+
+    Raises:
+        UserError: the index, which follows in the end, cannot be written.
+
+    """
     for spare in found.spare:
-        who = ""
+        why: str | UserError = ""
         try:
             # Asked again: since it was listed, a run may have begun what is made from it.
-            if who := _user(found.store, spare.address):
-                raise _Held(who)
-            found.store.delete(spare.folder, _refuse)
+            if not (why := _user(found.store, spare.address)):
+                found.store.delete(spare.folder, _refuse)
         except _Held as error:
-            who = str(error)
-        yield spare, who
+            why = str(error)
+        except UserError as error:
+            why = error
+        yield spare, why
     found.store.sync()
 
 
@@ -158,17 +169,25 @@ def _label(folder: Path) -> str:
 
 
 def _spare(path: Path) -> Spare:
-    files = [file.stat() for file in path.rglob("*") if file.is_file()]
+    facts = list(_facts(path))
     words = {PARTIAL: "begun, not kept", GONE: "half deleted"}
-    at = max((file.st_mtime for file in files), default=path.stat().st_mtime)
+    at = max((one.st_mtime for one in facts), default=0)
     return Spare(
         path,
         path.parent.name,
         path.stem,
         words.get(path.suffix) or _label(path),
-        sum(file.st_size for file in files),
+        sum(one.st_size for one in facts if stat.S_ISREG(one.st_mode)),
         datetime.fromtimestamp(at, UTC),
     )
+
+
+def _facts(folder: Path) -> Iterator[os.stat_result]:
+    """Yield the facts of a folder and of all files in it; another process may be at work on them."""
+    for base, _, names in os.walk(folder):
+        for path in (base, *(os.path.join(base, name) for name in names)):
+            with suppress(OSError):
+                yield os.stat(path)
 
 
 def _holder(store: Store, address: str) -> str:

@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from hashlib import sha256
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import duckdb
 
-from saefw.care import MADE, PART, REFUSED, Damage, damages, writing
+from saefw.care import MADE, PART, REFUSED, Damage, damages, found, writing
 from saefw.errors import UserError
 from saefw.unit import canonical
 
@@ -54,15 +54,15 @@ def schema() -> str:
 @cache
 def types() -> dict[str, dict[str, str]]:
     """Return each table of the schema, with its columns and their types, both in the schema's order."""
-    found: dict[str, dict[str, str]] = {}
+    kinds: dict[str, dict[str, str]] = {}
     with duckdb.connect() as db:
         db.execute(schema())
         for table, column, kind in db.execute(
             "SELECT table_name, column_name, data_type FROM duckdb_columns() SEMI JOIN duckdb_tables()"
             " USING (table_name) ORDER BY table_oid, column_index"
         ).fetchall():
-            found.setdefault(table, {})[column] = kind
-    return found
+            kinds.setdefault(table, {})[column] = kind
+    return kinds
 
 
 class Index:
@@ -84,12 +84,13 @@ class Index:
 
     def mark(self, folder: Path, damage: Sequence[Damage]) -> None:
         """Remember what is damaged of a kept unit: from now on it counts as missing."""
-        self._broken[folder] = _version(folder / MADE), list(damage)
+        if version := _version(folder / MADE):  # or it was set back or deleted meanwhile
+            self._broken[folder] = version, list(damage)
 
     def damage(self, folder: Path) -> list[Damage]:
         """Return what was found damaged of a kept unit, if it was neither set back nor made again since."""
-        version, found = self._broken.get(folder, (None, []))
-        return found if found and version == _version(folder / MADE) else []
+        version, damage = self._broken.get(folder, (None, []))
+        return damage if damage and version == _version(folder / MADE) else []
 
     def forgive(self, folder: Path) -> None:
         """Forget what was found damaged of a kept unit."""
@@ -97,7 +98,7 @@ class Index:
 
     def broken(self) -> dict[Path, list[Damage]]:
         """Return what was found damaged, by the folder of the unit."""
-        return {folder: found for folder in self._broken if (found := self.damage(folder))}
+        return {folder: damage for folder in self._broken if (damage := self.damage(folder))}
 
     def sync(self) -> int:
         """Bring the index in line with the folders; return how many units were added or dropped.
@@ -115,7 +116,7 @@ class Index:
         try:
             with duckdb.connect(local(path), read_only=True) as db:
                 current = db.execute("SELECT comment FROM duckdb_views() WHERE view_name = 'final'").fetchone()
-                indexed = {row[0] for row in db.execute("SELECT unit FROM unit").fetchall()}
+                indexed = _indexed(db)
             whole = current == (_schema_mark(),)
         except duckdb.Error:
             if path.exists():
@@ -124,9 +125,8 @@ class Index:
         if not whole:
             return self.rebuild()
         new = self._sound({address: folder for address, folder in kept.items() if address not in indexed})
-        gone = sorted(indexed - set(kept))
-        if new or gone:
-            return self.index(new, gone)
+        if new or indexed - kept.keys():
+            return self.index(new)
         # Opening an index costs more than looking whether it is still the same one.
         self._seen = _version(path), kept.keys()
         return 0
@@ -135,52 +135,65 @@ class Index:
         """Make the index anew from the parquet in the unit folders; return how many units are in it.
 
         Raises:
-            OSError: the index cannot be written.
+            OSError: the disk is full, or may not be written to.
+            UserError: the index cannot be written.
 
         """
         return self.index({}, afresh=True)
 
-    def index(self, new: Mapping[str, Path], gone: Iterable[str] = (), afresh: bool = False) -> int:
-        """Publish an index with the rows of some units added (again) and of others dropped.
+    def index(self, made: Mapping[str, Path], afresh: bool = False) -> int:
+        """Publish an index in line with the folders; return how many units were added or dropped.
 
-        Works on a copy that then replaces `saefw.duckdb`. With `afresh` the copy starts empty and takes in every
-        kept unit. Returns how many units were added or dropped.
+        Works on a copy that then replaces `saefw.duckdb`.
+
+        Args:
+            made: units known to be whole, whose rows are added, or put in the place of those of the same address.
+            afresh: start from an empty copy.
 
         Raises:
-            OSError: the index cannot be written; the old one stays.
+            OSError: the disk is full, or may not be written to; the old index stays.
+            UserError: the index cannot be written; the old one stays.
 
         """
         path, copy = self.root / INDEX, self.root / f".{INDEX}{PART}"
-        gone = list(gone)
         with self._flock(self.root / "locks" / "index"), writing(path):
             try:
-                return self._publish(path, copy, new, gone, afresh or not path.exists())
-            except duckdb.Error as error:
-                if isinstance(error, duckdb.OutOfMemoryException):
-                    why = str(error).splitlines()[0]
-                    raise UserError(
-                        f"{path}: cannot be brought up to date ({why}); the next run tries again"
-                    ) from error
-                if (
-                    afresh
-                    or isinstance(error, duckdb.InterruptException)
-                    or any(os.strerror(number) in str(error) for number in REFUSED)
-                ):
+                try:
+                    return self._publish(path, copy, made, afresh or not path.exists())
+                except duckdb.Error as error:
+                    if afresh or self._passes(error):
+                        raise
+                    log.warning("%s: damaged; made anew from the folders of the units", path)
+                    return self._publish(path, copy, {}, afresh=True)
+            except (OSError, duckdb.IOException, duckdb.OutOfMemoryException) as error:
+                if any(os.strerror(number) in str(error) for number in REFUSED):
                     raise
-                log.warning("%s: damaged; made anew from the folders of the units", path)
-                return self._publish(path, copy, {}, [], afresh=True)
+                why = getattr(error, "strerror", "") or str(error).splitlines()[0]
+                raise UserError(f"{path}: cannot be brought up to date ({why}); the next run tries again") from error
             finally:
                 _clear(copy)
 
-    def _publish(self, path: Path, copy: Path, new: Mapping[str, Path], gone: Sequence[str], afresh: bool) -> int:
+    def _passes(self, error: duckdb.Error) -> bool:
+        """Whether an error says nothing of the index that was copied."""
+        return (
+            isinstance(error, duckdb.InterruptException | duckdb.OutOfMemoryException)
+            or any(os.strerror(number) in str(error) for number in REFUSED)
+            or (isinstance(error, duckdb.IOException) and self.whole())
+        )
+
+    def _publish(self, path: Path, copy: Path, made: Mapping[str, Path], afresh: bool) -> int:
         _clear(copy)
         if afresh:
-            # Listed under the lock: what another run publishes while we wait for it must not get lost.
-            new = self._sound(self.kept())
             _empty(copy)
         else:
             shutil.copyfile(path, copy)
         with duckdb.connect(local(copy)) as db:
+            # Listed under the lock: what other runs kept, published or deleted while we waited for it counts.
+            kept, indexed = self.kept(), _indexed(db)
+            other = {address: folder for address, folder in kept.items() if address not in indexed | made.keys()}
+            whole = {*made, *self._sound(other)}
+            new = {address: folder for address, folder in kept.items() if address in whole}
+            gone = sorted(indexed - kept.keys())
             db.execute("BEGIN")
             for table in types():
                 db.execute(f'DELETE FROM "{table}" WHERE list_contains(?, unit)', [[*new, *gone]])
@@ -234,7 +247,8 @@ class Index:
             # Too little memory, a disk that fails for a while or Ctrl-C say nothing of the unit.
             if not damage and not isinstance(error, CONTENT):
                 raise
-            self.mark(folder, damage or [Damage(path, (str(error) or type(error).__name__).splitlines()[0])])
+            why = f"has no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+            self.mark(folder, damage or [Damage(path, why.splitlines()[0], as_made=True)])
             return False
         db.execute("COMMIT")
         return True
@@ -327,13 +341,15 @@ def _clear(copy: Path) -> None:
             stale.unlink()
 
 
+def _indexed(db: duckdb.DuckDBPyConnection) -> set[str]:
+    """Return the addresses of the units that are in an index."""
+    return {row[0] for row in db.execute("SELECT unit FROM unit").fetchall()}
+
+
 def _version(path: Path) -> tuple[int, int] | None:
     """Tell one published file from the next."""
-    try:
-        facts = path.stat()
-    except FileNotFoundError:
-        return None
-    return facts.st_ino, facts.st_mtime_ns
+    facts = found(path)
+    return (facts.st_ino, facts.st_mtime_ns) if facts else None
 
 
 def _empty(path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import saefw
-from saefw.care import said
+from saefw.care import Damage, said
 from saefw.catalog import Catalog
 from saefw.entry import KINDS
 from saefw.errors import NotYet, UserError, did_you_mean
@@ -26,10 +26,6 @@ from saefw.store import Store
 from saefw.unit import Unit
 
 log = logging.getLogger("saefw")
-
-
-MEND = "`saefw verify --mend` sets it back"
-"""What to do about a damaged unit that nobody asked for."""
 
 
 @dataclass(frozen=True)
@@ -200,14 +196,21 @@ def run(
             work.listed(name, planned.units)
             done.append(StagePlan(name, planned.units, planned.units, []))
             observer.left(planned, made)
-        for damage in work.store.broken().values():
-            log.warning("%s; its unit is left out of the index; %s", said(damage), MEND)
+        for folder, damage in work.store.broken().items():
+            log.warning("%s; its unit is left out of the index; %s", said(damage), cure(folder, damage))
     except BaseException:
         # A fault or Ctrl-C: what the stage kept until then is in the index for those who look.
         with suppress(Exception):
             work.publish()
         raise
     return done
+
+
+def cure(folder: Path, damage: Sequence[Damage]) -> str:
+    """Say what to do about a damaged unit that nobody asked for."""
+    if damage[0].as_made:
+        return f"its checksums are right; delete {folder} to make it again"
+    return "`saefw verify --mend` sets it back"
 
 
 def _names(registry: Registry, only: str | None) -> list[str]:
@@ -259,15 +262,10 @@ def _make(
         # In one order everywhere, so that two runs never wait for each other.
         for unit in sorted(missing, key=lambda unit: unit.address):
             locks.enter_context(store.lock(unit, partial(observer.waiting, unit)))
-            if damage := store.damage(folder := store.folder(unit)):
-                if not store.unkeep(folder, damage):
-                    text = f"{said(damage)}, by what the index says, though not by its checksum"
-                    raise _placed(
-                        registry, name, UserError(f"{text}; delete {folder}, and the next run makes it again")
-                    )
-                log.warning("%s; '%s' is made again", said(damage), unit.label)
-                # Its rows go from the index now: killed before the new ones are in it, nobody would miss those.
-                store.sync()
+            try:
+                _set_back(store, unit)
+            except UserError as error:
+                raise _placed(registry, name, error) from error
         late = [unit for unit in missing if store.settled(unit)]
         if late:
             store.sync()
@@ -293,6 +291,31 @@ def _make(
         # Before the locks go: a run that waits for these units finds them in the index.
         run.publish()
     return missing
+
+
+def _set_back(store: Store, unit: Unit) -> None:
+    """Turn a unit that was found damaged, and whose lock is held, into one to make.
+
+    Raises:
+        UserError: it cannot be set back, or its checksums say that it is as it was made.
+
+    """
+    folder = store.folder(unit)
+    if not (damage := store.damage(folder)):
+        return
+    delete = f"delete {folder}, and the next run makes it again"
+    try:
+        again = store.unkeep(folder, damage)
+    except OSError as error:
+        raise UserError(f"{said(damage)}, and '{unit.label}' cannot be set back; {delete}") from error
+    if again:
+        log.warning("%s; '%s' is made again", said(damage), unit.label)
+        # Its rows go from the index now: killed before the new ones are in it, nobody would miss those.
+        store.sync()
+    elif damage[0].as_made:
+        raise UserError(f"{said(damage)}, by what the index says, though not by its checksum; {delete}")
+    else:  # somebody put the file back meanwhile
+        store.forgive(folder)
 
 
 def _placed(registry: Registry, name: str, error: UserError) -> UserError:

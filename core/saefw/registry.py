@@ -66,6 +66,26 @@ class Registry:
             spot, _ = entry.walk(("vary", *steps)) if steps and steps[0] in _vary(entry.value) else (entry, [])
         return f"{self.path}:{spot.line}:{spot.column}"
 
+    def absent(self) -> list[str]:
+        """Return a line for each path that an entry names, and where there is nothing: it may lie elsewhere."""
+        lines: dict[str, None] = {}
+        for kind, name, member in (
+            (kind, name, member)
+            for kind, block in self.families.items()
+            for name, members in block.items()
+            for member in members
+        ):
+            for setting, place in member.entry.places():
+                try:
+                    path = place.open(self.base)
+                    why = "" if path.exists() else f"{path} is not there"
+                except UserError as error:
+                    why = str(error)
+                if why:
+                    where = f"{self.place(kind, name, setting)}: {kind}.{name}.{setting}"
+                    lines[f"{where}: {why}; what needs it cannot be made here"] = None
+        return list(lines)
+
 
 def read(path: Path, catalog: Catalog) -> Registry:
     """Read and check a registry; its drop-in plugins are added to the catalog.

@@ -43,7 +43,7 @@ def verify(store: Store, stage: str | None, mend: bool, printer: Printer, other:
             continue
         for one in damage:
             printer.say(str(one))
-        for path in _extra(folder, damage):
+        for path in _extra(folder):
             printer.say(f"{path}: not one of its unit's files")
         bad += bool(damage)
         if damage and mend:
@@ -88,11 +88,12 @@ def _units(store: Store, stage: str | None) -> list[Path]:
     return [folder for folder in folders if folder.parent.name == stage]
 
 
-def _extra(folder: Path, damage: list[Damage]) -> list[Path]:
+def _extra(folder: Path) -> list[Path]:
     """Return files that the unit does not list."""
-    if any(one.file == folder / MADE for one in damage):
+    try:
+        known = {folder / name for name in (MADE, *listed(folder))}
+    except (OSError, ValueError):  # damaged, or set back meanwhile
         return []
-    known = {folder / name for name in (MADE, *listed(folder))}
     return [path for path in sorted(folder.rglob("*")) if path.is_file() and path not in known]
 
 

@@ -51,7 +51,7 @@ class ProbeStage(StageConfig):
         """List one unit for each recording of the layer and probe.
 
         Raises:
-            UserError: the layer was not recorded, or there is no [CLS] to read.
+            UserError: the layer was not recorded, there is no [CLS] to read, or there are fewer than two classes.
 
         """
         units = run.made_by(self.acts)
@@ -75,6 +75,12 @@ class ProbeStage(StageConfig):
             for acts in recordings
             for member in run.family("probes", self.probes)
         }
+        for acts in dict.fromkeys(unit.needs[0] for unit in listed if not run.store.has(unit)):
+            try:
+                dataset = run.dataset(acts.given["dataset"])
+            except UserError:  # what needs no images goes on without them
+                continue
+            _tellable(acts, dataset.classes)
         yield from listed
 
     def make(self, units: Sequence[Unit], run: Run) -> None:
@@ -93,8 +99,7 @@ class ProbeStage(StageConfig):
     def _fit(self, run: Run, acts: Unit, kind: type[ProbeConfig], units: Sequence[Unit]) -> None:
         recording = Acts(run.folder(acts))
         task = task_of(recording)
-        if len(task.classes) < 2:
-            raise UserError(f"{acts.label}: has {len(task.classes)} classes; a probe tells two or more apart")
+        _tellable(acts, task.classes)
         splits = {split: labelled(recording, split, acts.label, run.device) for split in ("train", "valid", "test")}
         members = [unit.given["probe"] for unit in units]
         probes = _fitted(run, kind, units, task, splits["train"])
@@ -123,6 +128,11 @@ class ProbeStage(StageConfig):
                 margin=test.margin_n,
             )
             run.keep(unit, without=[FITTED])
+
+
+def _tellable(acts: Unit, classes: Sequence[str]) -> None:
+    if len(classes) < 2:
+        raise UserError(f"{acts.label}: has {len(classes)} classes; a probe tells two or more apart")
 
 
 class Labelled(NamedTuple):

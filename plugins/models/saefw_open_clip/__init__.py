@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -83,6 +83,11 @@ class OpenClip(BackboneConfig):
         elif not is_file(pretrained):
             return Place(tag_of(arch, pretrained))
         return pretrained
+
+    def places(self) -> Iterator[tuple[str, Place]]:
+        """Yield (field, path) of the weights, if they are a file and no name; a file as `arch` was read by now."""
+        if not self.pretrained.startswith(HUB) and is_file(self.pretrained):
+            yield "pretrained", self.pretrained
 
     def describe(self) -> BackboneInfo:
         """Say its shapes, of the architecture built without weights."""
