@@ -1,7 +1,12 @@
-"""What all tests share: nothing but silence at exit."""
+"""What all tests share: mounts, and silence at exit."""
 
 import atexit
 import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
 
 
 @atexit.register
@@ -12,3 +17,20 @@ def _hush() -> None:
     them as leaked, sixty lines below the result, though no process that is not a test ever leaks them.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+@pytest.fixture
+def mounted() -> Iterator[Callable[..., None]]:
+    """Mount, and unmount in the end."""
+    places: list[Path] = []
+
+    def mount(*args: object) -> None:
+        done = subprocess.run(["mount", *map(str, args)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"cannot mount here ({done.stderr.strip()})")
+        if isinstance(args[-1], Path) and args[-1] not in places:
+            places.append(args[-1])
+
+    yield mount
+    for path in places:
+        subprocess.run(["umount", "-l", str(path)], check=False, capture_output=True)

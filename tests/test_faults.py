@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from saefw.care import listed
 from saefw.cli import app
 from saefw.errors import UserError
+from saefw.printer import size
 from saefw.store import Store
 from saefw_experiment import choices, opened
 
@@ -205,6 +206,16 @@ def test_damage_that_cannot_be_set_back(place: Place, mounted: Callable[..., Non
     )
 
 
+def test_a_unit_that_is_busy_cannot_be_set_back(place: Place, mounted: Callable[..., None]) -> None:
+    folder = place.unit(*SAE)
+    mounted("--bind", folder, folder)
+    flip(folder / "unit.json")
+    assert place()[::2] == (
+        1, f"{place.where('sweep')}{folder}/unit.json: damaged ({SUM}), and 'topk, vit on images, layer 1' cannot be "
+        f"set back; delete {folder}, and the next run makes it again\n",
+    )  # fmt: skip
+
+
 def test_a_run_that_makes_nothing_reads_no_file(place: Place) -> None:
     flip(place.unit(*ACTS) / "acts-00000.safetensors")
     assert place()[::2] == (0, "")
@@ -363,23 +374,6 @@ def test_a_check_that_takes_long_says_how_far_it_is(place: Place, monkeypatch: p
 
 
 @pytest.fixture
-def mounted() -> Iterator[Callable[..., None]]:
-    """Mount, and unmount in the end."""
-    places: list[Path] = []
-
-    def mount(*args: object) -> None:
-        done = subprocess.run(["mount", *map(str, args)], capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"cannot mount here ({done.stderr.strip()})")
-        if isinstance(args[-1], Path) and args[-1] not in places:
-            places.append(args[-1])
-
-    yield mount
-    for path in places:
-        subprocess.run(["umount", "-l", str(path)], check=False, capture_output=True)
-
-
-@pytest.fixture
 def small(made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, mounted: Callable[..., None]) -> Place:
     """A whole store on a disk of 20 MiB."""
     (tmp_path / "disk").mkdir()
@@ -517,10 +511,17 @@ def test_an_image_vanishes_while_it_is_recorded(folder: Place) -> None:
 # saefw verify
 
 
+def said_size(place: Place) -> str:
+    """How many bytes verify says that there are."""
+    return size(sum(n for folder in place.store.kept().values() for n, _ in listed(folder).values()))
+
+
 def test_verify(place: Place) -> None:
-    size = re.search(r"units, (\S+ \S+), fine", place("verify").out)
-    assert size and place("verify") == (0, f"{place.store.root}: {N_UNITS} units, {size[1]}, fine\n", "")
-    assert place("verify", "record").out.startswith(f"{place.store.root}: 2 units, ")
+    n_bytes = said_size(place)
+    assert place("verify") == (0, f"{place.store.root}: {N_UNITS} units, {n_bytes}, fine\n", "")
+    record = place("verify", "record")
+    assert re.fullmatch(rf"{re.escape(str(place.store.root))}: 2 units, \d+(\.\d+)? kB, fine\n", record.out)
+    assert (record.exit_code, record.err) == (0, "")
     assert place("verify", "recrod").err == f"{place.store.root}: has no units of 'recrod'; did you mean 'record'?\n"
     acts, sae = place.unit(*ACTS), place.unit(*SAE)
     flip(acts / "acts-00001.safetensors")
@@ -535,7 +536,7 @@ def test_verify(place: Place) -> None:
 {sae}/sae.safetensors: damaged (100 bytes, not 5,100)
 {sae}/note.txt: not one of its unit's files
 """
-    total = f"{place.store.root}: {N_UNITS} units, {size[1]}, 2 damaged"
+    total = f"{place.store.root}: {N_UNITS} units, {n_bytes}, 2 damaged"
     assert place("verify") == (
         1, found, f"{total}; `saefw verify --mend{registry}` puts that right, and `saefw run` makes them again\n",
     )  # fmt: skip
@@ -545,12 +546,13 @@ def test_verify(place: Place) -> None:
     )  # fmt: skip
     said = place()
     assert said[::2] == (0, "") and "Made 2 units in " in said.out
-    assert place("verify") == (0, f"{place.store.root}: {N_UNITS} units, {size[1]}, fine\n", "")
+    assert place("verify") == (0, f"{place.store.root}: {N_UNITS} units, {n_bytes}, fine\n", "")
 
 
 def test_verify_of_a_file_that_cannot_be_read(place: Place) -> None:
     """It is named and stays, with all of its unit; what is damaged is mended all the same."""
     before = fingerprints(place.store)
+    n_bytes = said_size(place)
     file, damaged = place.unit(*ACTS) / "acts-00001.safetensors", place.unit(*SAE) / "sae.safetensors"
     elsewhere = place.base / "elsewhere.safetensors"
     file.rename(elsewhere)
@@ -559,15 +561,13 @@ def test_verify_of_a_file_that_cannot_be_read(place: Place) -> None:
         f"{file}: cannot be read (Too many levels of symbolic links); nothing is deleted for that; make it readable, "
         "or delete it, and its unit is made again\n"
     )
-    said = place("verify", "--mend")
-    assert (said.exit_code, said.out) == (1, unread)
-    assert re.fullmatch(rf"{place.store.root}: {N_UNITS} units, \S+ \S+, 1 of which a file cannot be read\n", said.err)
+    total = f"{place.store.root}: {N_UNITS} units, {n_bytes}, 1 of which a file cannot be read"
+    assert place("verify", "--mend") == (1, unread, f"{total}\n")
     cut(damaged)
-    said = place("verify", "--mend")
-    assert said.exit_code == 1 and said.out == f"{unread}{damaged}: damaged (100 bytes, not 5,100)\n"
-    assert said.err.endswith(
-        ", 1 of which a file cannot be read, 1 damaged; that is put right, and `saefw run` makes it again\n"
-    )
+    assert place("verify", "--mend") == (
+        1, f"{unread}{damaged}: damaged (100 bytes, not 5,100)\n",
+        f"{total}, 1 damaged; that is put right, and `saefw run` makes it again\n",
+    )  # fmt: skip
     said = place("run", "--stage", "sweep")
     assert (said.exit_code, said.err) == (1, f"{place.where('sweep')}{unread}")
     elsewhere.rename(file)
@@ -577,21 +577,25 @@ def test_verify_of_a_file_that_cannot_be_read(place: Place) -> None:
 
 def test_verify_of_a_damaged_index(place: Place) -> None:
     index = place.store.root / "saefw.duckdb"
+    total = f"{place.store.root}: {N_UNITS} units, {said_size(place)}"
     flip_a_block(index)
-    said = place("verify")
-    assert said.exit_code == 1 and said.out == f"{index}: damaged\n"
-    assert said.err.endswith(
-        f" the index damaged; `saefw verify --mend --registry {place.base}/registry.yaml` puts that right\n"
-    )
-    assert place("verify", "--mend").out.endswith(" the index damaged; that is put right\n")
-    assert place("verify").out.endswith(" fine\n")
+    assert place("verify") == (
+        1, f"{index}: damaged\n",
+        f"{total}, the index damaged; `saefw verify --mend --registry {place.base}/registry.yaml` puts that right\n",
+    )  # fmt: skip
+    assert place("verify", "--mend") == (
+        0, f"{index}: damaged\n{total}, the index damaged; that is put right\n", "",
+    )  # fmt: skip
+    assert place("verify") == (0, f"{total}, fine\n", "")
 
 
 def test_verify_says_how_far_it_is(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("saefw.printer.EVERY", 0.0)
-    lines = place("verify").out.splitlines()
-    assert re.fullmatch(r"verify: [\d,]+ of [\d,]+ bytes \(\d+ %\).*", lines[0])
-    assert lines[-1].endswith("fine")
+    *lines, last = place("verify").out.splitlines()
+    total = sum(size for folder in place.store.kept().values() for size, _ in listed(folder).values())
+    told = re.compile(rf"verify: [\d,]+ of {total:,} bytes \(\d+ %\), \S+/s, \S+ s left")
+    assert len(lines) > 1 and all(told.fullmatch(line) for line in lines), lines
+    assert last == f"{place.store.root}: {N_UNITS} units, {said_size(place)}, fine"
 
 
 def test_a_made_json_that_names_files_elsewhere_harms_nothing(place: Place) -> None:
@@ -601,7 +605,10 @@ def test_a_made_json_that_names_files_elsewhere_harms_nothing(place: Place) -> N
     told = json.loads((folder / "made.json").read_text())
     told["files"]["../../../mine.txt"] = {"bytes": 3, "sha256": ""}
     (folder / "made.json").write_text(json.dumps(told))
-    assert place("verify", "--mend").out.startswith(
-        f"{folder}/made.json: damaged (does not list the files of its unit)\n"
-    )
+    # Its unit's bytes count for none: nobody says how many there are.
+    total = size(sum(n for path in place.store.kept().values() if path != folder for n, _ in listed(path).values()))
+    assert place("verify", "--mend") == (
+        0, f"{folder}/made.json: damaged (does not list the files of its unit)\n{place.store.root}: {N_UNITS} units, "
+        f"{total}, 1 damaged; that is put right, and `saefw run` makes it again\n", "",
+    )  # fmt: skip
     assert mine.read_text() == "mine"

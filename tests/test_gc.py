@@ -6,11 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import duckdb
 import fakes
 import pytest
 from test_cli import FILE, Saefw
+from test_index import no_file_larger_than
 
 from saefw import gc
 from saefw.store import Store
@@ -193,3 +196,46 @@ def test_what_a_run_began_to_use_since_it_was_listed_stays(saefw: Saefw) -> None
         held = [(spare.label, holder) for spare, holder in gc.delete(found) if holder]
     assert held == [("number 3", f"process {os.getpid()} on {os.uname().nodename}")]
     assert store.has(number) and "dots" not in labels(saefw.base)
+
+
+def test_a_unit_that_is_a_link_stays(saefw: Saefw) -> None:
+    """All else that can go goes."""
+    number = next(path for path in (saefw.base / "runs").glob("numbers/*") if path.name == "a6e71fee52b1")
+    number.rename(saefw.base / "elsewhere")
+    number.symlink_to(saefw.base / "elsewhere")
+    stays = f"1 unit stays: runs/numbers/{number.name} is a link; delete it and what it leads to yourself"
+    assert plain(saefw("gc", "--yes")) == (
+        f"{stays}\n"
+        "stage unit what disk age\n"
+        "─\n"
+        "draw c046a5f3a792 dots N kB T s\n"
+        "sums 222a64fe6360 sum of numbers N kB T s\n"
+        "Deleted 2 units, N kB."
+    )
+    assert labels(saefw.base) == ["number 1", "number 2", "number 3"]
+    assert saefw("gc") == f"{stays}\nNothing to delete in runs: 3 kept and needed."
+
+
+def test_a_unit_that_cannot_be_deleted(saefw: Saefw, mounted: Callable[..., None]) -> None:
+    """It is named, all else goes, and the index follows."""
+    number = saefw.base / "runs" / "numbers" / "a6e71fee52b1"
+    mounted("--bind", number, number)
+    assert (
+        saefw("gc", "--yes", exit_code=1) == f"runs/numbers/{number.name}: cannot be deleted (Device or resource busy)"
+    )
+    assert labels(saefw.base) == ["number 1", "number 2", "number 3"]
+
+
+def test_an_index_that_cannot_follow(saefw: Saefw) -> None:
+    (saefw.base / "runs" / "saefw.duckdb").unlink()
+    with no_file_larger_than(100_000):
+        said = saefw("gc", "--yes", exit_code=1)
+        copy = saefw.base / "runs" / ".saefw.duckdb.part"
+        with pytest.raises(duckdb.FatalException) as refused, duckdb.connect(copy) as db:
+            db.execute("CREATE TABLE x AS SELECT 1")
+            db.execute("CHECKPOINT")
+    why = str(refused.value).splitlines()[0]
+    assert said == f"runs/saefw.duckdb: cannot be brought up to date ({why}); the next run tries again"
+    assert len(folders(saefw.base)) == 5
+    saefw("gc", "--yes")
+    assert len(folders(saefw.base)) == 2

@@ -75,13 +75,32 @@ def test_the_page_says_that_there_is_nothing_to_steer(path: Path) -> None:
     assert doc.get_model_by_name("nothing") is not None
 
 
-def test_a_probe_says_what_it_lacks(path: Path) -> None:
+@pytest.mark.parametrize("store", ["runs", "nothing-made-yet"])
+def test_a_probe_says_what_it_lacks(path: Path, store: str) -> None:
+    """Before anything is made, whether its recording is there by now or not."""
     other = path.with_name("probing.yaml")
-    lines = REGISTRY.splitlines()
+    lines = [f"store: {store}", *REGISTRY.strip().splitlines()]
     lines.insert(-1, "  probes: {use: probe, acts: acts, layer: -1, probes: [linear]}")
     other.write_text("\n".join(lines) + "\n")
-    made = CliRunner().invoke(app, ["run", str(other)])
-    assert made.exit_code == 1
-    assert made.stderr == (
-        f"{other}:12:3: stages.probes: vit on ours, layer 5: has 0 classes; a probe tells two or more apart\n"
-    )
+    for command in (["check"], ["run", "--dry"], ["run"]):
+        said = CliRunner().invoke(app, [*command, str(other)])
+        assert (said.exit_code, said.stdout) == (1, "")
+        assert said.stderr == (
+            f"{other}:13:3: stages.probes: vit on ours, layer 5: has 0 classes; a probe tells two or more apart\n"
+        )
+    assert not path.with_name("nothing-made-yet").exists()
+
+
+def test_a_probe_whose_images_are_elsewhere_is_planned_all_the_same(path: Path) -> None:
+    other = path.with_name("elsewhere.yaml")
+    lines = REGISTRY.replace("root: images", "root: nowhere").strip().splitlines()
+    lines.insert(-1, "  probes: {use: probe, acts: acts, layer: -1, probes: [linear]}")
+    other.write_text("\n".join(lines) + "\n")
+    said = CliRunner().invoke(app, ["check", str(other)])
+    column = next(line for line in lines if "nowhere" in line).index("root:") + 1
+    row = next(i for i, line in enumerate(lines, 1) if "nowhere" in line)
+    assert (said.exit_code, said.stderr) == (
+        0, f"{other}:{row}:{column}: datasets.ours.root: {path.parent / 'nowhere'} is not there; what needs it cannot "
+        "be made here\n",
+    )  # fmt: skip
+    assert said.stdout.splitlines()[-1].startswith(f"{other}: fine; ")

@@ -39,6 +39,9 @@ CONTENT = (
 )
 """What comes of reading files that hold something else than a unit's: the same every time."""
 
+DISK = duckdb.IOException, duckdb.FatalException
+"""What comes of a disk that fails or refuses, at a checkpoint the second."""
+
 log = logging.getLogger("saefw")
 
 
@@ -165,7 +168,7 @@ class Index:
                         raise
                     log.warning("%s: damaged; made anew from the folders of the units", path)
                     return self._publish(path, copy, {}, afresh=True)
-            except (OSError, duckdb.IOException, duckdb.OutOfMemoryException) as error:
+            except (OSError, duckdb.OutOfMemoryException, *DISK) as error:
                 if any(os.strerror(number) in str(error) for number in REFUSED):
                     raise
                 why = getattr(error, "strerror", "") or str(error).splitlines()[0]
@@ -178,7 +181,7 @@ class Index:
         return (
             isinstance(error, duckdb.InterruptException | duckdb.OutOfMemoryException)
             or any(os.strerror(number) in str(error) for number in REFUSED)
-            or (isinstance(error, duckdb.IOException) and self.whole())
+            or (isinstance(error, DISK) and self.whole())
         )
 
     def _publish(self, path: Path, copy: Path, made: Mapping[str, Path], afresh: bool) -> int:
