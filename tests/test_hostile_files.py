@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,7 @@ from saefw import pictures, sealed
 from saefw.acts import Acts, Stats
 from saefw.care import MADE, checksum
 from saefw.errors import UserError
+from saefw.index import schema
 from saefw.plugin import Example, Task, Unit
 from saefw.run import LOG, Run, _mark
 from saefw.shards import INDEX, STATS, Layout, Writer
@@ -405,6 +407,18 @@ def test_a_list_of_shards_that_is_no_json(text: str, why: str, recording: Path) 
     assert message == f"{recording}: the recording is damaged ({why}); delete the folder to make it again"
 
 
+@pytest.mark.parametrize("name", [INDEX, "acts-00001.safetensors"])
+def test_a_recording_that_cannot_be_read_is_not_damaged(name: str, recording: Path) -> None:
+    """Nobody is told to delete hours of recording for a disk that fails for a while."""
+    path = recording / name
+    path.unlink()
+    path.symlink_to(path)
+    assert said(lambda: Acts(recording)) == (
+        f"{path}: cannot be read (Too many levels of symbolic links); nothing is deleted for that; make it readable, "
+        "or delete it, and its unit is made again"
+    )
+
+
 def test_a_shard_that_is_none(recording: Path) -> None:
     path = recording / "acts-00000.safetensors"
 
@@ -527,25 +541,64 @@ def test_a_mark_of_anything(mark: str, run: Run, caplog: pytest.LogCaptureFixtur
     assert caplog.messages == anew(run.folder(TRAIN) / LOG)
 
 
+def words(provoke: Callable[[], object]) -> str:
+    """The first line of what a library says, in the words of its version."""
+    with pytest.raises(Exception) as caught:
+        provoke()
+    return str(caught.value).splitlines()[0]
+
+
+def indexed(*row: object) -> None:
+    """Put label, time and seconds of a unit into an index."""
+    with duckdb.connect() as db:
+        db.execute(schema())
+        db.execute("INSERT INTO unit VALUES ('', '', ?, '{}', '{}', ?, ?)", row)
+
+
+NO_LIST = "does not list the files of its unit"
+DEEP = "[" * 100_000
+UNHASHED: Any = [[]]
+
+
 @pytest.mark.parametrize(
-    ("name", "text"),
+    ("name", "text", "why"),
     [
-        ("unit.json", "[]"),
-        ("unit.json", "{}"),
-        ("unit.json", '{"stage": "x", "content": {}, "needs": [[]]}'),
-        ("unit.json", "[" * 100_000),
-        ("unit.json", "\udcff"),
-        ("made.json", ""),
-        ("made.json", '{"files": {"unit.json": {"bytes": Infinity, "sha256": ""}}}'),
-        ("made.json", '{"files": {"unit.json": {"bytes": 1, "sha256": ""}, "a\\u0000": {"bytes": 1, "sha256": ""}}}'),
-        ("made.json", '{"files": {"unit.json": {"bytes": 1, "sha256": ""}, "\\ud800": {"bytes": 1, "sha256": ""}}}'),
-        ("made.json", '{"label": "x"}'),
-        ("made.json", '{"label": "x", "seconds": "long", "made_at": "2025-01-01", "made_with": {}}'),
-        ("made.json", '{"label": "\\ud800", "seconds": 1, "made_at": "2025-01-01", "made_with": {}}'),
-        ("made.json", '{"label": "x", "seconds": 1, "made_at": "never", "made_with": {}}'),
+        ("unit.json", "[]", words(lambda: json.loads("[]")["stage"])),
+        ("unit.json", "{}", "has no 'stage'"),
+        ("unit.json", '{"stage": "x", "content": {}, "needs": [[]]}', words(lambda: dict.fromkeys(UNHASHED))),
+        ("unit.json", DEEP, words(lambda: json.loads(DEEP))),
+        ("unit.json", "\udcff", words(b"\xff".decode)),
+        ("made.json", "", NO_LIST),
+        ("made.json", '{"files": {"unit.json": {"bytes": Infinity, "sha256": ""}}}', NO_LIST),
+        (
+            "made.json",
+            '{"files": {"unit.json": {"bytes": 1, "sha256": ""}, "a\\u0000": {"bytes": 1, "sha256": ""}}}',
+            NO_LIST,
+        ),
+        (
+            "made.json",
+            '{"files": {"unit.json": {"bytes": 1, "sha256": ""}, "\\ud800": {"bytes": 1, "sha256": ""}}}',
+            NO_LIST,
+        ),
+        ("made.json", '{"label": "x"}', "has no 'made_with'"),
+        (
+            "made.json",
+            '{"label": "x", "seconds": "long", "made_at": "2025-01-01", "made_with": {}}',
+            words(lambda: indexed("x", "2025-01-01", "long")),
+        ),
+        (
+            "made.json",
+            '{"label": "\\ud800", "seconds": 1, "made_at": "2025-01-01", "made_with": {}}',
+            words(lambda: indexed("\ud800", "2025-01-01", 1)),
+        ),
+        (
+            "made.json",
+            '{"label": "x", "seconds": 1, "made_at": "never", "made_with": {}}',
+            words(lambda: indexed("x", "never", 1)),
+        ),
     ],
 )
-def test_a_unit_that_says_nothing_of_itself(name: str, text: str, tmp_path: Path) -> None:
+def test_a_unit_that_says_nothing_of_itself(name: str, text: str, why: str, tmp_path: Path) -> None:
     """The others are indexed all the same."""
     store = Store(tmp_path / "runs")
     units = [Unit("fake", {"n": n}) for n in range(2)]
@@ -567,7 +620,9 @@ def test_a_unit_that_says_nothing_of_itself(name: str, text: str, tmp_path: Path
             (folder / MADE).write_text(json.dumps(made))
     store.sync()
     (damage,) = store.damage(folder)
-    assert damage.file == folder / name and damage.why and "\n" not in str(damage)
+    assert str(damage) == f"{folder / name}: damaged ({why})"
+    # What made.json vouches for, it alone is no reason to delete.
+    assert damage.as_made == (why != NO_LIST)
     with store.db() as db:
         assert db.execute("SELECT unit FROM unit").fetchall() == [(units[1].address,)]
 

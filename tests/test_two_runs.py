@@ -84,7 +84,10 @@ def test_two_runs_and_a_reader(base: Path) -> None:
                 with start("sql", "--json", ASK) as reader:
                     rows, why = reader.communicate()
                 if reader.returncode:
-                    assert why.startswith("runs/saefw.duckdb: there is no index yet")
+                    none = (
+                        "runs/saefw.duckdb: there is no index yet; `saefw run` makes one, `saefw index` rebuilds it\n"
+                    )
+                    assert why == none
                 else:
                     seen.append(json.loads(rows))
             outs = [process.communicate() for process in (first, second)]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saefw import tensors as files
+from saefw.care import NOT_THERE, Unread
 from saefw.errors import UserError
 from saefw.moments import Moments
 from saefw.shards import DTYPES, INDEX, KINDS, STATS, STORED, Layout, Shard, shard_name, shard_of, stats_of
@@ -43,7 +44,8 @@ class Acts:
         """Read the list of shards and see that they are all there.
 
         Raises:
-            UserError: a file is missing, cut short or cannot be read.
+            UserError: a file is missing or cut short.
+            Unread: a file cannot be read, which says nothing of the recording.
 
         """
         self.folder = folder
@@ -56,6 +58,8 @@ class Acts:
                 if (folder / shard.file).stat().st_size != shard.bytes:
                     raise ValueError(f"{shard.file} is not {shard.bytes} bytes long")
         except (OSError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno not in NOT_THERE:
+                raise Unread(Path(error.filename), error) from error
             raise UserError(
                 f"{folder}: the recording is damaged ({error}); delete the folder to make it again"
             ) from error
