@@ -32,9 +32,9 @@ def test_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("registry.yaml").write_text(REGISTRY)
     said = CliRunner().invoke(app, ["check"])
     cannot = "what needs it cannot be made here"
-    assert (said.exit_code, said.stdout, said.stderr) == (
+    assert (said.exit_code, said.stdout.splitlines()[-1], said.stderr) == (
         0,
-        "registry.yaml: fine; 5 backbones, 3 datasets\n",
+        "registry.yaml: fine; 5 backbones, 3 datasets",
         f"""\
 registry.yaml:3:62: backbones.file.checkpoint: weights/vit.safetensors is not there; {cannot}
 registry.yaml:8:12: backbones.other.pretrained: gone.pt is not there; {cannot}
