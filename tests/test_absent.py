@@ -36,9 +36,9 @@ def test_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         0,
         "registry.yaml: fine; 5 backbones, 3 datasets",
         f"""\
-registry.yaml:3:62: backbones.file.checkpoint: weights/vit.safetensors is not there; {cannot}
+registry.yaml:3:50: backbones.file.checkpoint: weights/vit.safetensors is not there; {cannot}
 registry.yaml:8:12: backbones.other.pretrained: gone.pt is not there; {cannot}
-registry.yaml:11:35: datasets.gone.root: gone is not there; {cannot}
-registry.yaml:12:36: datasets.unset.root: '$NOT_SET/x': the variable $NOT_SET is not set; {cannot}
+registry.yaml:11:29: datasets.gone.root: gone is not there; {cannot}
+registry.yaml:12:30: datasets.unset.root: '$NOT_SET/x': the variable $NOT_SET is not set; {cannot}
 """,
     )
