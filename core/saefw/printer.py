@@ -3,6 +3,7 @@
 On a terminal bars move; anywhere else plain lines come, one every ten seconds while something goes on.
 """
 
+import math
 import os
 import shutil
 import sys
@@ -161,9 +162,24 @@ class Printer(Observer):
         where.add_row("page", f"{saefw} serve{page}")
         self.console.print(where, soft_wrap=True)
 
-    def dry(self, plans: Sequence[StagePlan], costs: Mapping[Unit, Cost]) -> None:
-        """List every unit, whether it is kept, and the work and the disk that it needs."""
-        shown = table("stage", "unit", "what", "", "disk>")
+    def dry(
+        self,
+        plans: Sequence[StagePlan],
+        costs: Mapping[Unit, Cost],
+        seconds: Mapping[str, float] | None = None,
+        device: str = "",
+    ) -> None:
+        """List every unit, whether it is kept, the work and the disk that it needs, and the time that its stage does.
+
+        Args:
+            plans: of all stages.
+            costs: of all missing units.
+            seconds: by stage, nan where nothing is known; none if nothing is known at all.
+            device: on which it takes so long.
+
+        """
+        seconds = seconds or {}
+        shown = table("stage", "unit", "what", "", "disk>", "time>")
         for plan in plans:
             missing = set(plan.missing)
             for i, unit in enumerate(plan.units):
@@ -173,13 +189,19 @@ class Printer(Observer):
                     Text(unit.label, overflow="ellipsis", no_wrap=True),
                     costs[unit].work or "to make" if unit in missing else "kept",
                     size(costs[unit].disk) if unit in missing else "",
+                    roughly(seconds.get(plan.name, math.nan)) if i == 0 else "",
                 )
             if plan.reason:
-                shown.add_row(plan.name, "", Text(plan.reason, style="italic"), "", "")
+                shown.add_row(plan.name, "", Text(plan.reason, style="italic"), "", "", "")
         self.console.print(shown)
         to_make, kept = sum(len(plan.missing) for plan in plans), sum(len(plan.kept) for plan in plans)
         open_ended = " Those decided later are not counted." if any(plan.reason for plan in plans) else ""
         need = f", about {size(sum(cost.disk for cost in costs.values())) or 'little disk'}" if to_make else ""
+        known = {name: n for name, n in seconds.items() if not math.isnan(n)}
+        if known:
+            need += f", about {roughly(sum(known.values()))} on {device}".replace("about <", "less than")
+            unknown = [name for name in seconds if name not in known]
+            need += f" without {' and '.join(unknown)}" if unknown else ""
         self.say(f"{_count(to_make, 'unit')} to make{need}; {kept:,} kept.{open_ended}")
 
     def say(self, what: RenderableType) -> None:
@@ -285,6 +307,19 @@ def span(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def roughly(seconds: float) -> str:
+    """Write a time that is a guess, in one or two digits: < 1 min, 40 min, 3 h, 2 days; nothing for nan."""
+    if math.isnan(seconds):
+        return ""
+    if seconds < 60:
+        return "< 1 min"
+    for length, unit, upto in ((60, "min", 90), (3600, "h", 48), (86400, "days", math.inf)):
+        if seconds < upto * length:
+            n = seconds / length
+            return f"{round(n) if n < 10 else 5 * round(n / 5) if n < 100 else float(f'{n:.2g}'):,.0f} {unit}"
+    raise AssertionError("a time is finite")
 
 
 def age(at: datetime) -> str:
