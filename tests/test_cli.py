@@ -159,7 +159,7 @@ numbers   faae90296342   number 1   one number   1 MB
 figures   c046a5f3a792   dots       to make
 
 stage     to make   disk   time
-───────────────────────────────────────────────────────────
+──────────────────────────────────────────────────────────────
 numbers         3   6 MB    3 h
 best                              decided once numbers is made
 figures         1

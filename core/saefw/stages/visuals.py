@@ -315,7 +315,8 @@ def _count_seconds(config: SaeConfig, d_model: int, device: str) -> float:
     images, n_patches = 4, 196
     x_nd = torch.randn(images * n_patches, d_model, device=device)
     codes_ns = torch.zeros(len(x_nd), sae.d_sae, device=device)
-    codes_ns[:, :: max(1, sae.d_sae // FIRING)] = torch.rand(len(x_nd), 1, device=device)
+    feature_nk = torch.randint(sae.d_sae, (len(x_nd), FIRING), device=device)
+    codes_ns.scatter_(1, feature_nk, torch.rand(len(x_nd), FIRING, device=device))
     label_e, example_e = torch.full((images,), -1), torch.arange(images)
     with TemporaryDirectory() as folder, torch.no_grad():
         tally = Tally(sae.d_sae, n_patches, 0, 16, Path(folder, PAIRS))
@@ -343,8 +344,13 @@ def _sheet_seconds(recording: Unit, run: Run, top: int) -> float:
     except Unreadable:
         return math.nan
     map_hw = np.random.default_rng(0).integers(0, 256, samples.shape(recording).grid, dtype=np.uint8)
-    tiles = [Tile(view, map_hw, "caption")] * top
-    return timed(lambda: pictures.png(pictures.sheet(tiles, "title", "", columns=min(8, max(4, top)))))
+    data = pictures.png(view)
+
+    def draw() -> bytes:
+        tiles = [Tile(pictures.opened(data), map_hw, "caption") for _ in range(top)]
+        return pictures.png(pictures.sheet(tiles, "title", "", columns=min(8, max(4, top))))
+
+    return timed(draw)
 
 
 def _d_sae(sae: Unit) -> int:
