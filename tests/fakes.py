@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from saefw.plugin import FigureConfig, Knob, Names, Pick, Run, StageConfig, Unit, UserError, hookimpl
+from saefw.plugin import FigureConfig, Knob, Names, Pace, Pick, Run, StageConfig, Unit, UserError, hookimpl
 
 MADE = "made.txt"
 """Beside registry.yaml: the label of every unit made, in order, whichever process made it."""
@@ -61,6 +61,10 @@ class Numbers(StageConfig):
     def work(self, unit: Unit, run: Run) -> str:
         """One number each."""
         return "one number"
+
+    def duration(self, units: Sequence[Unit], run: Run, pace: Pace) -> float:
+        """An hour each."""
+        return 3600.0 * len(units)
 
 
 class Sums(StageConfig):

@@ -147,19 +147,36 @@ page    saefw serve other.yaml"""
 
 
 def test_dry(saefw: Saefw) -> None:
+    saefw.write(FILE + "device: cpu\n")
     assert (
         saefw("run", "--dry")
         == """\
-stage     unit           what                                        disk
-─────────────────────────────────────────────────────────────────────────
-numbers   faae90296342   number 1                       one number   1 MB
-          3548c2f3ea9f   number 2                       one number   2 MB
-          a6e71fee52b1   number 3                       one number   3 MB
-best                     decided once numbers is made
-figures   c046a5f3a792   dots                           to make
-4 units to make, about 6 MB; 0 kept. Those decided later are not counted."""
+stage     unit           what                    disk
+─────────────────────────────────────────────────────
+numbers   faae90296342   number 1   one number   1 MB
+          3548c2f3ea9f   number 2   one number   2 MB
+          a6e71fee52b1   number 3   one number   3 MB
+figures   c046a5f3a792   dots       to make
+
+stage     to make   disk   time
+──────────────────────────────────────────────────────────────
+numbers         3   6 MB    3 h
+best                              decided once numbers is made
+figures         1
+4 units to make, about 6 MB, about 3 h on cpu without figures; 0 kept. Those decided later are not counted."""
     )
     assert not (saefw.base / "runs").exists()
+
+
+def test_dry_for_another_machine(saefw: Saefw) -> None:
+    saefw.write(FILE + "device: cuda:99\n")
+    *_, numbers, _, _, said, why = saefw("run", "--dry").splitlines()
+    assert numbers == "numbers         3   6 MB"
+    assert said == "4 units to make, about 6 MB; 0 kept. Those decided later are not counted."
+    assert why == (
+        "How long it takes is not known here: device: cuda:99: this machine, or this build of torch, has none; "
+        "try auto or cpu"
+    )
 
 
 def test_trace(saefw: Saefw) -> None:

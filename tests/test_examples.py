@@ -1,6 +1,7 @@
 """The registries in examples/: they check, plan what they say, and the one on real data runs."""
 
 import os
+import re
 from pathlib import Path
 
 import duckdb
@@ -11,6 +12,8 @@ from typer.testing import CliRunner
 from saefw import pipeline
 from saefw.catalog import Catalog
 from saefw.cli import app
+from saefw.pace import Pace
+from saefw.plugin import BackboneConfig
 from saefw.registry import read
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -47,7 +50,15 @@ def clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_the_whole_experiment_is_planned(clip: Path) -> None:
+TRAIN = {"caltech": 45, "cub": 8, "flowers": 51}
+"""Images of the train split of the small trees; ImageNet's has 12, and 3 are valid."""
+
+
+def test_the_whole_experiment_is_planned(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_model(self: BackboneConfig, device: str) -> None:
+        raise AssertionError("a plan builds no backbone")
+
+    monkeypatch.setattr("saefw_open_clip.OpenClip.build", no_model)
     catalog = Catalog()
     registry = read(clip, catalog)
     desk = pipeline.desk(registry, catalog)
@@ -74,11 +85,53 @@ def test_the_whole_experiment_is_planned(clip: Path) -> None:
     assert costs["visuals"] == [(tables, "")] * 18 and costs["classes"] == [(tables, "")] * 54
     assert costs["probes"] == [(0, "")] * 90 and costs["steer"] == costs["figures"] == []
 
+    # A block takes 1 ms an image (11 of 12, then all), an image 20 ms of two cores, a token and feature 1 ns to train
+    # on and 2 ns to count; the splits of the sets are those of the trees.
+    named = ("imagenet", "caltech", "cub", "flowers")
+    last = [f"clip on {name}, layer 10" for name in named]
+    rates = {
+        "an image of 197 tokens in a block of 768, float32": 1e-3,
+        **{f"an image of {name}": 0.02 for name in named},
+        **{f"a token and feature of a {use} SAE of 768": 1e-9 for use in ("relu", "topk")},
+        **{f"a token and feature of a {use} SAE of 768, counted": 2e-9 for use in ("relu", "topk")},
+        **{f"a sheet, {label}": 0.5 for label in last},
+        **{f"a picture, {label}": 0.08 for label in last},
+        **{f"30 linear probes on {n} tokens of clip on {name}, layer 11": 7.0 for name, n in TRAIN.items()},
+    }
+    monkeypatch.setattr("saefw.stages.record._cores", lambda: 2)
+    guessed = {name: pipeline.seconds(registry, desk, plan, Pace(rates)) for name, plan in plans.items()}
+    n_train, n_valid = 12, 3
+    assert guessed["imagenet"] == pytest.approx(15 * (11e-3 + 0.01))
+    assert guessed["tasks"] == pytest.approx(322 * (12e-3 + 0.01))
+    assert guessed["sweep"] == pytest.approx(18 * n_features * (100_000_000 + 196 * n_valid) * 1e-9)
+    # So few images are all among the top ones of some feature, and each is opened once for all SAEs.
+    assert guessed["visuals"] == pytest.approx(
+        18 * (n_features * 196 * n_train * 2e-9 + 64 * 0.5) + n_train * (0.02 + 0.08)
+    )
+    n_tasks = sum(TRAIN.values())
+    assert guessed["classes"] == pytest.approx(
+        18 * (n_features * 196 * n_tasks * 2e-9 + 3 * 64 * 0.5) + n_tasks * (0.02 + 0.08)
+    )
+    assert guessed["probes"] == 21 and guessed["steer"] == guessed["figures"] == 0
+
     total = (15 * 2 + 322 * 2 * 4) * image + 18 * weights * 4 + 72 * tables
     result = CliRunner().invoke(app, ["run", str(clip), "--dry"])
     assert result.exit_code == 0, result.output
-    assert result.stdout.splitlines()[-1] == (
-        f"187 units to make, about {total / 1e9:.1f} GB; 0 kept. Those decided later are not counted."
+    *_, imagenet, tasks, sweep, visuals, classes, probes, steer, figures, said = result.stdout.splitlines()
+    time = r"(< 1 min|\d+ (min|h|days))"
+    for name, count, line in [
+        ("imagenet", "1", imagenet), ("tasks", "6", tasks), ("sweep", "18", sweep), ("visuals", "18", visuals),
+        ("classes", "54", classes),
+    ]:  # fmt: skip
+        assert re.fullmatch(rf"{name} +{count} +[\d.]+ [kMG]B +{time} *", line), line
+    assert re.fullmatch(rf"probes +90 +{time} *", probes)
+    assert (steer.split(), figures.split()) == (
+        ["steer", *"decided once sweep is made".split()], ["figures", *"decided once steer is made".split()],
+    )  # fmt: skip
+    assert re.fullmatch(
+        rf"187 units to make, about {total / 1e9:.1f} GB, about {time} on \w+; 0 kept. "
+        "Those decided later are not counted.",
+        said,
     )
     assert not (clip.parents[1] / "runs").exists()
 

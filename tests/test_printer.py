@@ -46,7 +46,7 @@ def test_lines(clock: list[float]) -> None:
         "sweep: 9,000 of 40,000 tokens (22 %), 1000/s, 31 s left",
         "sweep: 19,000 of 40,000 tokens (47 %), 1000/s, 21 s left",
         "sweep: 29,000 of 40,000 tokens (72 %), 1000/s, 11 s left",
-        "  topk k=8, a backbone of some name o…  nmse 0.0312, l0 8",
+        "  topk k=8, a backbone of…set, layer 8  nmse 0.0312, l0 8",
         "sweep  1 made, 1 kept, 31 s",
     ]
 

@@ -78,7 +78,9 @@ def _options(
 def run(
     file: File = REGISTRY,
     stage: Annotated[str | None, typer.Option(metavar="NAME", help="Stop after this stage.")] = None,
-    dry: Annotated[bool, typer.Option("--dry", help="Only list what would be made, and the disk it needs.")] = False,
+    dry: Annotated[
+        bool, typer.Option("--dry", help="Only list what would be made, with the disk and the time.")
+    ] = False,
     trace: Annotated[bool, typer.Option("--trace", help="Print every call of a hook to stderr.")] = False,
 ) -> None:
     """Make all that a registry asks for and that is not there yet.
@@ -87,6 +89,7 @@ def run(
     """
     from saefw import pipeline
     from saefw.catalog import Catalog
+    from saefw.pace import Pace
     from saefw.printer import Printer
     from saefw.registry import read
     from saefw.tables import console
@@ -102,7 +105,15 @@ def run(
     if dry:
         _damaged(desk.store)
         costs = {unit: cost for plan in plans for unit, cost in pipeline.costs(registry, desk, plan).items()}
-        printer.dry(plans, costs)
+        try:
+            device = desk.device
+        except UserError as error:  # planned here for another machine
+            printer.dry(plans, costs)
+            print(f"How long it takes is not known here: {error}")
+            return
+        pace = Pace()
+        seconds = {plan.name: pipeline.seconds(registry, desk, plan, pace) for plan in plans if plan.missing}
+        printer.dry(plans, costs, seconds, device)
         return
     if any(plan.missing or plan.reason for plan in plans):
         printer.planned(plans)

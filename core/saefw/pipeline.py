@@ -19,6 +19,7 @@ from saefw.care import Damage, said
 from saefw.catalog import Catalog
 from saefw.entry import KINDS
 from saefw.errors import NotYet, UserError, did_you_mean
+from saefw.pace import Pace
 from saefw.plugin import StageConfig
 from saefw.registry import Registry
 from saefw.run import Run, Watcher
@@ -142,19 +143,38 @@ def costs(registry: Registry, run: Run, planned: StagePlan) -> dict[Unit, Cost]:
         UserError: images that are to be counted are not there, with the place of the stage.
 
     """
-    if not planned.missing:
-        return {}
-    _, members = _list(registry, planned.name, run)
-    missing = set(planned.missing)
     try:
         return {
             unit: Cost(stage.disk(unit, run), stage.work(unit, run))
-            for stage, units in members
+            for stage, units in _missing(registry, run, planned)
             for unit in units
-            if unit in missing
         }
     except UserError as error:
         raise _placed(registry, planned.name, error) from error
+
+
+def seconds(registry: Registry, run: Run, planned: StagePlan, pace: Pace) -> float:
+    """Return about how long the missing units of a planned stage take; nan where the stage cannot say.
+
+    Raises:
+        UserError: images that are to be counted are not there, with the place of the stage.
+
+    """
+    try:
+        return sum((stage.duration(units, run, pace) for stage, units in _missing(registry, run, planned)), 0.0)
+    except UserError as error:
+        raise _placed(registry, planned.name, error) from error
+
+
+def _missing(registry: Registry, run: Run, planned: StagePlan) -> list[tuple[StageConfig, list[Unit]]]:
+    """Return the missing units of a planned stage, by the member that makes them."""
+    if not planned.missing:
+        return []
+    missing = set(planned.missing)
+    members = [
+        (stage, [unit for unit in units if unit in missing]) for stage, units in _list(registry, planned.name, run)[1]
+    ]
+    return [(stage, units) for stage, units in members if units]
 
 
 def run(

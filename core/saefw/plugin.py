@@ -1,5 +1,6 @@
 """All that a plugin author imports."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from saefw.errors import NotYet, UserError, did_you_mean
 from saefw.fetch import Source
 from saefw.images import open_image
 from saefw.imagesets import Dataset, Example, Files, ImageFiles, clean, folder, image_files, inside, read_lines
+from saefw.pace import Pace, timed
 from saefw.run import Pick, Run
 from saefw.sae import Codes, Sae
 from saefw.splits import Split, carve, stratified
@@ -42,6 +44,7 @@ __all__ = [
     "Metric",
     "Names",
     "NotYet",
+    "Pace",
     "Pick",
     "Place",
     "Prefix",
@@ -66,6 +69,7 @@ __all__ = [
     "open_image",
     "read_lines",
     "stratified",
+    "timed",
 ]
 
 hookimpl = pluggy.HookimplMarker("saefw")
@@ -372,6 +376,17 @@ class StageConfig(Entry):
     def work(self, unit: Unit, run: Run) -> str:
         """Say how much there is to do for a unit, for `saefw run --dry`: `1,717 images`; cheaply, or nothing."""
         return ""
+
+    def duration(self, units: Sequence[Unit], run: Run, pace: Pace) -> float:
+        """Say about how long missing units take, for `saefw run --dry`; nan where it is not known.
+
+        Args:
+            units: those to make, all that one call of `make` gets.
+            run: as in `units`.
+            pace: measures pieces of work on this machine, each once for all stages.
+
+        """
+        return math.nan
 
 
 class FigureConfig(Entry):

@@ -3,6 +3,7 @@
 On a terminal bars move; anywhere else plain lines come, one every ten seconds while something goes on.
 """
 
+import math
 import os
 import shutil
 import sys
@@ -11,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rich.console import Console, Group, RenderableType
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
+from rich.measure import Measurement
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -29,6 +32,9 @@ EVERY = 10.0
 
 FEW = 12
 """Up to so many units of a stage are named when they are kept; of more only the bar tells."""
+
+MINUTE = "< 1 min"
+"""A short time, where no more is known than a guess."""
 
 MEASURES = ("nmse", "l0", "dead", "valid_accuracy", "test_accuracy")
 """What is said of a unit when it is kept, if it was measured."""
@@ -117,7 +123,7 @@ class Printer(Observer):
             row = grid(2, ratios=(1, 1))
             told = {name: measured[name] for name in MEASURES if name in measured}
             row.add_row(
-                Text(f"  {unit.label}", overflow="ellipsis", no_wrap=True),
+                Cut(f"  {unit.label}"),
                 Text(numbers(told), style="dim", overflow="ellipsis", no_wrap=True),
             )
             self.say(row)
@@ -161,8 +167,23 @@ class Printer(Observer):
         where.add_row("page", f"{saefw} serve{page}")
         self.console.print(where, soft_wrap=True)
 
-    def dry(self, plans: Sequence[StagePlan], costs: Mapping[Unit, Cost]) -> None:
-        """List every unit, whether it is kept, and the work and the disk that it needs."""
+    def dry(
+        self,
+        plans: Sequence[StagePlan],
+        costs: Mapping[Unit, Cost],
+        seconds: Mapping[str, float] | None = None,
+        device: str = "",
+    ) -> None:
+        """List every unit, whether it is kept, the work and the disk that it needs, and the time that its stage does.
+
+        Args:
+            plans: of all stages.
+            costs: of all missing units.
+            seconds: by stage, nan where nothing is known; none if nothing is known at all.
+            device: on which it takes so long.
+
+        """
+        seconds = seconds or {}
         shown = table("stage", "unit", "what", "", "disk>")
         for plan in plans:
             missing = set(plan.missing)
@@ -170,17 +191,33 @@ class Printer(Observer):
                 shown.add_row(
                     plan.name if i == 0 else "",
                     unit.address,
-                    Text(unit.label, overflow="ellipsis", no_wrap=True),
+                    Cut(unit.label),
                     costs[unit].work or "to make" if unit in missing else "kept",
                     size(costs[unit].disk) if unit in missing else "",
                 )
-            if plan.reason:
-                shown.add_row(plan.name, "", Text(plan.reason, style="italic"), "", "")
         self.console.print(shown)
         to_make, kept = sum(len(plan.missing) for plan in plans), sum(len(plan.kept) for plan in plans)
+        if to_make:
+            self.say("")
+            self._stages(plans, costs, seconds)
         open_ended = " Those decided later are not counted." if any(plan.reason for plan in plans) else ""
         need = f", about {size(sum(cost.disk for cost in costs.values())) or 'little disk'}" if to_make else ""
+        known = {name: n for name, n in seconds.items() if not math.isnan(n)}
+        if known:
+            time = roughly(sum(known.values()))
+            need += f", {'less than 1 min' if time == MINUTE else f'about {time}'} on {device}"
+            unknown = [name for name in seconds if name not in known]
+            need += f" without {' and '.join(unknown)}" if unknown else ""
         self.say(f"{_count(to_make, 'unit')} to make{need}; {kept:,} kept.{open_ended}")
+
+    def _stages(self, plans: Sequence[StagePlan], costs: Mapping[Unit, Cost], seconds: Mapping[str, float]) -> None:
+        """List what each stage needs in all."""
+        shown = table("stage", "to make>", "disk>", "time>", "")
+        for plan in plans:
+            disk = size(sum(costs[unit].disk for unit in plan.missing))
+            count = "" if plan.reason else f"{len(plan.missing):,}"
+            shown.add_row(plan.name, count, disk, roughly(seconds.get(plan.name, math.nan)), plan.reason)
+        self.console.print(shown)
 
     def say(self, what: RenderableType) -> None:
         """Print a line, or a table, above the bar."""
@@ -193,9 +230,10 @@ class Printer(Observer):
         """List what can be deleted."""
         shown = table("stage", "unit", "what", "disk>", "age>")
         for i, spare in enumerate(spares):
-            label = Text(escaped(spare.label), overflow="ellipsis", no_wrap=True)
             first = i == 0 or spare.stage != spares[i - 1].stage
-            shown.add_row(spare.stage if first else "", spare.address, label, size(spare.bytes), age(spare.at))
+            shown.add_row(
+                spare.stage if first else "", spare.address, Cut(escaped(spare.label)), size(spare.bytes), age(spare.at)
+            )
         self.console.print(shown)
 
     # Inside
@@ -214,6 +252,27 @@ class Printer(Observer):
             self._live.start()
         else:
             self._live.update(bar)
+
+
+class Cut:
+    """A label that is cut in its middle where it is too long: those of a sweep differ at their start and their end."""
+
+    def __init__(self, text: str) -> None:
+        """Take the whole of it."""
+        self._text = text
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        """Take the width of its longest line, or any less."""
+        return Measurement(1, cell_len(self._text)).with_maximum(options.max_width)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Write it in one line."""
+        text, width = self._text, options.max_width
+        if cell_len(text) > width:
+            head = set_cell_size(text, 2 * width // 3)
+            tail = set_cell_size(text[::-1], width - 2 * width // 3 - 1)[::-1]
+            text = f"{head}\N{HORIZONTAL ELLIPSIS}{tail}"
+        yield Text(text, no_wrap=True)
 
 
 class Bar:
@@ -285,6 +344,19 @@ def span(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def roughly(seconds: float) -> str:
+    """Write a time that is a guess, in one or two digits: < 1 min, 40 min, 3 h, 2 days; nothing for nan."""
+    if math.isnan(seconds):
+        return ""
+    if seconds < 60:
+        return MINUTE
+    for length, unit, upto in ((60, "min", 90), (3600, "h", 48), (86400, "days", math.inf)):
+        if seconds < upto * length:
+            n = seconds / length
+            return f"{round(n) if n < 10 else 5 * round(n / 5) if n < 100 else float(f'{n:.2g}'):,.0f} {unit}"
+    raise AssertionError("a time is finite")
 
 
 def age(at: datetime) -> str:

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from saefw.care import write_atomically
-from saefw.plugin import FigureConfig, Names, Run, StageConfig, Unit, UserError, hookimpl
-from saefw.style import rendered, styled
+from saefw.plugin import FigureConfig, Names, Pace, Run, StageConfig, Unit, UserError, hookimpl, timed
+from saefw.style import panels, rendered, styled
 
 log = logging.getLogger("saefw")
 
@@ -47,6 +47,10 @@ class Draw(StageConfig):
                 log.warning("figure '%s' is not drawn: `of` names no %s stage", member.label, " and no ".join(lacking))
         yield from listed
 
+    def duration(self, units: Sequence[Unit], run: Run, pace: Pace) -> float:
+        """Return the seconds of as many figures of two empty panels."""
+        return len(units) * pace("a figure", _figure_seconds)
+
     def make(self, units: Sequence[Unit], run: Run) -> None:
         """Draw each unit.
 
@@ -73,6 +77,11 @@ class Draw(StageConfig):
                 run.progress(i + 1, len(units), "figures")
         if failed:
             raise UserError("\n".join(failed))
+
+
+def _figure_seconds() -> float:
+    with styled():
+        return timed(lambda: rendered(panels(2, 3.0)[0]))
 
 
 @hookimpl

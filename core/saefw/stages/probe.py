@@ -3,9 +3,12 @@
 Shapes: n tokens, d d_model, c classes.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from time import perf_counter
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -14,12 +17,26 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from saefw import sealed
+from saefw import samples, sealed
 from saefw import tensors as files
 from saefw.acts import Acts
 from saefw.blocks import resolve
 from saefw.care import write_atomically
-from saefw.plugin import Names, Probe, ProbeConfig, Run, StageConfig, Task, Unit, UserError, hookimpl, settings
+from saefw.pace import ENOUGH
+from saefw.plugin import (
+    DatasetConfig,
+    Names,
+    Pace,
+    Probe,
+    ProbeConfig,
+    Run,
+    StageConfig,
+    Task,
+    Unit,
+    UserError,
+    hookimpl,
+    settings,
+)
 from saefw.unit import canonical
 
 FILE = "probe.safetensors"
@@ -83,6 +100,18 @@ class ProbeStage(StageConfig):
             _tellable(acts, dataset.classes)
         yield from listed
 
+    def duration(self, units: Sequence[Unit], run: Run, pace: Pace) -> float:
+        """Return the seconds of fitting each recording's probes together, tried for a moment on made-up tokens."""
+        total = 0.0
+        for (acts, kind), group in _groups(units).items():
+            dataset = run.dataset(cast(DatasetConfig, acts.given["dataset"]))
+            task = Task(samples.shape(acts).d_model, tuple(dataset.classes))
+            members = [unit.given["probe"] for unit in group]
+            n = min(samples.sizes(acts, run)["train"], BATCH)
+            what = f"{len(group)} {members[0].use} probes on {n} tokens of {acts.label}"
+            total += pace(what, partial(_fit_seconds, kind, members, task, n, run.device))
+        return total
+
     def make(self, units: Sequence[Unit], run: Run) -> None:
         """Fit all probes of one class and recording together; measure and keep each.
 
@@ -90,10 +119,7 @@ class ProbeStage(StageConfig):
             UserError: a split has no labelled images, or there are fewer than two classes.
 
         """
-        groups: dict[tuple[Unit, type[ProbeConfig]], list[Unit]] = {}
-        for unit in units:
-            groups.setdefault((unit.needs[0], type(unit.given["probe"])), []).append(unit)
-        for (acts, kind), group in groups.items():
+        for (acts, kind), group in _groups(units).items():
             self._fit(run, acts, kind, group)
 
     def _fit(self, run: Run, acts: Unit, kind: type[ProbeConfig], units: Sequence[Unit]) -> None:
@@ -133,6 +159,43 @@ class ProbeStage(StageConfig):
 def _tellable(acts: Unit, classes: Sequence[str]) -> None:
     if len(classes) < 2:
         raise UserError(f"{acts.label}: has {len(classes)} classes; a probe tells two or more apart")
+
+
+def _groups(units: Sequence[Unit]) -> dict[tuple[Unit, type[ProbeConfig]], list[Unit]]:
+    """Return the units of each recording and class of probe, which are fitted together."""
+    groups: dict[tuple[Unit, type[ProbeConfig]], list[Unit]] = {}
+    for unit in units:
+        groups.setdefault((unit.needs[0], type(unit.given["probe"])), []).append(unit)
+    return groups
+
+
+class _Enough(Exception):
+    """Ends a fit that was watched for long enough."""
+
+
+def _fit_seconds(kind: type[ProbeConfig], members: Sequence[ProbeConfig], task: Task, n: int, device: str) -> float:
+    """Return the seconds of a fit, by how far it is after a moment; nan if there is nothing to fit to."""
+    if not n or len(task.classes) < 2:
+        return math.nan
+    x_nd, y_n = torch.randn(n, task.d_model, device=device), torch.arange(n, device=device) % len(task.classes)
+    start = first = perf_counter()
+    left = 0.0
+
+    def done(steps: int, total: int) -> None:
+        # The first step, which loads what it needs, does not count.
+        nonlocal first, left
+        now = perf_counter()
+        if steps == 1:
+            first = now
+        elif now - first > ENOUGH:
+            left = (now - first) / (steps - 1) * total
+            raise _Enough
+
+    try:
+        kind.fit_many(members, task, x_nd, y_n, done)
+    except _Enough:
+        return left
+    return perf_counter() - start
 
 
 class Labelled(NamedTuple):

@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from saefw import samples
 from saefw.blocks import resolve
 from saefw.forward import Forward
 from saefw.originals import Unreadable, opened
@@ -28,6 +29,7 @@ from saefw.plugin import (
     Knob,
     Late,
     Names,
+    Pace,
     Run,
     StageConfig,
     Unit,
@@ -113,6 +115,17 @@ class Record(StageConfig):
         """Return how many images there are to record."""
         return f"{len(_dataset(unit, run)):,} images"
 
+    def duration(self, units: Sequence[Unit], run: Run, pace: Pace) -> float:
+        """Return the seconds of one pass a (backbone, dataset) up to its last layer, images prepared by the workers."""
+        total = 0.0
+        for group in _passes(units):
+            n, n_blocks = len(_dataset(group[0], run)), 1 + max(unit.content["layer"] for unit in group)
+            computing = n * n_blocks * samples.block(pace, samples.shape(group[0]), run.device, self.precision)
+            preparing = n * samples.picture(pace, group[0], run) / min(self._workers, _cores())
+            # On a CPU both share its cores; a GPU computes while they prepare.
+            total += computing + preparing if run.device == "cpu" else max(computing, preparing)
+        return total
+
     def make(self, units: Sequence[Unit], run: Run) -> None:
         """Record all layers of a (backbone, dataset) in one pass; complete shards of an earlier run are kept.
 
@@ -123,16 +136,18 @@ class Record(StageConfig):
                 is too large for the dtype.
 
         """
-        groups: dict[str, list[Unit]] = {}
-        for unit in units:
-            groups.setdefault(canonical([unit.content["backbone"], unit.content["dataset"]]), []).append(unit)
-        datasets = [_dataset(group[0], run) for group in groups.values()]
+        groups = _passes(units)
+        datasets = [_dataset(group[0], run) for group in groups]
         total, before = sum(len(dataset) for dataset in datasets), 0
-        for group, dataset in zip(groups.values(), datasets, strict=True):
+        for group, dataset in zip(groups, datasets, strict=True):
             start = before
             for done in self._record(group, dataset, run):
                 run.progress(start + done, total, "images")
             before += len(dataset)
+
+    @property
+    def _workers(self) -> int:
+        return self.workers or min(_cores(), WORKERS)
 
     def _record(self, units: Sequence[Unit], dataset: Dataset, run: Run) -> Iterator[int]:
         """Record the layers of one backbone on one dataset; yield how many of its images are done."""
@@ -156,8 +171,7 @@ class Record(StageConfig):
             layers = [writer.layout.layer for writer in writers]
             forward = Forward(backbone, layers, run.device, self.precision, self.batch_size)
             wanted = [examples[i] for shard in shards for i in writers[0].span(shard)]
-            workers = self.workers or min(_cores(), WORKERS)
-            with closing(_prepared(wanted, backbone, workers, lambda: 2 * forward.batch_size)) as images:
+            with closing(_prepared(wanted, backbone, self._workers, lambda: 2 * forward.batch_size)) as images:
                 for shard in shards:
                     span = writers[0].span(shard)
                     acts = {writer.layout.layer: _empty(writer.layout, len(span)) for writer in writers}
@@ -224,6 +238,14 @@ class Broken(NamedTuple):
     """Stands for an image that cannot be read."""
 
     why: str
+
+
+def _passes(units: Sequence[Unit]) -> list[list[Unit]]:
+    """Return the units of each (backbone, dataset), which are recorded together."""
+    groups: dict[str, list[Unit]] = {}
+    for unit in units:
+        groups.setdefault(canonical([unit.content["backbone"], unit.content["dataset"]]), []).append(unit)
+    return list(groups.values())
 
 
 def _dataset(unit: Unit, run: Run) -> Dataset:

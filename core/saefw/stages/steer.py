@@ -10,7 +10,7 @@ r roles, k kinds (ROLES, KINDS), a amounts.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from saefw import controls, sealed
+from saefw import controls, samples, sealed
 from saefw.acts import Acts
 from saefw.blocks import resolve
 from saefw.care import write_atomically
@@ -26,7 +26,7 @@ from saefw.controls import Ints
 from saefw.facts import Name, facts, names
 from saefw.originals import again
 from saefw.outcome import KINDS, ROLES, Readout, first, summary
-from saefw.plugin import Knob, Names, Pick, Run, StageConfig, Unit, UserError, hookimpl
+from saefw.plugin import DatasetConfig, Knob, Names, Pace, Pick, Run, StageConfig, Unit, UserError, hookimpl
 from saefw.stages.probe import depth, open_probe, task_of
 from saefw.steering import Steering, along, check_reach, like_norm
 from saefw.tensors import Form
@@ -183,6 +183,21 @@ class Steer(StageConfig):
             needs=(sae, probe, (own or classes)[0], classes[0], classes[0].needs[1]),
             label=f"{sae.label}, read by {probe.label}",
         )
+
+    def duration(self, units: Sequence[Unit], run: Run, pace: Pace) -> float:
+        """Return the seconds of the blocks between SAE and probe: for every edit, and back from every class's logit."""
+        total = 0.0
+        for unit in units:
+            sae, probe, *_, recording = unit.needs
+            counts = samples.sizes(recording, run)
+            n_classes = len(run.dataset(cast(DatasetConfig, recording.given["dataset"])).classes)
+            n_edited = min(counts["test"], self.n_examples or counts["test"])
+            n_passes = n_edited * (1 + len(ROLES) * len(KINDS) * len(self.amounts))
+            # Back through a block takes about as long as forth; weights have no gradient.
+            n_passes += min(counts["train"], self.n_effect) * (1 + n_classes)
+            n_blocks = probe.needs[0].content["layer"] - sae.needs[0].content["layer"]
+            total += n_passes * n_blocks * samples.block(pace, samples.shape(recording), run.device)
+        return total
 
     # Making it
 

@@ -6,13 +6,15 @@ Shapes: n tokens, d d_model, s d_sae.
 import math
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 
-from saefw.acts import Acts
+from saefw import samples
+from saefw.acts import Acts, Stats
 from saefw.blocks import resolve
 from saefw.metrics import L0, Cosine, Dead, Dense, ExplainedVariance, Nmse
 from saefw.plugin import (
@@ -21,6 +23,7 @@ from saefw.plugin import (
     Knob,
     Metric,
     Names,
+    Pace,
     Run,
     SaeConfig,
     StageConfig,
@@ -28,6 +31,7 @@ from saefw.plugin import (
     UserError,
     hookimpl,
     settings,
+    timed,
 )
 from saefw.sae import Sae
 from saefw.stream import Stream
@@ -40,6 +44,9 @@ TOKENS = 8192
 
 WORTH = 20
 """Between two checkpoints lies so many times what writing one takes, at least."""
+
+NARROW, SOME = 1536, 1024
+"""The features of an SAE, and the tokens of a batch, with which the time of a step is tried, unless there are fewer."""
 
 PAUSE = 0.1
 """Seconds between two words about progress."""
@@ -133,6 +140,19 @@ class Train(StageConfig):
     def work(self, unit: Unit, run: Run) -> str:
         """Return how many tokens there are to train on."""
         return f"{self.n_tokens:,} tokens"
+
+    def duration(self, units: Sequence[Unit], run: Run, pace: Pace) -> float:
+        """Return the seconds of all steps; measuring a valid token counts as one to train on, which takes longer."""
+        counts = {acts: samples.sizes(acts, run) for acts in dict.fromkeys(unit.needs[0] for unit in units)}
+        total = 0.0
+        for unit in units:
+            acts, config = unit.needs[0], unit.given["sae"]
+            info = samples.shape(acts)
+            n_valid = counts[acts]["valid"] * (info.grid[0] * info.grid[1] if self.tokens == "patches" else 1)
+            what = f"a token and feature of a {config.use} SAE of {info.d_model}"
+            each = pace(what, partial(_step, config, info.d_model, self.batch_size, run.device))
+            total += each * config.expansion * info.d_model * (self.n_tokens + n_valid)
+        return total
 
     def make(self, units: Sequence[Unit], run: Run) -> None:
         """Train the units of each recording together, one after the other recording.
@@ -247,6 +267,32 @@ class Train(StageConfig):
 def _depth(acts: Unit) -> int:
     backbone: BackboneConfig = acts.given["backbone"]
     return backbone.describe().n_blocks
+
+
+def narrow(config: SaeConfig, d_model: int) -> SaeConfig:
+    """Return a variant with few features, so that it can be tried fast; as it is, where so few do not fit it."""
+    few = config.model_copy(update={"expansion": max(1, min(config.expansion, NARROW // d_model))})
+    try:
+        with torch.device("meta"):
+            few.build(d_model)
+    except UserError:
+        return config
+    return few
+
+
+def _step(config: SaeConfig, d_model: int, batch_size: int, device: str) -> float:
+    """Return the seconds of a step for a token and feature: of a narrow SAE, on a small batch of made-up tokens."""
+    stats = Stats(torch.zeros(d_model), torch.ones(d_model), 1.0, 1)
+    training = Training(Unit("train", {}, given={"sae": narrow(config, d_model)}), d_model, stats, 1, device)
+    x_nd = torch.randn(min(batch_size, SOME), d_model, device=device)
+
+    def step() -> float:
+        training.step = 0
+        training.advance(x_nd, 2**62)
+        return float(training.total)
+
+    d_sae: int = training.sae.d_sae
+    return timed(step) / len(x_nd) / d_sae
 
 
 class Clock:

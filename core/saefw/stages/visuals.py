@@ -6,10 +6,12 @@ Shapes: e images, p patches (1 for an SAE of [CLS]), d d_model, s d_sae, t top.
 """
 
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -17,11 +19,11 @@ import torch
 from pydantic import Field
 from safetensors.torch import save
 
-from saefw import pictures, sealed
+from saefw import pictures, samples, sealed
 from saefw import tensors as files
 from saefw.acts import Acts
 from saefw.care import write_atomically, writing
-from saefw.originals import again
+from saefw.originals import Unreadable, again
 from saefw.pictures import Tile
 from saefw.plugin import (
     Backbone,
@@ -31,6 +33,7 @@ from saefw.plugin import (
     DatasetConfig,
     Knob,
     Names,
+    Pace,
     Run,
     SaeConfig,
     Split,
@@ -38,9 +41,10 @@ from saefw.plugin import (
     Unit,
     UserError,
     hookimpl,
+    timed,
 )
 from saefw.sae import Sae
-from saefw.stages.train import Clock
+from saefw.stages.train import Clock, narrow
 from saefw.tally import IMAGE_FEATURES, Tally, most
 from saefw.tally import check as check_state
 from saefw.trained import open_sae
@@ -68,6 +72,13 @@ READ = 64
 
 DENSE = 1 << 26
 """Dense codes held at a time, in numbers: 256 MiB of float32."""
+
+
+PNGS = 4096
+"""Pictures of images, as PNG, that are held for the next SAE."""
+
+FIRING = 32
+"""Features that fire on a token, where the time of counting is tried."""
 
 
 class Visuals(StageConfig):
@@ -140,6 +151,28 @@ class Visuals(StageConfig):
         sheets = min(d_sae, len(self.include) + self.n_features)
         return d_sae * self.top * n_patches + sheets * self.top * TILE
 
+    def duration(self, units: Sequence[Unit], run: Run, pace: Pace) -> float:
+        """Return the seconds of encoding and counting, of the pictures of the top images, and of the sheets."""
+        total = 0.0
+        for (recording, tokens), group in _groups(units).items():
+            info, n = samples.shape(recording), samples.sizes(recording, run)[self.split]
+            n_tokens = n * (info.grid[0] * info.grid[1] if tokens == "patches" else 1)
+            sheet = pace(f"a sheet, {recording.label}", partial(_sheet_seconds, recording, run, self.top))
+            picture = samples.picture(pace, recording, run) + pace(
+                f"a picture, {recording.label}", partial(_picture_seconds, recording, run)
+            )
+            # As many of the images as so many draws with replacement would show.
+            shown = [-n * math.expm1(-_d_sae(unit.needs[0]) * self.top / n) if n else 0.0 for unit in group]
+            total += picture * (max(shown) if max(shown) <= PNGS else sum(shown))
+            for unit in group:
+                config, d_sae = unit.needs[0].given["sae"], _d_sae(unit.needs[0])
+                each = pace(
+                    f"a token and feature of a {config.use} SAE of {info.d_model}, counted",
+                    partial(_count_seconds, config, info.d_model, run.device),
+                )
+                total += each * n_tokens * d_sae + sheet * min(d_sae, len(self.include) + self.n_features)
+        return total
+
     def make(self, units: Sequence[Unit], run: Run) -> None:
         """Make the units of each recording and kind of token together, in as few passes over it as memory allows.
 
@@ -147,10 +180,7 @@ class Visuals(StageConfig):
             UserError: a recording has no image in the split.
 
         """
-        groups: dict[tuple[Unit, str], list[Unit]] = {}
-        for unit in units:
-            groups.setdefault((unit.needs[1], _tokens(unit)), []).append(unit)
-        for (recording, tokens), group in groups.items():
+        for (recording, tokens), group in _groups(units).items():
             acts = Acts(run.folder(recording))
             examples = acts.of_split(self.split)
             if not len(examples):
@@ -271,6 +301,58 @@ class Job(NamedTuple):
         )
 
 
+def _groups(units: Sequence[Unit]) -> dict[tuple[Unit, str], list[Unit]]:
+    """Return the units of each recording and kind of token, which look at it together."""
+    groups: dict[tuple[Unit, str], list[Unit]] = {}
+    for unit in units:
+        groups.setdefault((unit.needs[1], _tokens(unit)), []).append(unit)
+    return groups
+
+
+def _count_seconds(config: SaeConfig, d_model: int, device: str) -> float:
+    """Return the seconds in which a token is encoded by a narrow SAE and counted, for each of its features."""
+    sae = narrow(config, d_model).build(d_model).to(device).eval()
+    images, n_patches = 4, 196
+    x_nd = torch.randn(images * n_patches, d_model, device=device)
+    codes_ns = torch.zeros(len(x_nd), sae.d_sae, device=device)
+    feature_nk = torch.randint(sae.d_sae, (len(x_nd), FIRING), device=device)
+    codes_ns.scatter_(1, feature_nk, torch.rand(len(x_nd), FIRING, device=device))
+    label_e, example_e = torch.full((images,), -1), torch.arange(images)
+    with TemporaryDirectory() as folder, torch.no_grad():
+        tally = Tally(sae.d_sae, n_patches, 0, 16, Path(folder, PAIRS))
+
+        def count() -> None:
+            sae.dense(x_nd)
+            tally.add(example_e, label_e, codes_ns.view(images, n_patches, sae.d_sae))
+
+        return timed(count) / len(x_nd) / sae.d_sae
+
+
+def _picture_seconds(recording: Unit, run: Run) -> float:
+    """Return the seconds in which an image becomes a PNG; nan if the first one cannot be read."""
+    try:
+        view = samples.view(recording, run, 0)
+    except Unreadable:
+        return math.nan
+    return timed(lambda: pictures.png(view))
+
+
+def _sheet_seconds(recording: Unit, run: Run, top: int) -> float:
+    """Return the seconds in which a sheet is drawn; nan if the first image cannot be read."""
+    try:
+        view = samples.view(recording, run, 0)
+    except Unreadable:
+        return math.nan
+    map_hw = np.random.default_rng(0).integers(0, 256, samples.shape(recording).grid, dtype=np.uint8)
+    data = pictures.png(view)
+
+    def draw() -> bytes:
+        tiles = [Tile(pictures.opened(data), map_hw, "caption") for _ in range(top)]
+        return pictures.png(pictures.sheet(tiles, "title", "", columns=min(8, max(4, top))))
+
+    return timed(draw)
+
+
 def _d_sae(sae: Unit) -> int:
     """Return how many features an SAE has."""
     config: SaeConfig = sae.given["sae"]
@@ -374,7 +456,7 @@ class Gallery:
         self._keys, self._run = keys, run
         self._parts: tuple[Backbone, Dataset] | None = None
         # The SAEs of a sweep share many of their top images.
-        self._png = lru_cache(maxsize=4096)(self._drawn)
+        self._png = lru_cache(maxsize=PNGS)(self._drawn)
 
     def _drawn(self, example: int) -> bytes:
         if self._parts is None:
