@@ -30,6 +30,7 @@ FLOORS = (
     ("plugin",),
     ("blocks", "hookspecs", "metrics", "originals", "tally", "trained", "training"),
     ("catalog", "controls", "duplicates", "facts", "forward", "get", "outcome", "samples", "steering", "testing"),
+    ("recording",),
     ("registry", "stages", "stages.probe", "stages.record", "stages.train"),
     ("pipeline", "stages.charts", "stages.drawings", "stages.figures", "stages.steer", "stages.visuals"),
     ("gc", "tables"),
