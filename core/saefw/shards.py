@@ -24,9 +24,10 @@ from torch import Tensor
 from saefw import sealed
 from saefw import tensors as files
 from saefw.care import checksum, write_atomically
+from saefw.errors import UserError
 from saefw.imagesets import Example
 from saefw.moments import Moments
-from saefw.unit import canonical
+from saefw.unit import Unit, canonical
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """What activations may be stored as."""
@@ -107,6 +108,25 @@ class Layout:
     def example_bytes(self) -> int:
         """Bytes of one image's activations."""
         return self.n_tokens * self.d_model * DTYPES[self.dtype].itemsize
+
+
+def check_tokens(stage: str, recording: Unit, *fits: str, drawn: bool = False) -> None:
+    """Refuse a recording that does not hold the tokens that a stage needs.
+
+    Args:
+        stage: which, for the text.
+        recording: the unit of the recording.
+        fits: what may have been recorded: `all`, `patches` or `cls`.
+        drawn: whether patches drawn from each image do as well.
+
+    Raises:
+        UserError: something else was recorded.
+
+    """
+    tokens = recording.content.get("tokens", "all")
+    if tokens not in fits and not (drawn and isinstance(tokens, int)):
+        held = {"cls": "[CLS] alone", "patches": "patches alone"}.get(tokens, f"{tokens} patches of each image")
+        raise UserError(f"{stage}: {recording.label} holds {held}; record it with tokens: {' or '.join(fits)}")
 
 
 class Shard(NamedTuple):
