@@ -36,7 +36,7 @@ FLOORS = (
     ("gc", "tables"),
     ("printer",),
     ("bench.frame", "verify"),
-    ("bench.read",),
+    ("bench.read", "bench.record"),
     ("bench.command",),
     ("cli",),
     ("__main__",),
