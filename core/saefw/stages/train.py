@@ -285,7 +285,7 @@ def narrow(config: SaeConfig, d_model: int) -> SaeConfig:
 
 def _step(config: SaeConfig, d_model: int, batch_size: int, device: str) -> float:
     """Return the seconds of a step for a token and feature: of a narrow SAE, on a small batch of made-up tokens."""
-    stats = Stats(torch.zeros(d_model), torch.ones(d_model), 1.0, 1)
+    stats = Stats(torch.zeros(d_model), torch.ones(d_model), 1.0, 0.0, 1)
     training = Training(Unit("train", {}, given={"sae": narrow(config, d_model)}), d_model, stats, 1, device)
     x_nd = torch.randn(min(batch_size, SOME), d_model, device=device)
 
