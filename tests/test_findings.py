@@ -21,8 +21,8 @@ from saefw.trained import open_sae
 TOP = Path(__file__).parents[1]
 
 GOLDEN = {
-    "acts": ["f4ced06f9178", "ab5ef56f2834"],
-    "sweep": ["51ebfdac2a1b", "1f773125860e", "a81d1ee66139", "160a24567095", "8c09786512e1"],
+    "acts": ["572bc2e3caff", "afb1ffa67c34"],
+    "sweep": ["b8c27555f0a2", "a664504d1093", "699f86fb7645", "aebf075fdd6f", "b8021e824277"],
 }
 """Addresses of the first stages: a change orphans what anybody has made from this registry, so it is a decision."""
 

@@ -33,6 +33,9 @@ class Stats(NamedTuple):
     scale: float
     """sqrt(mean over vectors of ||x - mean||^2 / d_model)."""
 
+    offset_ratio: float
+    """||mean|| / ||standard deviations||: how far the vectors lie from 0, in units of their spread."""
+
     n: int
     """Over how many vectors."""
 
@@ -118,10 +121,14 @@ class Acts:
         except (duckdb.Error, ValueError) as error:
             raise UserError(f"{path}: cannot be read; delete {self.folder} to make it again") from error
 
+    def patches(self, examples: Indices) -> Indices:
+        """Return which patches of each image it holds, int64 [e, patch], counted row by row."""
+        return np.stack([self.layout.patches(self.keys[example]) for example in self._checked(examples)])
+
     # The numbers
 
     def stats(self, tokens: str) -> Stats:
-        """Return mean, variance and scale of the train split's `patches` or `cls`.
+        """Return mean, variance, scale and offset ratio of the train split's `patches` or `cls`.
 
         Raises:
             UserError: there are no such tokens, or no train images.
@@ -134,10 +141,10 @@ class Acts:
             files.check(tensors, files.form({f"{kind}.{key}": x for kind in KINDS for key, x in none.items()}))
         except ValueError as error:
             raise UserError(f"{path}: cannot be read ({error}); delete {self.folder} to make it again") from error
-        mean, var, scale, n = (tensors[f"{tokens}.{key}"] for key in ("mean", "var", "scale", "n"))
+        mean, var, scale, offset_ratio, n = (tensors[f"{tokens}.{key}"] for key in none)
         if not n:
             raise UserError(f"{self.folder}: has no train images, so no mean and scale of its {tokens}")
-        return Stats(mean, var, float(scale), int(n))
+        return Stats(mean, var, float(scale), float(offset_ratio), int(n))
 
     def read(self, tokens: str, examples: Indices | None = None, batch: int = 256) -> Iterator[tuple[Indices, Tensor]]:
         """Yield (examples [e], activations float32 [e, t, d]) in the order given, all tokens of an image together.
@@ -190,12 +197,16 @@ class Acts:
     def _tokens(self, tokens: str) -> slice:
         """Return where tokens of a kind lie."""
         if tokens == "patches":
+            if self.layout.tokens == "cls":
+                raise UserError(f"{self.folder}: has no patches; it was recorded with tokens: cls")
             return slice(self.n_prefix, self.n_tokens)
         if tokens == "all":
             return slice(0, self.n_tokens)
         if tokens == "cls":
             if self.layout.prefix[:1] != ("cls",):
-                raise UserError(f"{self.folder}: has no [CLS]; its backbone has none")
+                if self.layout.tokens == "all":
+                    raise UserError(f"{self.folder}: has no [CLS]; its backbone has none")
+                raise UserError(f"{self.folder}: has no [CLS]; it was recorded with tokens: {self.layout.tokens}")
             return slice(0, 1)
         raise UserError(f"tokens: '{tokens}' is none of patches, cls, all")
 
@@ -234,8 +245,12 @@ def _check(layout: Layout, shards: list[Shard]) -> None:
         raise ValueError("prefix must be words")
     files.number(layout.layer, 0, 2**15 - 1, "layer")
     rows, columns = (files.number(side, 1, 2**15 - 1, "grid") for side in layout.grid)
-    if layout.n_tokens != layout.n_prefix + rows * columns:
-        raise ValueError(f"n_tokens is {layout.n_tokens}, for {layout.n_prefix} and a grid of {rows} x {columns}")
+    files.number(layout.seed, -(2**63), 2**63 - 1, "seed")
+    if layout.tokens not in ("all", "patches", "cls"):
+        files.number(layout.tokens, 1, rows * columns, "tokens")
+    n_patches = 0 if layout.tokens == "cls" else layout.n_drawn or rows * columns
+    if layout.n_tokens != layout.n_prefix + n_patches:
+        raise ValueError(f"n_tokens is {layout.n_tokens}, for {layout.n_prefix} and {n_patches} patches")
     if layout.dtype not in DTYPES:
         raise ValueError(f"dtype is {layout.dtype}")
     first = 0

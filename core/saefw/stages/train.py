@@ -34,6 +34,7 @@ from saefw.plugin import (
     timed,
 )
 from saefw.sae import Sae
+from saefw.shards import check_tokens
 from saefw.stream import Stream
 from saefw.trained import write_sae
 from saefw.training import CHECKPOINT, Training
@@ -96,13 +97,15 @@ class Train(StageConfig):
         """List one unit for each recording and SAE.
 
         Raises:
-            UserError: a layer was not recorded, or not one batch is asked for.
+            UserError: a layer was not recorded, or without these tokens, or not one batch is asked for.
 
         """
         if self.n_tokens < self.batch_size:
             raise UserError(f"train: n_tokens is {self.n_tokens}, less than one batch of {self.batch_size}")
         shared = {name: value for name, value in self.content().items() if name not in ("use", "layers")}
-        members = run.family("saes", self.saes)
+        members, recordings = run.family("saes", self.saes), self._recordings(run)
+        for acts in recordings:
+            check_tokens("train: tokens", acts, "all", self.tokens, drawn=self.tokens == "patches")
         listed = {
             Unit(
                 "train",
@@ -111,7 +114,7 @@ class Train(StageConfig):
                 label=f"{member.label}, {acts.label}",
                 given={"sae": member.entry},
             ): None
-            for acts in self._recordings(run)
+            for acts in recordings
             for member in members
         }
         yield from listed
@@ -282,7 +285,7 @@ def narrow(config: SaeConfig, d_model: int) -> SaeConfig:
 
 def _step(config: SaeConfig, d_model: int, batch_size: int, device: str) -> float:
     """Return the seconds of a step for a token and feature: of a narrow SAE, on a small batch of made-up tokens."""
-    stats = Stats(torch.zeros(d_model), torch.ones(d_model), 1.0, 1)
+    stats = Stats(torch.zeros(d_model), torch.ones(d_model), 1.0, 0.0, 1)
     training = Training(Unit("train", {}, given={"sae": narrow(config, d_model)}), d_model, stats, 1, device)
     x_nd = torch.randn(min(batch_size, SOME), d_model, device=device)
 
