@@ -15,7 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from threading import Barrier
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -151,20 +150,8 @@ class Hands:
 
     def __init__(self, n: int) -> None:
         """Start them: `n`, but no more than there are cores."""
-        n = min(n, cores())
-        self._pool = ThreadPoolExecutor(n)
+        self._pool = ThreadPoolExecutor(min(n, cores()))
         self._lot: list[Future[None]] = []
-        # Each computes alone: teams of torch's threads would wait for each other, and hold up those of the backbone.
-        # What torch is told there holds for that thread, and for the others once it is told here.
-        threads, all_there = torch.get_num_threads(), Barrier(n)
-
-        def alone() -> None:
-            all_there.wait()
-            torch.set_num_threads(1)
-
-        self.take([alone] * n)
-        self.wait()
-        torch.set_num_threads(threads)
 
     def take(self, work: Sequence[Callable[[], None]]) -> None:
         """Do some work, in no order; what it raises, `wait` raises."""
