@@ -221,7 +221,7 @@ class Train(StageConfig):
         n_steps = steps.stop
         saving, telling = Clock(self.checkpoint_every), Clock(PAUSE)
         for step in steps:
-            x_nd = trainings[0].sae.normalise(next(stream).to(run.device))
+            x_nd = trainings[0].sae.normalise(next(stream).to(run.device).float())
             logging, checkpointing = self._logs(step, n_steps), saving.due()
             for training in list(trainings):
                 if training.step > step:
