@@ -5,6 +5,7 @@ Shapes: t n_tokens, e examples, d d_model, n vectors; `acts_ted` has shape [t, e
 
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -186,21 +187,20 @@ class Acts:
         if not len(examples) or wanted.start == wanted.stop:
             raise UserError(f"{self.folder}: there are no {tokens} of the examples asked for")
 
+        # Neighbours in one shard are read together.
+        shard_e = np.searchsorted(self._first, examples, side="right") - 1
+        within_e = examples - self._first[shard_e]
+        cuts = np.flatnonzero(np.diff(shard_e)) + 1
+
         def fill(token: int, start: int, stop: int, into_nd: Tensor, cache: bool) -> None:
-            for shard, at, within in self._pieces(examples[start:stop]):
-                path, n, into = (
-                    self.folder / self.shards[shard].file,
-                    self.shards[shard].n,
-                    into_nd.view(torch.uint8).numpy(),
-                )
-                first = self._start(shard) + (wanted.start + token) * n * into.shape[1]
+            into = into_nd.view(torch.uint8).numpy()
+            inside = cuts[np.searchsorted(cuts, start, side="right") : np.searchsorted(cuts, stop)]
+            for first, last in pairwise([start, *inside.tolist(), stop]):
+                shard = int(shard_e[first])
+                path, n = self.folder / self.shards[shard].file, self.shards[shard].n
+                row = self._start(shard) + (wanted.start + token) * n * into.shape[1]
                 try:
-                    if at[-1] - at[0] == len(at) - 1:
-                        rows.read(path, first, within, into[at[0] : at[-1] + 1], cache)
-                    else:
-                        part = np.empty((len(at), into.shape[1]), dtype=np.uint8)
-                        rows.read(path, first, within, part, cache)
-                        into[at] = part
+                    rows.read(path, row, within_e[first:last], into[first - start : last - start], cache)
                 except (OSError, EOFError) as error:
                     raise UserError(f"{path}: cannot be read ({error})") from error
 

@@ -23,7 +23,7 @@ BUFFER_MB = 256
 SEGMENTS = 16
 """Of the buffer, at most; part of what decides the order."""
 
-READERS = 4
+READERS = 2
 """Threads that read; they decide nothing."""
 
 Indices = NDArray[np.int64]

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -57,6 +57,7 @@ Examples = np.ndarray[Any, np.dtype[np.int64]]
 class Train(StageConfig):
     """Trains SAEs on the train split of a recording and measures them on its valid split."""
 
+    revision: ClassVar[int] = 2
     use: Literal["train"] = "train"
 
     acts: Annotated[str, Names("stages")]
