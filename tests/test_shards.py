@@ -115,8 +115,8 @@ def test_shuffled(
         shuffled = acts.shuffled("patches", np.array(chosen), batch_size, seed, buffer_mb=0 if small else 1)
         n_batches = -(-3 * len(expected) // batch_size)
         batches = [next(shuffled) for _ in range(n_batches)]
-        assert all(x.shape == (batch_size, layout.d_model) and x.dtype == torch.float32 for x in batches)
-        drawn = rows(torch.cat(batches))
+        assert all(x.shape == (batch_size, layout.d_model) and x.dtype == DTYPES[layout.dtype] for x in batches)
+        drawn = rows(torch.cat(batches).float())
         for epoch in range(3):
             assert sorted(drawn[epoch * len(expected) : (epoch + 1) * len(expected)]) == sorted(expected)
 

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -58,6 +58,7 @@ Examples = np.ndarray[Any, np.dtype[np.int64]]
 class Train(StageConfig):
     """Trains SAEs on the train split of a recording and measures them on its valid split."""
 
+    revision: ClassVar[int] = 2
     use: Literal["train"] = "train"
 
     acts: Annotated[str, Names("stages")]
@@ -224,7 +225,7 @@ class Train(StageConfig):
         n_steps = steps.stop
         saving, telling = Clock(self.checkpoint_every), Clock(PAUSE)
         for step in steps:
-            x_nd = trainings[0].sae.normalise(next(stream).to(run.device))
+            x_nd = trainings[0].sae.normalise(next(stream).to(run.device).float())
             logging, checkpointing = self._logs(step, n_steps), saving.due()
             for training in list(trainings):
                 if training.step > step:
