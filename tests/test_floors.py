@@ -10,7 +10,7 @@ TOP = Path(__file__).parents[1]
 
 FLOORS = (
     ("bench", "saefw", "errors"),
-    ("care", "chance", "images", "moments", "rows", "sae", "splits", "tensors", "unit", "vision"),
+    ("care", "chance", "images", "moments", "rows", "sparse", "splits", "tensors", "unit", "vision"),
     (
         "archives",
         "commands",
@@ -20,6 +20,7 @@ FLOORS = (
         "index",
         "pictures",
         "places",
+        "sae",
         "sealed",
         "stream",
         "style",

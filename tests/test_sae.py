@@ -25,7 +25,7 @@ VARIANTS = [Relu(expansion=EXPANSION, l1=0.1), TopK(expansion=EXPANSION, k=4)]
 def rough(config: SaeConfig, seed: int = 0, d_model: int = D) -> Any:
     """An SAE in float64 with nothing at zero, at norm one, or tied."""
     generator = torch.Generator().manual_seed(seed)
-    sae = config.build(d_model).double()
+    sae = config.fresh(d_model).double()
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
@@ -146,8 +146,8 @@ def test_no_term_is_paid_while_none_is_dead() -> None:
 
 
 def test_k_aux_is_a_power_of_two_up_to_half_of_d_model() -> None:
-    assert [TopK(expansion=64).build(d).k_aux for d in (1, 2, 3, 5, 8, 63, 64, 100)] == [1, 1, 1, 2, 4, 16, 32, 32]
-    assert TopK(k_aux=7).build(64).k_aux == 7
+    assert [TopK(expansion=64).fresh(d).k_aux for d in (1, 2, 3, 5, 8, 63, 64, 100)] == [1, 1, 1, 2, 4, 16, 32, 32]
+    assert TopK(k_aux=7).fresh(64).k_aux == 7
 
 
 def test_free_rows_cannot_cheat_the_penalty() -> None:
@@ -264,14 +264,6 @@ def test_a_fresh_sae_is_tied_and_of_norm_one(config: SaeConfig) -> None:
     assert not torch.equal(config.build(8).W_dec, sae.W_dec)
 
 
-def test_a_variant_must_say_who_fires() -> None:
-    class Mute(Sae):
-        pass
-
-    with pytest.raises(TypeError, match="Mute overrides neither select nor activate"):
-        Mute(4, 8).dense(torch.zeros(1, 4))
-
-
 def test_k_must_not_exceed_the_features() -> None:
     with pytest.raises(UserError) as error:
         TopK(k=33, expansion=4).build(8)
@@ -283,5 +275,7 @@ def test_a_code_weighs_as_much_as_its_row_is_long() -> None:
     sae = ReluSae(3, 2, l1=0.5, unit_norm=False)
     with torch.no_grad():
         sae.W_dec.copy_(torch.tensor([[3.0, 4.0, 0.0], [0.0, 0.0, 2.0]]))
-    codes_ns = torch.tensor([[1.0, 0.0], [2.0, 3.0]])
-    assert sae.penalty(codes_ns).item() == pytest.approx(0.5 * ((1 + 2) * 5 + 3 * 2) / 2)
+        sae.W_enc.copy_(torch.eye(3, 2))
+    x_nd = torch.tensor([[1.0, -1.0, 7.0], [2.0, 3.0, 7.0]])
+    penalty = sae.loss(x_nd, torch.zeros(2, dtype=torch.bool)).terms["penalty"]
+    assert penalty.item() == pytest.approx(0.5 * ((1 + 2) * 5 + 3 * 2) / 2)

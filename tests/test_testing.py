@@ -12,7 +12,7 @@ from tiny import TinyBackbone, TinyImages, TinySet, TinyVit
 from torch import Tensor
 
 from saefw.plugin import Example, Probe, ProbeConfig, SaeConfig, Task
-from saefw.sae import Codes, Loss, Sae
+from saefw.sae import Codes, Entries, Loss, Sae, largest
 from saefw.testing import check_backbone, check_dataset, check_entry, check_metric, check_probe, check_sae
 
 
@@ -44,16 +44,14 @@ class VariantSae(Sae):
         self.fault = fault
         self.calls = 0
 
-    def select(self, pre_ns: Tensor) -> tuple[Tensor, Tensor]:
-        top = pre_ns.topk(min(4, len(pre_ns)) if self.fault == "batch" else 4, dim=1)
-        return top.indices, top.values if self.fault == "negative" else top.values.relu()
+    def select(self, pre_ns: Tensor) -> Entries:
+        return largest(pre_ns, min(4, len(pre_ns)) if self.fault == "batch" else 4)
+
+    def fire(self, pre: Tensor, features: Tensor | slice) -> Tensor:
+        return pre.clamp(max=-0.1) if self.fault == "negative" else pre.relu()
 
     def activate(self, pre_ns: Tensor) -> Tensor:
-        if self.fault == "twin":
-            return pre_ns.relu()
-        if self.fault == "negative":
-            return pre_ns.clamp(max=-0.1)
-        return super().activate(pre_ns)
+        return pre_ns.relu() if self.fault == "twin" else super().activate(pre_ns)
 
     def loss(self, x_nd: Tensor, dead_s: Tensor) -> Loss:
         loss = super().loss(x_nd, dead_s)

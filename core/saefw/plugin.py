@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, final
 
 import pluggy
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -280,8 +281,30 @@ class SaeConfig(Entry):
     unit_norm: bool = True
     """Keep each decoder row at L2 norm 1, and its gradient orthogonal to it."""
 
+    aux: float = Field(1 / 32, ge=0)
+    """Weight of AuxK, the loss that lets dead features learn what the others leave over; 0: none."""
+
+    k_aux: int | None = Field(None, gt=0)
+    """Dead features that AuxK may use on one token; null: the largest power of two up to d_model / 2."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the product with W_enc while training; sums, weights and all else are float32."""
+
     seed: int = 0
     """Of the initial weights."""
+
+    @final
+    def fresh(self, d_model: int) -> Sae:
+        """Return what `build` builds with the settings that all variants share; what everybody but the plugin calls.
+
+        Raises:
+            UserError: the settings do not fit a model of this width.
+
+        """
+        sae = self.build(d_model)
+        sae.aux, sae.k_aux = self.aux, self.k_aux or 1 << max(0, (d_model // 2).bit_length() - 1)
+        sae.precision = getattr(torch, self.precision)
+        return sae
 
     def build(self, d_model: int) -> Sae:
         """Return a fresh one with these settings; torch's generator is seeded by the caller.

@@ -1,13 +1,37 @@
 """The SAE that every variant starts from.
 
-Shapes: n tokens, d d_model, s d_sae; `x_nd` has shape [n, d].
+Shapes: n tokens, d d_model, s d_sae, e active entries, g prefixes, a dead features; `x_nd` is [n, d].
 """
 
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
+
+from saefw.sparse import (
+    Entries,
+    Scratch,
+    chosen,
+    decode,
+    encode,
+    largest,
+    largest_of_batch,
+    split,
+    stacked,
+    turned,
+    where,
+)
+
+__all__ = ["Batch", "Codes", "Entries", "Loss", "Sae", "chosen", "largest", "largest_of_batch", "where"]
+
+DENSE = 1 / 16
+"""Where more than this share of the entries is active, dense products are quicker than sums over active entries."""
+
+PROBED = 64
+"""How many tokens of a batch say which share that is: the first, so that a step depends on its batch alone."""
 
 
 class Codes(NamedTuple):
@@ -33,21 +57,58 @@ class Loss(NamedTuple):
     """int64 [s]: on how many of the batch's tokens each feature fired; no gradient."""
 
 
-def fired(codes_ns: Tensor) -> Tensor:
-    """Return on how many tokens each feature is above zero, int64 [s]."""
-    return (codes_ns > 0).sum(dim=0)
+class Batch(NamedTuple):
+    """What a variant's `terms` are made of: a batch at its active entries, or dense where very many are active.
+
+    `pre`, `codes` and whatever is made of them have one value an entry, [e] or [n, s], and `features` says of which
+    feature: of a bias [s], `bias[features]` fits them.
+    """
+
+    x_nd: Tensor
+    """The normalised tokens."""
+
+    pre: Tensor
+    """Pre-activations."""
+
+    codes: Tensor
+    """What fires."""
+
+    features: Tensor | slice
+    """Index of the features along a tensor [s]."""
+
+    error_gnd: Tensor
+    """What each of the prefixes leaves over, the whole last; [1, n, d] where there is but the whole."""
+
+    rebuild: Callable[[Tensor], Tensor]
+    """Maps other values than `codes` to their normalised reconstruction [n, d]; the decoder learns nothing by it."""
+
+    def per_token(self, values: Tensor) -> Tensor:
+        """Return the sum over features of what there is at the entries, averaged over tokens, a scalar."""
+        return values.sum() / len(self.x_nd)
 
 
 class Sae(nn.Module):
-    """A sparse autoencoder: normalise, W_enc, select, W_dec.
+    """A sparse autoencoder: normalise, W_enc, select, fire, W_dec.
 
     Inputs and reconstructions are in the units of the recorded activations; `mean` and `scale` (of the training
-    tokens) are inside, so nothing outside ever normalises. A variant overrides `select` (sparse, fast) or `activate`
-    (dense, plain), and `penalty` where it has one; more only where its method needs it.
+    tokens) are inside, so nothing outside ever normalises.
+
+    A variant overrides the least of: `select`, where more decides which features are active than that they are above
+    `edge`; `fire`, what active features give; `terms`, what is minimised beside the error. Its training step then works
+    on active entries alone. One that overrides `activate` instead is trained densely, by plain autograd.
     """
 
     mean: Tensor
     scale: Tensor
+
+    aux: float = 0.0
+    """Weight of AuxK, the loss that lets dead features learn what the others leave over; 0: none."""
+
+    k_aux: int = 1
+    """Dead features that AuxK may use on one token."""
+
+    precision: torch.dtype = torch.float32
+    """Of the product with W_enc while training; sums and all else are in the type of the weights."""
 
     def __init__(self, d_model: int, d_sae: int) -> None:
         """Draw unit decoder rows from torch's global generator; W_enc starts as W_dec transposed, biases at zero."""
@@ -55,35 +116,65 @@ class Sae(nn.Module):
         self.d_model, self.d_sae = d_model, d_sae
         rows_sd = torch.randn(d_sae, d_model)
         rows_sd = rows_sd / rows_sd.norm(dim=1, keepdim=True)
-        self.W_enc = nn.Parameter(rows_sd.T.contiguous())
+        # In memory W_enc lies feature by feature, as its gradient is summed.
+        self.W_enc = nn.Parameter(rows_sd.clone().T)
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        self.W_dec = nn.Parameter(rows_sd.clone())
+        self.W_dec = nn.Parameter(rows_sd)
         self.b_dec = nn.Parameter(torch.zeros(d_model))
         self.register_buffer("mean", torch.zeros(d_model))
         self.register_buffer("scale", torch.ones(()))
+        self.scratch = Scratch()
 
     # What a variant overrides.
 
-    def select(self, pre_ns: Tensor) -> tuple[Tensor, Tensor]:
-        """Return indices and values, both [n, k], of the features that fire; by default read off `activate`."""
-        codes_ns = self.activate(pre_ns)
-        k = max(1, int((codes_ns > 0).sum(dim=1).max())) if len(codes_ns) else 1
-        top = codes_ns.topk(k, dim=1)
-        return top.indices, top.values
+    def edge(self) -> Tensor | float:
+        """Return what a pre-activation must exceed to be active, a number or [s]; below it `fire` gives 0."""
+        return 0.0
+
+    def select(self, pre_ns: Tensor) -> Entries:
+        """Return which features are active, of pre-activations [n, s] without gradient; by default those above `edge`.
+
+        In training it may look at the whole batch, in eval mode a token must not depend on its neighbours.
+        """
+        return where(pre_ns > self.edge())
+
+    def fire(self, pre: Tensor, features: Tensor | slice) -> Tensor:
+        """Return the codes, zero or larger, of active pre-activations; by default what is above zero.
+
+        Args:
+            pre: of active entries [e], or all [n, s].
+            features: of which features they are; `bias[features]` fits, of a bias [s].
+
+        """
+        return pre.relu()
 
     def activate(self, pre_ns: Tensor) -> Tensor:
-        """Return the dense codes [n, s]; by default `select`, scattered."""
+        """Return the dense codes [n, s]; by default what `fire` gives for those that `select` selects."""
         if type(self).select is Sae.select:
-            raise TypeError(f"{type(self).__name__} overrides neither select nor activate")
-        indices, values = self.select(pre_ns)
-        return torch.zeros_like(pre_ns).scatter(1, indices, values)
+            return self.fire(pre_ns, slice(None))
+        entries = self.select(pre_ns.detach())
+        return entries.dense(self.fire(entries.of(pre_ns), entries.features_e.long()), self.d_sae)
 
-    def penalty(self, codes_ns: Tensor) -> Tensor:
-        """Return what the loss adds for codes [n, s] that are not sparse, a scalar; by default nothing."""
-        return codes_ns.new_zeros(())
+    def dictionary(self) -> Tensor:
+        """Return the decoder rows [s, d] with a gradient to the parameters; by default W_dec."""
+        return self.W_dec
+
+    def prefixes(self) -> Sequence[int]:
+        """Return how many of the first features must each rebuild the tokens, rising to d_sae; by default that alone.
+
+        Called once a step, it may draw from torch's generator.
+        """
+        return (self.d_sae,)
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the scalars whose sum is minimised, by name; by default the mean square error.
+
+        It is the mean over tokens and dimensions, and over the prefixes where there are several.
+        """
+        return {"mse": batch.error_gnd.square().mean()}
 
     def loss(self, x_nd: Tensor, dead_s: Tensor) -> Loss:
-        """Return the training loss of a batch: the mean square error over tokens and dimensions, and `penalty`.
+        """Return the training loss of a batch: `terms` and, while features are dead, AuxK.
 
         It may draw from torch's generator, which the trainer seeds anew for every step.
 
@@ -92,9 +183,20 @@ class Sae(nn.Module):
             dead_s: bool [s], the features that have not fired for long; for terms that revive them.
 
         """
-        codes_ns = self.activate(self.pre(x_nd))
-        error_nd = x_nd - self.reconstruct(codes_ns)
-        return Loss({"mse": error_nd.square().mean(), "penalty": self.penalty(codes_ns)}, fired(codes_ns))
+        ends = self.prefixes()
+        dead = dead_s.nonzero().flatten() if self.aux else dead_s.new_zeros(0, dtype=torch.int64)
+        with torch.no_grad():
+            z_nd = x_nd - self.b_dec
+            pre_ns = self._product(z_nd)
+            entries = self._active(pre_ns)
+        if entries is None:
+            batch, aux_nd, fired_s = self._dense(x_nd, z_nd, pre_ns, ends, dead)
+        else:
+            batch, aux_nd, fired_s = self._sparse(x_nd, z_nd, pre_ns, ends, dead, entries)
+        terms = self.terms(batch)
+        if self.aux:
+            terms["aux"] = self.aux * auxk(batch.error_gnd[-1], aux_nd) if len(dead) else x_nd.new_zeros(())
+        return Loss(terms, fired_s)
 
     # What everybody uses.
 
@@ -113,7 +215,17 @@ class Sae(nn.Module):
 
     def encode(self, x_nd: Tensor) -> Codes:
         """Return the sparse codes of recorded activations."""
-        return Codes(*self.select(self.pre(self.normalise(x_nd))), self.d_sae)
+        pre_ns = self.pre(self.normalise(x_nd))
+        if type(self).activate is Sae.activate and type(self).select is not Sae.select:
+            entries = self.select(pre_ns)
+            if entries.k is not None:
+                indices_e = entries.features_e.long()
+                codes_e = self.fire(entries.of(pre_ns), indices_e)
+                return Codes(indices_e.view(-1, entries.k), codes_e.view(-1, entries.k), self.d_sae)
+        codes_ns = self.activate(pre_ns)
+        k = max(1, int((codes_ns > 0).sum(dim=1).max())) if len(codes_ns) else 1
+        top = codes_ns.topk(k, dim=1)
+        return Codes(top.indices, top.values, self.d_sae)
 
     def dense(self, x_nd: Tensor) -> Tensor:
         """Return the dense codes [n, s] of recorded activations."""
@@ -131,3 +243,89 @@ class Sae(nn.Module):
     def forward(self, x_nd: Tensor) -> Tensor:
         """Return the reconstruction of recorded activations, in their own units."""
         return self.decode(self.encode(x_nd))
+
+    # How a step is done.
+
+    def _product(self, z_nd: Tensor) -> Tensor:
+        """Return z W_enc + b_enc [n, s] in `precision`, in memory that the next call uses again."""
+        dtype = self.precision if z_nd.dtype == torch.float32 else z_nd.dtype
+        into_ns = self.scratch.empty(len(z_nd), self.d_sae, dtype, z_nd.device)
+        return torch.addmm(self.b_enc.to(dtype), z_nd.to(dtype), self.W_enc.to(dtype), out=into_ns)
+
+    def _active(self, pre_ns: Tensor) -> Entries | None:
+        """Return the active entries; None where the variant is dense, or so many are active that dense is quicker."""
+        if type(self).activate is not Sae.activate:
+            return None
+        if type(self).select is Sae.select and (pre_ns[:PROBED] > self.edge()).float().mean() > DENSE:
+            return None
+        return self.select(pre_ns)
+
+    def _sparse(
+        self, x_nd: Tensor, z_nd: Tensor, pre_ns: Tensor, ends: Sequence[int], dead: Tensor, entries: Entries
+    ) -> tuple[Batch, Tensor, Tensor]:
+        """Return the batch by its active entries, what AuxK rebuilds [n, d], and how often each feature fired [s]."""
+        n, main = len(x_nd), split(entries, ends)
+        # What AuxK rebuilds is decoded beside the prefixes, as further rows.
+        every = stacked([main, self._revived(pre_ns, dead)]) if len(dead) else main
+        by_feature = turned(every, self.d_sae)
+        known_e = every.of(pre_ns).to(x_nd.dtype)
+        pre_e = encode(known_e, z_nd, self.W_enc, self.b_enc, self.b_dec, by_feature)
+        features_e, W_sd = main.features_e.long(), self.dictionary()
+        pre_e, aux_e = pre_e.tensor_split([len(features_e)])
+        codes_e = self.fire(pre_e, features_e)
+        rows_rd = decode(torch.cat([codes_e, aux_e.relu()]) if len(dead) else codes_e, W_sd, every, by_feature)
+        x_hat_gnd = rows_rd[: len(ends) * n].view(len(ends), n, -1).cumsum(dim=0) + self.b_dec
+
+        def rebuild(values_e: Tensor) -> Tensor:
+            rows_rd = decode(values_e, W_sd.detach(), main, None)
+            return rows_rd.view(len(ends), n, -1).sum(dim=0) + self.b_dec.detach()
+
+        fired_s = torch.bincount(features_e[codes_e > 0], minlength=self.d_sae)
+        return Batch(x_nd, pre_e, codes_e, features_e, x_nd - x_hat_gnd, rebuild), rows_rd[len(ends) * n :], fired_s
+
+    def _revived(self, pre_ns: Tensor, dead: Tensor) -> Entries:
+        """Return the entries that AuxK trains: of the `dead`, each token's `k_aux` largest that are above zero."""
+        pre_na = pre_ns[:, dead]
+        if len(dead) <= self.k_aux:
+            found = where(pre_na > 0)
+            return found._replace(features_e=dead[found.features_e.long()].int())
+        top = pre_na.topk(self.k_aux, dim=1, sorted=False)
+        return chosen(dead[top.indices], top.values > 0)
+
+    def _dense(
+        self, x_nd: Tensor, z_nd: Tensor, pre_ns: Tensor, ends: Sequence[int], dead: Tensor
+    ) -> tuple[Batch, Tensor, Tensor]:
+        """Return the same as `_sparse`, by plain autograd on all of [n, s]."""
+        pre_ns = encode(pre_ns.to(x_nd.dtype), z_nd, self.W_enc, self.b_enc, self.b_dec)
+        codes_ns, W_sd = self.activate(pre_ns), self.dictionary()
+        parts = [codes_ns[:, start:end] @ W_sd[start:end] for start, end in pairwise((0, *ends))]
+        x_hat_gnd = torch.stack(parts).cumsum(dim=0) + self.b_dec
+        pre_na = pre_ns[:, dead]
+        if len(dead) > self.k_aux:
+            top = pre_na.topk(self.k_aux, dim=1, sorted=False)
+            pre_na = torch.zeros_like(pre_na).scatter(1, top.indices, top.values)
+
+        def rebuild(values_ns: Tensor) -> Tensor:
+            return values_ns @ W_sd.detach() + self.b_dec.detach()
+
+        batch = Batch(x_nd, pre_ns, codes_ns, slice(None), x_nd - x_hat_gnd, rebuild)
+        return batch, pre_na.relu() @ W_sd[dead], (codes_ns > 0).sum(dim=0)
+
+
+def auxk(error_nd: Tensor, x_hat_nd: Tensor) -> Tensor:
+    """Return how badly the dead features rebuild the error, relative to its variance over the batch, a scalar.
+
+    On each token the `k_aux` largest of the dead take part, and of those the ones above zero: one that is below zero
+    on every token is not reached. The error is a fixed target, so the live features learn nothing from it; the decoder
+    bias is no part of it and is not added. Gao et al., Scaling and evaluating sparse autoencoders, 2024, appendix A.2.
+
+    Args:
+        error_nd: what the live features leave over.
+        x_hat_nd: what the dead ones rebuild of it.
+
+    """
+    target_nd = error_nd.detach()
+    rest = (target_nd - x_hat_nd).square().mean()
+    variance = target_nd.var(dim=0, correction=0).mean()
+    # A batch whose tokens all leave the same error has no variance to compare with.
+    return torch.where(variance > 0, rest / torch.where(variance > 0, variance, 1), 0)

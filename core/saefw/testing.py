@@ -340,6 +340,9 @@ def _check_codes(sae: Sae, x_nd: Tensor) -> None:
     expect(bool((codes.values > 0).any()), "some feature fires")
     summed_ns = torch.zeros_like(dense_ns).scatter_add(1, codes.indices, codes.values)
     expect(torch.equal(summed_ns, dense_ns), "select() scattered is activate(), each feature once")
+    at = sae.select(pre_ns)
+    inside_ns = at.dense(torch.ones(len(at.features_e)), sae.d_sae) > 0
+    expect(not bool(dense_ns[~inside_ns].any()), "what select() leaves out has no code")
     expect(torch.equal(sae.dense(x_nd), dense_ns), "dense() is activate() of the pre-activations")
     expect(_near(sae.decode(codes), sae(x_nd)), "decode(encode(x)) is what the SAE gives for x")
     expect(_near(sae.reconstruct(dense_ns) * sae.scale + sae.mean, sae(x_nd)), "sparse and dense decoding agree")
@@ -353,7 +356,7 @@ def _fresh(config: SaeConfig, d_model: int) -> Sae:
     """Build an SAE as the trainer does, with mean and scale unlike their defaults."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        sae = config.build(d_model)
+        sae = config.fresh(d_model)
     if isinstance(sae, Sae):
         sae.mean.copy_(torch.linspace(-1, 2, d_model))
         sae.scale.fill_(1.7)

@@ -48,7 +48,7 @@ def open_sae(config: SaeConfig, folder: Path, device: str = "cpu") -> Sae:
     if n_numbers < d_model**2 * config.expansion:
         raise UserError(f"{does_not_fit} ({n_numbers} numbers are too few for a d_model of {d_model})")
     with seeded(config.seed, 0):
-        sae = config.build(d_model)
+        sae = config.fresh(d_model)
     try:
         files.check(tensors, files.form(sae.state_dict()))
     except ValueError as error:

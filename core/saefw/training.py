@@ -27,7 +27,7 @@ class Training:
         self.unit, self.n_steps, self.step, self.device = unit, n_steps, 0, device
         self.config: SaeConfig = unit.given["sae"]
         with seeded(self.config.seed, 0):
-            self.sae = self.config.build(d_model)
+            self.sae = self.config.fresh(d_model)
         self.sae.mean.copy_(stats.mean)
         self.sae.scale.fill_(stats.scale)
         self.sae.to(device).train()

@@ -1,6 +1,6 @@
 """The plain sparse autoencoder: a ReLU and an L1 penalty.
 
-Shapes: n tokens, d d_model, s d_sae.
+Shapes: n tokens, d d_model, s d_sae, e entries that fire.
 """
 
 from typing import Literal
@@ -9,13 +9,16 @@ from pydantic import Field
 from torch import Tensor
 
 from saefw.plugin import SaeConfig, hookimpl
-from saefw.sae import Sae
+from saefw.sae import Batch, Sae
 
 
 class Relu(SaeConfig):
     """A ReLU and an L1 penalty (Bricken et al., Towards Monosemanticity, 2023)."""
 
     use: Literal["relu"] = "relu"
+
+    aux: float = Field(0.0, ge=0)
+    """Weight of AuxK, the loss that lets dead features learn what the others leave over; 0: none."""
 
     l1: float = Field(1e-3, ge=0)
     """Weight of the penalty: the sum of a token's codes, averaged over tokens.
@@ -37,17 +40,13 @@ class ReluSae(Sae):
         super().__init__(d_model, d_sae)
         self.l1, self.unit_norm = l1, unit_norm
 
-    def activate(self, pre_ns: Tensor) -> Tensor:
-        """Return what is above zero, [n, s]."""
-        return pre_ns.relu()
-
-    def penalty(self, codes_ns: Tensor) -> Tensor:
-        """Return `l1` times the mean over tokens of the sum of codes [n, s].
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the error and the penalty: `l1` times the sum of a token's codes, averaged over tokens.
 
         Free decoder rows could grow and let the codes shrink; each code then counts by the norm of its row.
         """
-        sum_s = codes_ns.mean(dim=0)
-        return self.l1 * (sum_s.sum() if self.unit_norm else sum_s @ self.W_dec.norm(dim=1))
+        codes = batch.codes if self.unit_norm else batch.codes * self.W_dec.norm(dim=1)[batch.features]
+        return {**super().terms(batch), "penalty": self.l1 * batch.per_token(codes)}
 
 
 @hookimpl

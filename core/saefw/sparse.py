@@ -1,0 +1,243 @@
+"""The few entries of sparse codes, and exact gradients by them.
+
+Of a training step only x @ W_enc has to be dense. What follows reads and writes the active entries alone: decoding sums
+rows of W_dec, the gradient of a code is one dot product, and the gradient of a row of W_enc or W_dec sums the tokens
+on which its feature is active. All of it is equal to dense autograd up to the order of sums, which is always the same.
+
+Shapes: n tokens, d d_model, s d_sae, k a token's entries, e entries, r rows of entries (a token may have several).
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag
+
+
+class Entries(NamedTuple):
+    """Which features are active on which token: row by row, as in a compressed sparse matrix [r, s]."""
+
+    starts_r: Tensor
+    """int32 [r + 1]: where the entries of each row begin, and the end."""
+
+    features_e: Tensor
+    """int32 [e]: the feature of each entry."""
+
+    n: int
+    """Tokens; row r is of token r modulo n."""
+
+    k: int | None = None
+    """How many entries each row has, if it is the same number."""
+
+    def rows(self) -> Tensor:
+        """Return the row of each entry, int64 [e]."""
+        counts_r = self.starts_r.diff()
+        rows_r = torch.arange(len(counts_r), device=counts_r.device)
+        return rows_r.repeat_interleave(counts_r, output_size=len(self.features_e))
+
+    def of(self, x_ns: Tensor) -> Tensor:
+        """Return the values [e] of a dense matrix [n, s] at the entries."""
+        return x_ns.reshape(-1)[self.rows() % self.n * x_ns.shape[1] + self.features_e]
+
+    def dense(self, values_e: Tensor, d_sae: int) -> Tensor:
+        """Return the dense matrix [r, s] that has these values at the entries, and zeros elsewhere."""
+        x_rs = values_e.new_zeros(len(self.starts_r) - 1, d_sae)
+        return x_rs.index_put((self.rows(), self.features_e.long()), values_e)
+
+
+def chosen(indices_nk: Tensor, kept_nk: Tensor | None = None) -> Entries:
+    """Return the entries of features by their indices [n, k], none twice a token; of those only the kept ones."""
+    n, k = indices_nk.shape
+    if kept_nk is None:
+        starts_n = torch.arange(n + 1, dtype=torch.int32, device=indices_nk.device) * k
+        return Entries(starts_n, indices_nk.int().flatten(), n, k)
+    starts_n = torch.nn.functional.pad(kept_nk.sum(dim=1).cumsum(dim=0), (1, 0)).int()
+    return Entries(starts_n, indices_nk[kept_nk].int(), n)
+
+
+def where(mask_ns: Tensor) -> Entries:
+    """Return the entries where a mask [n, s] holds."""
+    return _at(mask_ns.flatten().nonzero().flatten(), *mask_ns.shape)
+
+
+def largest(pre_ns: Tensor, k: int) -> Entries:
+    """Return each token's k largest."""
+    return chosen(pre_ns.topk(k, dim=1, sorted=False).indices)
+
+
+def largest_of_batch(pre_ns: Tensor, k: int) -> Entries:
+    """Return the k n largest of all n tokens together; of equal ones no more than that."""
+    n, s = pre_ns.shape
+    count, blocks = k * n, s // BLOCK
+    if s % BLOCK or count > n * blocks:
+        return _at(pre_ns.flatten().topk(count, sorted=False).indices.sort().values, n, s)
+    # As many blocks of columns as there are entries to find, those with the largest maxima, hold the largest entries:
+    # whatever lies in another block is no larger than the maximum of each of these.
+    top = pre_ns.view(n, BLOCK, blocks).amax(dim=1).flatten().topk(count, sorted=False).indices
+    first = top // blocks * s + top % blocks
+    places = (first[:, None] + torch.arange(0, s, blocks, device=pre_ns.device)).flatten()
+    best = pre_ns.flatten()[places].topk(count, sorted=False).indices
+    return _at(places[best].sort().values, n, s)
+
+
+BLOCK = 16
+"""Of how many entries the maximum is taken first, where the largest of very many are looked for."""
+
+
+def _at(places_e: Tensor, n: int, s: int) -> Entries:
+    """Return the entries at ascending places, int64, of the flattened [n, s]."""
+    firsts_n = torch.arange(0, (n + 1) * s, s, device=places_e.device)
+    starts_n = torch.searchsorted(places_e, firsts_n, out_int32=True)
+    return Entries(starts_n, (places_e % s).int(), n)
+
+
+def stacked(parts: Sequence[Entries]) -> Entries:
+    """Return the rows of several, one after the other; all are of the same tokens."""
+    ends = [0]
+    for part in parts:
+        ends.append(ends[-1] + len(part.features_e))
+    starts = [part.starts_r[:-1] + end for part, end in zip(parts, ends, strict=False)]
+    last = parts[-1].starts_r[-1:] + ends[-2]
+    return Entries(torch.cat([*starts, last]), torch.cat([part.features_e for part in parts]), parts[0].n)
+
+
+def split(entries: Entries, ends: Sequence[int]) -> Entries:
+    """Return the same entries in len(ends) times as many rows: first those of features below ends[0], and so on."""
+    if len(ends) == 1:
+        return entries
+    edges = torch.tensor(ends[:-1], dtype=torch.int32, device=entries.features_e.device)
+    rows_e = torch.bucketize(entries.features_e, edges, right=True) * entries.n + entries.rows()
+    rows_e, order_e = rows_e.sort(stable=True)
+    return Entries(_starts(rows_e, entries.n * len(ends)), entries.features_e[order_e], entries.n)
+
+
+def _starts(sorted_e: Tensor, n: int) -> Tensor:
+    """Return where each of the numbers 0..n-1 begins among sorted ones, and the end, int32 [n + 1]."""
+    numbers = torch.arange(n + 1, dtype=sorted_e.dtype, device=sorted_e.device)
+    return torch.searchsorted(sorted_e, numbers, out_int32=True)
+
+
+class Turned(NamedTuple):
+    """Entries feature by feature: the transposed matrix."""
+
+    order_e: Tensor
+    """int64 [e]: which entry comes next."""
+
+    starts_s: Tensor
+    """int32 [s + 1]: where the entries of each feature begin, and the end."""
+
+    rows_e: Tensor
+    """int32 [e]: their rows."""
+
+    tokens_e: Tensor
+    """int32 [e]: their tokens."""
+
+
+def turned(entries: Entries, d_sae: int) -> Turned:
+    """Return the entries feature by feature, those of one feature in the order of their rows."""
+    features_e, order_e = entries.features_e.sort(stable=True)
+    rows_e = entries.rows()[order_e]
+    return Turned(order_e, _starts(features_e, d_sae), rows_e.int(), (rows_e % entries.n).int())
+
+
+def encode(
+    pre: Tensor, x_nd: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, by_feature: Turned | None = None
+) -> Tensor:
+    """Return pre-activations that are known already with their gradient to W_enc [d, s], b_enc [s] and b_dec [d].
+
+    Args:
+        pre: what x_nd @ W_enc + b_enc is, all of it [n, s], or at entries [e].
+        x_nd: what the encoder saw, tokens less b_dec; it gets no gradient itself.
+        W_enc: the encoder.
+        b_enc: its bias.
+        b_dec: what was taken off the tokens.
+        by_feature: the entries, feature by feature; None: all of [n, s].
+
+    """
+    found: Tensor = _Encode.apply(pre, x_nd, W_enc, b_enc, b_dec, by_feature)  # type: ignore[no-untyped-call]
+    return found
+
+
+def decode(codes_e: Tensor, W_dec: Tensor, at: Entries, by_feature: Turned | None) -> Tensor:
+    """Return codes @ W_dec [r, d] of the codes at entries, with a gradient to both; None: W_dec [s, d] needs none."""
+    found: Tensor = _Decode.apply(codes_e, W_dec, at, by_feature)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Encode(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, pre: Tensor, x_nd: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, turned: Turned | None
+    ) -> Tensor:
+        ctx.save_for_backward(x_nd, W_enc, *(turned or ()))
+        return pre.view_as(pre)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x_nd, W_enc, *turned = ctx.saved_tensors
+        if turned:
+            order_e, starts_s, _, tokens_e = turned
+            weights_e = gradient[order_e]
+            W_sd = _sums(weights_e, x_nd, tokens_e, starts_s)
+            b_s = _sums(weights_e, x_nd.new_ones(len(x_nd), 1), tokens_e, starts_s).squeeze(1)
+        else:
+            W_sd, b_s = gradient.T @ x_nd, gradient.sum(dim=0)
+        return None, None, W_sd.T, b_s, -(W_enc @ b_s), None
+
+
+class _Decode(Function):
+    @staticmethod
+    def forward(ctx: Any, codes_e: Tensor, W_sd: Tensor, at: Entries, turned: Turned | None) -> Tensor:
+        ctx.save_for_backward(codes_e, W_sd, at.starts_r, at.features_e, *(turned or ()))
+        return _sums(codes_e, W_sd, at.features_e, at.starts_r)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_rd: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        codes_e, W_sd, starts_r, features_e, *turned = ctx.saved_tensors
+        code_e = W = None
+        if ctx.needs_input_grad[0]:
+            code_e = _dots(gradient_rd, W_sd, starts_r, features_e)
+        if ctx.needs_input_grad[1]:
+            order_e, starts_s, rows_e, _ = turned
+            W = _sums(codes_e[order_e], gradient_rd, rows_e, starts_s)
+        return code_e, W, None, None
+
+
+def _sums(weights_e: Tensor, x_nd: Tensor, indices_e: Tensor, starts_r: Tensor) -> Tensor:
+    """Return for each row the weighted sum [r, d] of the vectors x that its entries name."""
+    return embedding_bag(indices_e, x_nd, starts_r, mode="sum", per_sample_weights=weights_e, include_last_offset=True)
+
+
+def _dots(x_rd: Tensor, W_sd: Tensor, starts_r: Tensor, features_e: Tensor) -> Tensor:
+    """Return x_r . W_s for each entry, [e]."""
+    if not len(features_e):
+        return x_rd.new_zeros(0)
+    with warnings.catch_warnings():
+        # That compressed matrices are new in torch, and that nobody looks whether they are well formed.
+        warnings.filterwarnings("ignore", "Sparse")
+        at_rs = torch.sparse_csr_tensor(
+            starts_r, features_e, x_rd.new_zeros(len(features_e)), (len(x_rd), len(W_sd)), check_invariants=False
+        )
+    found: Tensor = torch.sparse.sampled_addmm(at_rs, x_rd.contiguous(), W_sd.T, beta=0).values()
+    return found
+
+
+class Scratch:
+    """Memory for pre-activations, the same in every step: to ask for it anew takes long where it is much."""
+
+    def __init__(self) -> None:
+        """Hold none yet."""
+        self._held: Tensor | None = None
+
+    def empty(self, n: int, s: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return [n, s] with anything in it."""
+        held = self._held
+        if held is None or held.numel() < n * s or held.dtype != dtype or held.device != device:
+            held = self._held = torch.empty(n * s, dtype=dtype, device=device)
+        return held[: n * s].view(n, s)
