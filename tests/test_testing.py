@@ -64,10 +64,39 @@ class VariantSae(Sae):
         return loss
 
 
+class Above(SaeConfig):
+    """Fires above a half."""
+
+    use: Literal["above"] = "above"
+
+    fault: str = ""
+    """What is wrong."""
+
+    def build(self, d_model: int) -> "AboveSae":
+        """Return one."""
+        return AboveSae(d_model, d_model * self.expansion, self.fault)
+
+
+class AboveSae(Sae):
+    """Has an edge, and fires below it where it is wrong."""
+
+    def __init__(self, d_model: int, d_sae: int, fault: str) -> None:
+        super().__init__(d_model, d_sae)
+        self.fault = fault
+
+    def edge(self) -> float:
+        return 0.1
+
+    def fire(self, pre: Tensor, features: Tensor | slice) -> Tensor:
+        return pre.relu() if self.fault else pre * (pre > 0.1)
+
+
 def test_sae() -> None:
     check_sae(Variant())
     assert broken(check_sae, Variant(fault="twin")) == "select() scattered is activate(), each feature once"
     assert broken(check_sae, Variant(fault="negative")) == "codes are zero or larger"
+    assert broken(check_sae, Above(fault="edge")) == "fire() gives 0 where select() selects none"
+    check_sae(Above())
     assert broken(check_sae, Variant(fault="batch")).startswith("in eval mode a token's codes do not depend on")
     assert broken(check_sae, Variant(fault="loss")).startswith("loss(): the term 'nan' is one finite number")
     assert broken(check_sae, Variant(fault="gradient")) == "the loss has a gradient"

@@ -274,7 +274,8 @@ class Sae(nn.Module):
         pre_e, aux_e = pre_e.tensor_split([len(features_e)])
         codes_e = self.fire(pre_e, features_e)
         rows_rd = decode(torch.cat([codes_e, aux_e.relu()]) if len(dead) else codes_e, W_sd, every, by_feature)
-        x_hat_gnd = rows_rd[: len(ends) * n].view(len(ends), n, -1).cumsum(dim=0) + self.b_dec
+        x_hat_gnd = rows_rd[: len(ends) * n].view(len(ends), n, -1)
+        x_hat_gnd = (x_hat_gnd if len(ends) == 1 else x_hat_gnd.cumsum(dim=0)) + self.b_dec
 
         def rebuild(values_e: Tensor) -> Tensor:
             rows_rd = decode(values_e, W_sd.detach(), main, None)

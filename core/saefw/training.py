@@ -18,6 +18,9 @@ from saefw.plugin import Run, SaeConfig, Unit
 
 CHECKPOINT = "checkpoint.safetensors"
 
+ROWS = 256
+"""Decoder rows that fit a processor's cache, together with their gradient."""
+
 
 class Training:
     """One SAE while it is trained: its weights, its optimiser, its place in the stream, and who has not fired."""
@@ -32,7 +35,7 @@ class Training:
         self.sae.scale.fill_(stats.scale)
         self.sae.to(device).train()
         fused = torch.device(device).type in ("cpu", "cuda")
-        self.adam = torch.optim.Adam(self.sae.parameters(), lr=self.config.lr, fused=fused)
+        self.adam = torch.optim.Adam([inline(p) for p in self.sae.parameters()], lr=self.config.lr, fused=fused)
         self.since_s = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=device)
         self.total = torch.zeros(())
         self.values: dict[str, Any] = {}
@@ -54,13 +57,15 @@ class Training:
         with seeded(self.config.seed, self.step + 1, self.device):
             loss = self.sae.loss(x_nd, dead_s)
         total = torch.stack(list(loss.terms.values())).sum()
-        self.adam.zero_grad()
+        self.sae.zero_grad()
         total.backward()  # type: ignore[no-untyped-call]
         self.total = total.detach()
         if self.config.unit_norm:
             drop_radial(self.sae.W_dec)
         if self.config.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.config.clip)
+        for mine, parameter in zip(self.adam.param_groups[0]["params"], self.sae.parameters(), strict=True):
+            mine.grad = None if parameter.grad is None else inline(parameter.grad)
         self.adam.step()
         if self.config.unit_norm:
             renormalise(self.sae.W_dec)
@@ -117,7 +122,7 @@ class Training:
         if not isinstance(about.get("log"), str):
             raise ValueError("log must be a mark")
         wanted = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
-        for index, parameter in enumerate(self.sae.parameters() if step else ()):
+        for index, parameter in enumerate(self.adam.param_groups[0]["params"] if step else ()):
             moments = {"exp_avg": parameter, "exp_avg_sq": parameter, "step": torch.zeros(())}
             wanted |= {f"adam.{index}.{name}": tensor for name, tensor in moments.items()}
         files.check(tensors, files.form({**wanted, "since_s": self.since_s}))
@@ -131,12 +136,20 @@ def learning_rate(config: SaeConfig, step: int, n_steps: int) -> float:
     return config.lr * min(rise, fall)
 
 
+def inline(x: Tensor) -> Tensor:
+    """Return a tensor as it lies in memory, W_enc as [s, d]: Adam's one pass over it needs no copy then."""
+    return x.detach() if x.is_contiguous() else x.detach().T
+
+
 @torch.no_grad()
 def drop_radial(W_dec: Parameter) -> None:
     """Take out of the gradient of each decoder row [s, d] its part along the row: it would only change the norm."""
-    if W_dec.grad is not None:
-        along_s = (W_dec.grad * W_dec).sum(dim=1, keepdim=True) / W_dec.square().sum(dim=1, keepdim=True)
-        W_dec.grad -= along_s * W_dec
+    if W_dec.grad is None:
+        return
+    # A few rows at a time, so that they are read from memory once.
+    for rows, gradient in zip(torch.split(W_dec, ROWS), torch.split(W_dec.grad, ROWS), strict=True):
+        along = (gradient * rows).sum(dim=1, keepdim=True) / rows.square().sum(dim=1, keepdim=True)
+        gradient.addcmul_(along, rows, value=-1)
 
 
 @torch.no_grad()
