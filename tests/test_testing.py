@@ -50,8 +50,9 @@ class VariantSae(Sae):
     def fire(self, pre: Tensor, features: Tensor | slice) -> Tensor:
         return pre.clamp(max=-0.1) if self.fault == "negative" else pre.relu()
 
-    def activate(self, pre_ns: Tensor) -> Tensor:
-        return pre_ns.relu() if self.fault == "twin" else super().activate(pre_ns)
+    def encode(self, x_nd: Tensor) -> Codes:
+        codes = super().encode(x_nd)
+        return codes._replace(values=2 * codes.values) if self.fault == "twin" else codes
 
     def loss(self, x_nd: Tensor, dead_s: Tensor) -> Loss:
         loss = super().loss(x_nd, dead_s)
@@ -93,7 +94,7 @@ class AboveSae(Sae):
 
 def test_sae() -> None:
     check_sae(Variant())
-    assert broken(check_sae, Variant(fault="twin")) == "select() scattered is activate(), each feature once"
+    assert broken(check_sae, Variant(fault="twin")) == "encode() scattered is activate(), each feature once"
     assert broken(check_sae, Variant(fault="negative")) == "codes are zero or larger"
     assert broken(check_sae, Above(fault="edge")) == "fire() gives 0 where select() selects none"
     check_sae(Above())

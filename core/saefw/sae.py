@@ -286,7 +286,7 @@ class Sae(nn.Module):
 
     def _revived(self, pre_ns: Tensor, dead: Tensor) -> Entries:
         """Return the entries that AuxK trains: of the `dead`, each token's `k_aux` largest that are above zero."""
-        pre_na = pre_ns[:, dead]
+        pre_na = pre_ns.gather(1, dead.expand(len(pre_ns), -1))
         if len(dead) <= self.k_aux:
             found = where(pre_na > 0)
             return found._replace(features_e=dead[found.features_e.long()].int())

@@ -339,7 +339,7 @@ def _check_codes(sae: Sae, x_nd: Tensor) -> None:
     expect(bool((codes.values >= 0).all() and (dense_ns >= 0).all()), "codes are zero or larger")
     expect(bool((codes.values > 0).any()), "some feature fires")
     summed_ns = torch.zeros_like(dense_ns).scatter_add(1, codes.indices, codes.values)
-    expect(torch.equal(summed_ns, dense_ns), "select() scattered is activate(), each feature once")
+    expect(torch.equal(summed_ns, dense_ns), "encode() scattered is activate(), each feature once")
     if type(sae).activate is Sae.activate:
         at = sae.select(pre_ns)
         inside_ns = at.dense(torch.ones(len(at.features_e)), sae.d_sae) > 0
