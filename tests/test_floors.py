@@ -37,7 +37,7 @@ FLOORS = (
     ("gc", "tables"),
     ("printer",),
     ("bench.frame", "verify"),
-    ("bench.read", "bench.record"),
+    ("bench.read", "bench.record", "bench.train"),
     ("bench.command",),
     ("cli",),
     ("__main__",),

@@ -13,6 +13,7 @@ from saefw.errors import UserError, did_you_mean
 BENCHES = {
     "record": "recording, from memory and from files, and the dry run of a large image set",
     "read": "recordings, in random order and in their own",
+    "train": "a training step, beside the product with W_enc",
 }
 """What each module of this package measures, beside the frame."""
 

@@ -1,0 +1,150 @@
+"""What a training step costs beside the product with W_enc.
+
+Weights stay as they are while it is measured, so that as many features are active in the last step as in the first.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from saefw.acts import Stats
+from saefw.bench.frame import Bench, Bound, at_most, peak_memory
+from saefw.catalog import Catalog
+from saefw.plugin import SaeConfig, Unit
+from saefw.training import Training
+
+BATCH, EXPANSION, K = 4096, 32, 32
+
+STEPS: tuple[tuple[str, dict[str, object], tuple[float, float]], ...] = (
+    ("topk", {"k": K}, (1.35, 2.2)),
+    ("batchtopk", {"k": K}, (1.35, 2.2)),
+    ("matryoshka", {"k": K, "keep": "topk"}, (1.5, 2.6)),
+    ("relu", {"aux": 1 / 32}, (1.6, 2.6)),
+    ("jumprelu", {"aux": 1 / 32}, (1.6, 2.6)),
+)
+"""Variants, their settings, and by how much their step may take longer than the product, at each width."""
+
+ACTIVE = 0.01
+"""Which share of the features is active on a token, in variants that do not choose it."""
+
+DEAD = 0.1
+MEMBERS = 4
+WIDTHS = {768: 4.0, 192: 3.5}
+"""d_model, and how many times longer the step of four members may take than that of one."""
+
+PRODUCT, PLAIN = "product with W_enc", "topk, dense, plain PyTorch"
+
+
+def bench(bench: Bench) -> None:
+    """Measure the step of each variant that is installed, and the memory it takes."""
+    saes = Catalog().lookup("saes")
+    for which, (d_model, of_members) in enumerate(WIDTHS.items()):
+        d_sae = EXPANSION * d_model
+        x_nd = torch.randn(BATCH, d_model, generator=torch.Generator().manual_seed(0))
+        bench.part(f"A step: d_model {d_model}, d_sae {d_sae:,}, {BATCH:,} tokens, k {K}, or {ACTIVE:.0%} active")
+        subjects: dict[str, Callable[[], object]] = {PRODUCT: _product(x_nd, d_sae), PLAIN: _plain(x_nd, d_sae)}
+        bounds: dict[str, tuple[str, Bound | None, str]] = {}
+        for use, settings, limits in STEPS:
+            if use not in saes:
+                continue
+            for dead in (0.0, DEAD):
+                name = f"{use}, {dead:.0%} dead"
+                subjects[name] = _step(_training(saes[use], settings, x_nd), x_nd, dead)
+                bounds[name] = PRODUCT, at_most(limits[which]), ""
+        name = "topk bfloat16, 0% dead"
+        subjects[name] = _step(_training(saes["topk"], {"k": K, "precision": "bfloat16"}, x_nd), x_nd, 0.0)
+        bounds[name] = PRODUCT, at_most((0.6, 1.6)[which]), "" if _has_bfloat16() else "this processor has no bfloat16"
+        name = f"topk, {MEMBERS} members"
+        members = [_training(saes["topk"], {"k": K, "seed": seed}, x_nd) for seed in range(MEMBERS)]
+        for member in members:
+            member.sae.scratch = members[0].sae.scratch
+        subjects[name] = _steps([_step(member, x_nd, 0.0) for member in members])
+        bounds[name] = "topk, 0% dead", at_most(of_members), ""
+        seconds = bench.seconds(f"d_model {d_model}", subjects)
+        for name, took in seconds.items():
+            bench.row(name, 1000 * took, "ms", *bounds.get(name, ()))
+        del subjects, members
+        bench.part(f"The same in vectors/s, and memory beyond weights, gradients and Adam's moments; d_model {d_model}")
+        for name, took in seconds.items():
+            bench.row(name, BATCH / took, "vectors/s", "" if name == PRODUCT else PRODUCT)
+        of_pre = BATCH * d_sae * 4 / 1e6
+        bench.row("pre-activations", of_pre, "MB")
+        taken = _memory(_training(saes["topk"], {"k": K}, x_nd), x_nd)
+        bench.row("topk, 0% dead", taken / 1e6, "MB", "pre-activations", at_most(1.3))
+
+
+def _training(cls: type, settings: dict[str, object], x_nd: Tensor) -> Training:
+    """Return a training whose weights do not move, and of whose features as many are active as is wanted."""
+    config: SaeConfig = cls(**{"expansion": EXPANSION, "lr": 1e-12, **settings})
+    d_model = x_nd.shape[1]
+    stats = Stats(torch.zeros(d_model), torch.ones(d_model), 1.0, BATCH)
+    training = Training(Unit("train", {}, given={"sae": config}), d_model, stats, 1 << 40, "cpu")
+    sae = training.sae
+    if "k" not in settings:
+        with torch.no_grad():
+            over_ns = sae.pre(x_nd[:64]) - sae.edge()
+            sae.b_enc -= over_ns.flatten().sort(descending=True).values[int(ACTIVE * over_ns.numel())]
+    return training
+
+
+def _step(training: Training, x_nd: Tensor, dead: float) -> Callable[[], object]:
+    """Return a step in which some features are dead."""
+    n_dead = int(dead * training.sae.d_sae)
+
+    def step() -> None:
+        training.since_s.zero_()
+        training.since_s[:n_dead] = 1 << 50
+        training.advance(x_nd, 1 << 50)
+
+    return step
+
+
+def _steps(steps: list[Callable[[], object]]) -> Callable[[], object]:
+    return lambda: [step() for step in steps]
+
+
+def _product(x_nd: Tensor, d_sae: int) -> Callable[[], object]:
+    """Return the product alone, into memory that is there already."""
+    W_enc, b_enc = torch.randn(x_nd.shape[1], d_sae), torch.zeros(d_sae)
+    into_ns = torch.empty(len(x_nd), d_sae)
+    return lambda: torch.addmm(b_enc, x_nd, W_enc, out=into_ns)
+
+
+def _plain(x_nd: Tensor, d_sae: int) -> Callable[[], object]:
+    """Return a step of TopK as one writes it first: dense codes, autograd, Adam as it comes."""
+    W_enc = (torch.randn(x_nd.shape[1], d_sae) / 28).requires_grad_()
+    W_dec, b_enc = W_enc.detach().T.clone().requires_grad_(), torch.zeros(d_sae, requires_grad=True)
+    b_dec = torch.zeros(x_nd.shape[1], requires_grad=True)
+    adam = torch.optim.Adam([W_enc, W_dec, b_enc, b_dec], lr=1e-12)
+
+    def step() -> None:
+        pre_ns = (x_nd - b_dec) @ W_enc + b_enc
+        top = pre_ns.topk(K, dim=1)
+        codes_ns = torch.zeros_like(pre_ns).scatter(1, top.indices, top.values.relu())
+        loss = (codes_ns @ W_dec + b_dec - x_nd).square().mean()
+        adam.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        adam.step()
+
+    return step
+
+
+def _memory(training: Training, x_nd: Tensor) -> int:
+    """Return the most bytes that a step takes beyond what the training holds between two."""
+    step = _step(training, x_nd, 0.0)
+    step()
+    training.sae.scratch = type(training.sae.scratch)()
+    with peak_memory() as peak:
+        step()
+    return peak.bytes
+
+
+def _has_bfloat16() -> bool:
+    """Whether the processor multiplies in bfloat16 itself."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return bool(flags & {"avx512_bf16", "amx_bf16"})
