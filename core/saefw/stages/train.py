@@ -188,6 +188,7 @@ class Train(StageConfig):
             )
         trainings = [Training(unit, acts.d_model, stats, n_steps, run.device) for unit in units]
         for training in trainings:
+            training.sae.scratch = trainings[0].sae.scratch
             training.resume(run)
         dead_after = self.dead_after or min(math.ceil(self.n_tokens / 10), 10_000_000)
         failed: list[str] = []
