@@ -13,6 +13,7 @@ from saefw.acts import Stats
 from saefw.bench.frame import Bench, Bound, at_most, peak_memory
 from saefw.catalog import Catalog
 from saefw.plugin import SaeConfig, Unit
+from saefw.sparse import Scratch
 from saefw.training import Training
 
 BATCH, EXPANSION, K = 4096, 32, 32
@@ -34,7 +35,10 @@ MEMBERS = 4
 WIDTHS = {768: 4.0, 192: 3.5}
 """d_model, and how many times longer the step of four members may take than that of one."""
 
-PRODUCT, PLAIN = "product with W_enc", "topk, dense, plain PyTorch"
+OF_BFLOAT16 = (0.6, 1.6)
+"""And that of topk in bfloat16, where the processor multiplies in it; elsewhere it is left out."""
+
+PRODUCT, PLAIN = "product with W_enc", "dense topk"
 
 
 def bench(bench: Bench) -> None:
@@ -43,36 +47,33 @@ def bench(bench: Bench) -> None:
     for which, (d_model, of_members) in enumerate(WIDTHS.items()):
         d_sae = EXPANSION * d_model
         x_nd = torch.randn(BATCH, d_model, generator=torch.Generator().manual_seed(0))
-        bench.part(f"A step: d_model {d_model}, d_sae {d_sae:,}, {BATCH:,} tokens, k {K}, or {ACTIVE:.0%} active")
+        bench.part(f"A step: d_model {d_model}, d_sae {d_sae:,}, {BATCH:,} tokens, k {K}; of relus {ACTIVE:.0%} active")
         subjects: dict[str, Callable[[], object]] = {PRODUCT: _product(x_nd, d_sae), PLAIN: _plain(x_nd, d_sae)}
-        bounds: dict[str, tuple[str, Bound | None, str]] = {}
+        bounds: dict[str, tuple[str, Bound]] = {}
+        topk = [_training(saes["topk"], {"k": K, "seed": seed}, x_nd) for seed in range(MEMBERS)]
         for use, settings, limits in STEPS:
-            if use not in saes:
-                continue
-            for dead in (0.0, DEAD):
-                name = f"{use}, {dead:.0%} dead"
-                subjects[name] = _step(_training(saes[use], settings, x_nd), x_nd, dead)
-                bounds[name] = PRODUCT, at_most(limits[which]), ""
-        name = "topk bfloat16, 0% dead"
-        subjects[name] = _step(_training(saes["topk"], {"k": K, "precision": "bfloat16"}, x_nd), x_nd, 0.0)
-        bounds[name] = PRODUCT, at_most((0.6, 1.6)[which]), "" if _has_bfloat16() else "this processor has no bfloat16"
-        name = f"topk, {MEMBERS} members"
-        members = [_training(saes["topk"], {"k": K, "seed": seed}, x_nd) for seed in range(MEMBERS)]
-        for member in members:
-            member.sae.scratch = members[0].sae.scratch
-        subjects[name] = _steps([_step(member, x_nd, 0.0) for member in members])
-        bounds[name] = "topk, 0% dead", at_most(of_members), ""
+            if use in saes:
+                training = topk[0] if use == "topk" else _training(saes[use], settings, x_nd)
+                training.sae.scratch = topk[0].sae.scratch
+                for name, dead in ((use, 0.0), (f"{use}, {DEAD:.0%} dead", DEAD)):
+                    subjects[name], bounds[name] = _step(training, x_nd, dead), (PRODUCT, at_most(limits[which]))
+        if has_bfloat16():
+            training = _training(saes["topk"], {"k": K, "precision": "bfloat16"}, x_nd)
+            subjects["topk, bfloat16"] = _step(training, x_nd, 0.0)
+            bounds["topk, bfloat16"] = PRODUCT, at_most(OF_BFLOAT16[which])
+        for member in topk:
+            member.sae.scratch = topk[0].sae.scratch
+        subjects[f"topk, {MEMBERS} members"] = _steps([_step(member, x_nd, 0.0) for member in topk])
+        bounds[f"topk, {MEMBERS} members"] = "topk", at_most(of_members)
         seconds = bench.seconds(f"d_model {d_model}", subjects)
         for name, took in seconds.items():
             bench.row(name, 1000 * took, "ms", *bounds.get(name, ()))
-        del subjects, members
-        bench.part(f"The same in vectors/s, and memory beyond weights, gradients and Adam's moments; d_model {d_model}")
+        bench.part(f"The same, and the memory beyond weights, gradients and Adam's moments; d_model {d_model}")
         for name, took in seconds.items():
-            bench.row(name, BATCH / took, "vectors/s", "" if name == PRODUCT else PRODUCT)
-        of_pre = BATCH * d_sae * 4 / 1e6
-        bench.row("pre-activations", of_pre, "MB")
-        taken = _memory(_training(saes["topk"], {"k": K}, x_nd), x_nd)
-        bench.row("topk, 0% dead", taken / 1e6, "MB", "pre-activations", at_most(1.3))
+            members = MEMBERS if name.endswith("members") else 1
+            bench.row(name, members * BATCH / took, "vectors/s", "" if name == PRODUCT else PRODUCT)
+        bench.row("pre-activations", BATCH * d_sae * 4 / 1e6, "MB")
+        bench.row("topk", _memory(topk[0], x_nd) / 1e6, "MB", "pre-activations", at_most(1.3))
 
 
 def _training(cls: type, settings: dict[str, object], x_nd: Tensor) -> Training:
@@ -133,15 +134,13 @@ def _plain(x_nd: Tensor, d_sae: int) -> Callable[[], object]:
 
 def _memory(training: Training, x_nd: Tensor) -> int:
     """Return the most bytes that a step takes beyond what the training holds between two."""
-    step = _step(training, x_nd, 0.0)
-    step()
-    training.sae.scratch = type(training.sae.scratch)()
+    training.sae.scratch = Scratch()
     with peak_memory() as peak:
-        step()
+        _step(training, x_nd, 0.0)()
     return peak.bytes
 
 
-def _has_bfloat16() -> bool:
+def has_bfloat16() -> bool:
     """Whether the processor multiplies in bfloat16 itself."""
     try:
         flags = set(Path("/proc/cpuinfo").read_text().split())
