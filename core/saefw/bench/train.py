@@ -3,6 +3,7 @@
 Weights stay as they are while it is measured, so that as many features are active in the last step as in the first.
 """
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saefw.acts import Stats
-from saefw.bench.frame import Bench, Bound, at_most, peak_memory
+from saefw.bench.frame import Bench, Bound, at_most, memory, peak_memory
 from saefw.catalog import Catalog
 from saefw.plugin import SaeConfig, Unit
 from saefw.sparse import Scratch
@@ -72,8 +73,9 @@ def bench(bench: Bench) -> None:
         for name, took in seconds.items():
             members = MEMBERS if name.endswith("members") else 1
             bench.row(name, members * BATCH / took, "vectors/s", "" if name == PRODUCT else PRODUCT)
-        bench.row("pre-activations", BATCH * d_sae * 4 / 1e6, "MB")
-        bench.row("topk", _memory(topk[0], x_nd) / 1e6, "MB", "pre-activations", at_most(1.3))
+        if memory() is not None:
+            bench.row("pre-activations", BATCH * d_sae * 4 / 1e6, "MB")
+            bench.row("topk", _memory(topk[0], x_nd) / 1e6, "MB", "pre-activations", at_most(1.3))
 
 
 def _training(cls: type, settings: dict[str, object], x_nd: Tensor) -> Training:
@@ -135,6 +137,9 @@ def _plain(x_nd: Tensor, d_sae: int) -> Callable[[], object]:
 def _memory(training: Training, x_nd: Tensor) -> int:
     """Return the most bytes that a step takes beyond what the training holds between two."""
     training.sae.scratch = Scratch()
+    # What the C library keeps of memory that was freed would be used first, and not be seen.
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
     with peak_memory() as peak:
         _step(training, x_nd, 0.0)()
     return peak.bytes
