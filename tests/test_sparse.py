@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saefw import sae as module
+from saefw import sparse
 from saefw.plugin import SaeConfig
 from saefw.sae import Batch, Entries, Loss, Sae, largest, largest_of_batch, where
 from saefw.sparse import BLOCK, Scratch, chosen, decode, encode, split, stacked, turned
@@ -118,6 +119,15 @@ def test_gradients_by_entries_are_the_numerical_ones() -> None:
         assert torch.autograd.gradcheck(lambda W, b, c, at=at: pre(W, b, c, at), (W_enc, b_enc, b_dec))
 
 
+@pytest.mark.parametrize("at_once", [7, 10**6])
+def test_a_device_without_compressed_matrices_gathers(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse, "GATHERED", at_once)
+    entries, x_nd, W_sd = ragged(), normal(N, D), normal(S, D, seed=1)
+    given = x_nd, W_sd, entries.starts_r, entries.features_e
+    torch.testing.assert_close(sparse._gathered(*given), sparse._dots(*given))
+    torch.testing.assert_close(sparse._dots(*given), entries.of(x_nd @ W_sd.T))
+
+
 class Nested(SaeConfig):
     """TopK that must also rebuild from its first features."""
 
@@ -189,11 +199,11 @@ def gradients(sae: Sae, loss: Loss) -> dict[str, Tensor]:
 def both_ways(sae: Sae, x_nd: Tensor, dead_s: Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[Loss, Loss]:
     """The loss by entries, and by plain dense autograd."""
     monkeypatch.setattr(module, "DENSE", 2.0)
-    sparse = sae.loss(x_nd, dead_s)
+    by_entries = sae.loss(x_nd, dead_s)
     monkeypatch.setattr(Sae, "_active", lambda self, pre_ns: None)
     dense = sae.loss(x_nd, dead_s)
     monkeypatch.undo()
-    return sparse, dense
+    return by_entries, dense
 
 
 @pytest.mark.parametrize("kind", ["plain", "tied", "negative", "some negative"])
@@ -202,13 +212,13 @@ def both_ways(sae: Sae, x_nd: Tensor, dead_s: Tensor, monkeypatch: pytest.Monkey
 def test_a_step_by_entries_is_the_dense_one(name: str, n_dead: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sae = rough(CONFIGS[name])
     x_nd, dead_s = tokens(sae, kind), torch.arange(S) * 7 % S < n_dead
-    sparse, dense = both_ways(sae, x_nd, dead_s, monkeypatch)
-    assert sparse.terms.keys() == dense.terms.keys() and "aux" in sparse.terms
+    by_entries, dense = both_ways(sae, x_nd, dead_s, monkeypatch)
+    assert by_entries.terms.keys() == dense.terms.keys() and "aux" in by_entries.terms
     for term in dense.terms:
-        torch.testing.assert_close(sparse.terms[term], dense.terms[term], rtol=1e-12, atol=0, msg=term)
-    assert sparse.fired_s.tolist() == dense.fired_s.tolist()
-    assert bool(sparse.fired_s.any()) == (kind != "negative")
-    found, wanted = gradients(sae, sparse), gradients(sae, dense)
+        torch.testing.assert_close(by_entries.terms[term], dense.terms[term], rtol=1e-12, atol=0, msg=term)
+    assert by_entries.fired_s.tolist() == dense.fired_s.tolist()
+    assert bool(by_entries.fired_s.any()) == (kind != "negative")
+    found, wanted = gradients(sae, by_entries), gradients(sae, dense)
     for parameter, gradient in wanted.items():
         torch.testing.assert_close(found[parameter], gradient, rtol=1e-11, atol=1e-13, msg=parameter)
         assert bool(gradient.any()) or kind == "negative", f"dense autograd gives {parameter} no gradient"

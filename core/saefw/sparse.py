@@ -84,6 +84,9 @@ def largest_of_batch(pre_ns: Tensor, k: int) -> Entries:
     return _at(places[best].sort().values, n, s)
 
 
+GATHERED = 1 << 16
+"""Of how many entries the vectors lie side by side in memory, where there is no other way."""
+
 BLOCK = 16
 """Of how many entries the maximum is taken first, where the largest of very many are looked for."""
 
@@ -216,8 +219,8 @@ def _sums(weights_e: Tensor, x_nd: Tensor, indices_e: Tensor, starts_r: Tensor) 
 
 def _dots(x_rd: Tensor, W_sd: Tensor, starts_r: Tensor, features_e: Tensor) -> Tensor:
     """Return x_r . W_s for each entry, [e]."""
-    if not len(features_e):
-        return x_rd.new_zeros(0)
+    if not len(features_e) or x_rd.device.type == "mps":  # which has no compressed matrices
+        return _gathered(x_rd, W_sd, starts_r, features_e)
     with warnings.catch_warnings():
         # That compressed matrices are new in torch, and that nobody looks whether they are well formed.
         warnings.filterwarnings("ignore", "Sparse")
@@ -226,6 +229,13 @@ def _dots(x_rd: Tensor, W_sd: Tensor, starts_r: Tensor, features_e: Tensor) -> T
         )
     found: Tensor = torch.sparse.sampled_addmm(at_rs, x_rd.contiguous(), W_sd.T, beta=0).values()
     return found
+
+
+def _gathered(x_rd: Tensor, W_sd: Tensor, starts_r: Tensor, features_e: Tensor) -> Tensor:
+    """Return the same, slowly."""
+    rows_e = Entries(starts_r, features_e, len(x_rd)).rows()
+    parts = zip(torch.split(rows_e, GATHERED), torch.split(features_e, GATHERED), strict=True)
+    return torch.cat([(x_rd[rows] * W_sd[features.long()]).sum(dim=1) for rows, features in parts])
 
 
 class Scratch:
