@@ -75,19 +75,21 @@ def test_rows_are_put_below_each_other_and_split_by_feature() -> None:
     assert both.of(torch.tensor([[0, 1, 2, 3], [10, 11, 12, 13]])).tolist() == [0, 2, 11, 3, 13, 2, 10]
 
 
-@pytest.mark.parametrize("s", [7, 2 * BLOCK, 5 * BLOCK])
+@pytest.mark.parametrize("s", [7, 2 * BLOCK, 5 * BLOCK, 12 * BLOCK])
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_largest_of_a_batch_are_those_of_a_sort(s: int, tied: bool) -> None:
+def test_the_largest_are_those_of_a_sort(s: int, tied: bool) -> None:
     for k in (1, 2, 6):
         pre_ns = normal(N, s, seed=k)
         if tied:
             pre_ns = pre_ns.round()
-        found = largest_of_batch(pre_ns, k)
-        assert (
-            len(found.features_e) == k * N == len({*zip(found.rows().tolist(), found.features_e.tolist(), strict=True)})
-        )
-        assert sorted(found.of(pre_ns).tolist()) == sorted(pre_ns.flatten().tolist())[-k * N :]
-        assert found.rows().tolist() == sorted(found.rows().tolist())
+        of_token, of_batch = largest(pre_ns, k), largest_of_batch(pre_ns, k)
+        for found in (of_token, of_batch):
+            places = zip(found.rows().tolist(), found.features_e.tolist(), strict=True)
+            assert len(found.features_e) == len({*places}) == k * N
+            assert found.rows().tolist() == sorted(found.rows().tolist())
+        assert sorted(of_batch.of(pre_ns).tolist()) == sorted(pre_ns.flatten().tolist())[-k * N :]
+        for row, values in zip(pre_ns.tolist(), of_token.of(pre_ns).view(N, k).tolist(), strict=True):
+            assert sorted(values) == sorted(row)[-k:]
 
 
 # Gradients

@@ -65,30 +65,32 @@ def where(mask_ns: Tensor) -> Entries:
 
 
 def largest(pre_ns: Tensor, k: int) -> Entries:
-    """Return each token's k largest."""
-    return chosen(pre_ns.topk(k, dim=1, sorted=False).indices)
+    """Return each token's k largest; of equal ones no more than that."""
+    return chosen(_largest(pre_ns, k))
 
 
 def largest_of_batch(pre_ns: Tensor, k: int) -> Entries:
     """Return the k n largest of all n tokens together; of equal ones no more than that."""
-    n, s = pre_ns.shape
-    count, blocks = k * n, s // BLOCK
-    if s % BLOCK or count > n * blocks:
-        return _at(pre_ns.flatten().topk(count, sorted=False).indices.sort().values, n, s)
-    # As many blocks of columns as there are entries to find, those with the largest maxima, hold the largest entries:
-    # whatever lies in another block is no larger than the maximum of each of these.
-    top = pre_ns.view(n, BLOCK, blocks).amax(dim=1).flatten().topk(count, sorted=False).indices
-    first = top // blocks * s + top % blocks
-    places = (first[:, None] + torch.arange(0, s, blocks, device=pre_ns.device)).flatten()
-    best = pre_ns.flatten()[places].topk(count, sorted=False).indices
-    return _at(places[best].sort().values, n, s)
+    places_e = _largest(pre_ns.reshape(1, -1), k * len(pre_ns)).flatten()
+    return _at(places_e.sort().values, *pre_ns.shape)
+
+
+def _largest(x_rs: Tensor, k: int) -> Tensor:
+    """Return the indices [r, k] of the k largest of each row, in any order."""
+    r, s = x_rs.shape
+    if s % BLOCK or 2 * k * BLOCK > s:
+        return x_rs.topk(k, dim=1, sorted=False).indices
+    # The k blocks with the largest maxima hold the k largest: what lies in another one has k others at least as large.
+    blocks_rk = x_rs.reshape(r, BLOCK, -1).amax(dim=1).topk(k, dim=1, sorted=False).indices
+    places = (blocks_rk[:, :, None] + torch.arange(0, s, s // BLOCK, device=x_rs.device)).flatten(1)
+    return places.gather(1, x_rs.gather(1, places).topk(k, dim=1, sorted=False).indices)
 
 
 GATHERED = 1 << 16
 """Of how many entries the vectors lie side by side in memory, where there is no other way."""
 
 BLOCK = 16
-"""Of how many entries the maximum is taken first, where the largest of very many are looked for."""
+"""Of how many entries, far apart in a row, the maximum is taken before the largest are looked for."""
 
 
 def _at(places_e: Tensor, n: int, s: int) -> Entries:
