@@ -82,7 +82,7 @@ def _training(cls: type, settings: dict[str, object], x_nd: Tensor) -> Training:
     """Return a training whose weights do not move, and of whose features as many are active as is wanted."""
     config: SaeConfig = cls(**{"expansion": EXPANSION, "lr": 1e-12, **settings})
     d_model = x_nd.shape[1]
-    stats = Stats(torch.zeros(d_model), torch.ones(d_model), 1.0, BATCH)
+    stats = Stats(torch.zeros(d_model), torch.ones(d_model), 1.0, 0.0, BATCH)
     training = Training(Unit("train", {}, given={"sae": config}), d_model, stats, 1 << 40, "cpu")
     sae = training.sae
     if "k" not in settings:
