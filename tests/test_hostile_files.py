@@ -83,7 +83,7 @@ def good() -> dict[str, Any]:
     for index, state in training.adam.state_dict()["state"].items():
         tensors |= {f"adam.{index}.{name}": x.clone() for name, x in state.items()}
     return {
-        "sae": {name: x.clone() for name, x in training.sae.state_dict().items()},
+        "sae": {name: x.clone().contiguous() for name, x in training.sae.state_dict().items()},
         "header": {"d_model": 3, "config": CONFIG.content()},
         "checkpoint": {**tensors, "since_s": training.since_s},
     }

@@ -17,7 +17,7 @@ from saefw import sae as module
 from saefw import sparse
 from saefw.plugin import SaeConfig
 from saefw.sae import Batch, Entries, Loss, Sae, largest, largest_of_batch, where
-from saefw.sparse import BLOCK, Scratch, chosen, decode, encode, split, stacked, turned
+from saefw.sparse import BLOCK, Scratch, chosen, decode, encode, left_over, split, stacked, turned
 from saefw_relu import Relu
 from saefw_topk import TopK
 
@@ -107,6 +107,10 @@ def test_gradients_by_entries_are_the_numerical_ones() -> None:
     by_feature, codes_e = turned(entries, S), normal(len(entries.features_e), seed=1).requires_grad_()
     assert torch.autograd.gradcheck(lambda codes, W: decode(codes, W, entries, by_feature), (codes_e, W_sd))
     torch.testing.assert_close(decode(codes_e, W_sd, entries, by_feature), entries.dense(codes_e, S) @ W_sd)
+
+    rows_gnd, taken_nd = normal(3, N, D).requires_grad_(), normal(N, D, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(left_over, (taken_nd, rows_gnd))
+    torch.testing.assert_close(left_over(taken_nd, rows_gnd), taken_nd - rows_gnd.cumsum(dim=0))
 
     x_nd, b_dec = normal(N, D, seed=2), normal(D, seed=4).requires_grad_()
     W_enc, b_enc = normal(D, S, seed=5).requires_grad_(), normal(S, seed=6).requires_grad_()

@@ -19,6 +19,7 @@ from saefw.sparse import (
     encode,
     largest,
     largest_of_batch,
+    left_over,
     split,
     stacked,
     turned,
@@ -274,15 +275,14 @@ class Sae(nn.Module):
         pre_e, aux_e = pre_e.tensor_split([len(features_e)])
         codes_e = self.fire(pre_e, features_e)
         rows_rd = decode(torch.cat([codes_e, aux_e.relu()]) if len(dead) else codes_e, W_sd, every, by_feature)
-        x_hat_gnd = rows_rd[: len(ends) * n].view(len(ends), n, -1)
-        x_hat_gnd = (x_hat_gnd if len(ends) == 1 else x_hat_gnd.cumsum(dim=0)) + self.b_dec
+        error_gnd = left_over(x_nd - self.b_dec, rows_rd[: len(ends) * n].view(len(ends), n, -1))
 
         def rebuild(values_e: Tensor) -> Tensor:
             rows_rd = decode(values_e, W_sd.detach(), main, None)
             return rows_rd.view(len(ends), n, -1).sum(dim=0) + self.b_dec.detach()
 
         fired_s = torch.bincount(features_e[codes_e > 0], minlength=self.d_sae)
-        return Batch(x_nd, pre_e, codes_e, features_e, x_nd - x_hat_gnd, rebuild), rows_rd[len(ends) * n :], fired_s
+        return Batch(x_nd, pre_e, codes_e, features_e, error_gnd, rebuild), rows_rd[len(ends) * n :], fired_s
 
     def _revived(self, pre_ns: Tensor, dead: Tensor) -> Entries:
         """Return the entries that AuxK trains: of the `dead`, each token's `k_aux` largest that are above zero."""

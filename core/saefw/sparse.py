@@ -173,6 +173,12 @@ def decode(codes_e: Tensor, W_dec: Tensor, at: Entries, by_feature: Turned | Non
     return found
 
 
+def left_over(x_nd: Tensor, rows_gnd: Tensor) -> Tensor:
+    """Return what is left of x after taking off the first of the rows, after the first two, and so on, [g, n, d]."""
+    found: Tensor = _LeftOver.apply(x_nd, rows_gnd)  # type: ignore[no-untyped-call]
+    return found
+
+
 class _Encode(Function):
     @staticmethod
     def forward(
@@ -212,6 +218,25 @@ class _Decode(Function):
             order_e, starts_s, rows_e, _ = turned
             W = _sums(codes_e[order_e], gradient_rd, rows_e, starts_s)
         return code_e, W, None, None
+
+
+class _LeftOver(Function):
+    # As -cumsum + x, but along a dimension where torch's is slow.
+
+    @staticmethod
+    def forward(ctx: Any, x_nd: Tensor, rows_gnd: Tensor) -> Tensor:
+        left_gnd = torch.empty_like(rows_gnd)
+        for rows_nd, left_nd in zip(rows_gnd, left_gnd, strict=True):
+            x_nd = torch.sub(x_nd, rows_nd, out=left_nd)
+        return left_gnd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_gnd: Tensor) -> tuple[Tensor, Tensor]:
+        taken_gnd = -gradient_gnd
+        for g in range(len(taken_gnd) - 1, 0, -1):
+            taken_gnd[g - 1] += taken_gnd[g]
+        return -taken_gnd[0], taken_gnd
 
 
 def _sums(weights_e: Tensor, x_nd: Tensor, indices_e: Tensor, starts_r: Tensor) -> Tensor:

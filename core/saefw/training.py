@@ -51,13 +51,13 @@ class Training:
         and were the gradient clipped before its useless part is taken out, the useful part would be clipped too.
         """
         self.whole = False
+        self.sae.zero_grad()
         lr, dead_s = learning_rate(self.config, self.step, self.n_steps), self.since_s >= dead_after
         for group in self.adam.param_groups:
             group["lr"] = lr
         with seeded(self.config.seed, self.step + 1, self.device):
             loss = self.sae.loss(x_nd, dead_s)
         total = torch.stack(list(loss.terms.values())).sum()
-        self.sae.zero_grad()
         total.backward()  # type: ignore[no-untyped-call]
         self.total = total.detach()
         if self.config.unit_norm:
@@ -67,6 +67,7 @@ class Training:
         for mine, parameter in zip(self.adam.param_groups[0]["params"], self.sae.parameters(), strict=True):
             mine.grad = None if parameter.grad is None else inline(parameter.grad)
         self.adam.step()
+        self.adam.zero_grad()
         if self.config.unit_norm:
             renormalise(self.sae.W_dec)
         self.since_s = torch.where(loss.fired_s > 0, 0, self.since_s + len(x_nd))
