@@ -25,8 +25,20 @@ from saefw.sparse import (
     turned,
     where,
 )
+from saefw.threshold import Threshold
 
-__all__ = ["Batch", "Codes", "Entries", "Loss", "Sae", "chosen", "largest", "largest_of_batch", "where"]
+__all__ = [
+    "Batch",
+    "Codes",
+    "Entries",
+    "Loss",
+    "Sae",
+    "Threshold",
+    "chosen",
+    "largest",
+    "largest_of_batch",
+    "where",
+]
 
 DENSE = 1 / 16
 """Where more than this share of the entries is active, dense products are quicker than sums over active entries."""
@@ -173,6 +185,15 @@ class Sae(nn.Module):
         It is the mean over tokens and dimensions, and over the prefixes where there are several.
         """
         return {"mse": batch.error_gnd.square().mean()}
+
+    def prepare(self, x_nd: Tensor) -> None:
+        """Take in a sample of normalised training tokens, once, before the first step; by default nothing.
+
+        Whatever comes of it lies in parameters and buffers.
+        """
+
+    def settle(self) -> None:
+        """Bring the parameters back to where they may be, after every step of the optimiser; by default nothing."""
 
     def loss(self, x_nd: Tensor, dead_s: Tensor) -> Loss:
         """Return the training loss of a batch: `terms` and, while features are dead, AuxK.

@@ -145,6 +145,7 @@ def check_sae(config: SaeConfig, d_model: int = 16) -> None:
         optimiser.zero_grad()
         torch.stack(list(sae.loss(sae.normalise(x_nd), _no(s)).terms.values())).sum().backward()  # type: ignore[no-untyped-call]
         optimiser.step()
+        sae.settle()
     sae.eval().requires_grad_(False)
     _check_codes(sae, x_nd)
 

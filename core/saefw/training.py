@@ -70,6 +70,7 @@ class Training:
         self.adam.zero_grad()
         if self.config.unit_norm:
             renormalise(self.sae.W_dec)
+        self.sae.settle()
         self.since_s = torch.where(loss.fired_s > 0, 0, self.since_s + len(x_nd))
         terms = {f"train_{name}": term.detach() for name, term in loss.terms.items()}
         seen = {"train_l0": loss.fired_s.sum() / len(x_nd), "train_dead": dead_s.float().mean(), "lr": lr}
