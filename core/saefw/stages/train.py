@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from saefw import samples
 from saefw.acts import Acts, Stats
@@ -42,6 +43,9 @@ from saefw.unit import canonical
 
 TOKENS = 8192
 """How many tokens, about, are measured at once."""
+
+SAMPLE = 1 << 16
+"""Training tokens, at most, that an SAE may look at before its first step."""
 
 WORTH = 20
 """Between two checkpoints lies so many times what writing one takes, at least."""
@@ -190,6 +194,8 @@ class Train(StageConfig):
         for training in trainings:
             training.sae.scratch = trainings[0].sae.scratch
             training.resume(run)
+            if not training.step and type(training.sae).prepare is not Sae.prepare:
+                training.sae.prepare(self._sample(acts, stats))
         dead_after = self.dead_after or min(math.ceil(self.n_tokens / 10), 10_000_000)
         failed: list[str] = []
 
@@ -211,6 +217,12 @@ class Train(StageConfig):
         if trainings:
             self._finish(run, acts, trainings)
         return failed
+
+    def _sample(self, acts: Acts, stats: Stats) -> Tensor:
+        """Return some normalised training tokens, always the same."""
+        stream = acts.shuffled(self.tokens, acts.of_split("train"), SAMPLE, self.seed)
+        x_nd: Tensor = (next(stream)[: stream.n_vectors] - stats.mean.float()) / stats.scale
+        return x_nd
 
     def _steps(
         self,
