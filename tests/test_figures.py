@@ -234,6 +234,18 @@ def test_pareto_shows_each_sae_at_its_numbers(stock: Run) -> None:
     assert "k 4\n10% dead" in said and "N = 1,234 valid tokens" in said and "vit on pets, layer 1" in said
 
 
+def test_many_saes_are_told_apart_and_not_written_over_each_other(tmp_path: Path) -> None:
+    run = desk(tmp_path)
+    acts = recorded(run)
+    saes = [trained(run, acts, f"variant {i}", k=4 + j) for i in range(7) for j in range(3)]
+    run.listed("sweep", saes[:-1])
+    assert "k 4\n10% dead" in texts(drawn(run, Pareto(), "sweep"))
+    run.listed("sweep", saes)
+    made = drawn(run, Pareto(), "sweep")
+    assert len({(line.get_color(), line.get_marker()) for line in made.axes[0].lines}) == 7
+    assert "dead" not in texts(made) and "variant 6" in texts(made)
+
+
 def test_settings_of_any_kind_are_told(tmp_path: Path) -> None:
     run = desk(tmp_path)
     acts = recorded(run)

@@ -32,6 +32,12 @@ LOOK: Mapping[str, tuple[str, str, str, str]] = {
 }
 """Of each kind of edit: its name, colour, marker and line."""
 
+MARKERS = "os^Dvp*"
+"""Of lines that are more than there are colours; their number shares no factor with that of the colours."""
+
+NAMED = 20
+"""How many points of a panel can have their settings written beside them."""
+
 
 class Pareto(FigureConfig):
     """Normalised MSE against L0 of every SAE: how much each keeps, and how sparse it is."""
@@ -58,11 +64,14 @@ class Pareto(FigureConfig):
             here = [row for row in whole if row[5] > 0 and row[6] > 0]
             if len(here) < len(whole):
                 label = f"{label} ({len(whole) - len(here)} of {len(whole)} not shown: L0 or error is 0)"
-            for variant in sorted({row[3] for row in here}):
+            for i, variant in enumerate(sorted({row[3] for row in here})):
                 ours = [row for row in here if row[3] == variant]
                 changing = _changing(json.loads(row[4]) for row in ours)
-                axes.plot([row[5] for row in ours], [row[6] for row in ours], marker="o", label=variant)
-                for row in ours:
+                axes.plot(
+                    [row[5] for row in ours], [row[6] for row in ours], marker=MARKERS[i % len(MARKERS)], label=variant
+                )
+                # More would lie on each other; the table `sae` has them.
+                for row in ours if len(here) <= NAMED else ():
                     config = json.loads(row[4])
                     said = ", ".join(f"{key} {_number(config[key])}" for key in changing if key in config)
                     dead = f"{row[7]:.0%} dead" if row[7] is not None and row[7] >= 0.005 else ""
