@@ -1,24 +1,31 @@
 """The registries in examples/: they check, plan what they say, and the one on real data runs."""
 
+import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pytest
+import tiny
+import torch
 import trees
 from typer.testing import CliRunner
 
 from saefw import pipeline
+from saefw.acts import Acts
 from saefw.catalog import Catalog
 from saefw.cli import app
 from saefw.pace import Pace
 from saefw.plugin import BackboneConfig
 from saefw.registry import read
+from saefw.trained import open_sae
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CLIP = "clip_imagenet_classification.yaml"
 REAL = "real_small.yaml"
+VARIANTS = "variants.yaml"
 
 
 @pytest.mark.parametrize(
@@ -26,6 +33,7 @@ REAL = "real_small.yaml"
     [
         (CLIP, "fine; 1 backbone, 4 datasets, 18 saes, 30 probes, 5 figures, 8 stages"),
         (REAL, "fine; 1 backbone, 2 datasets, 5 saes, 16 probes, 5 figures, 8 stages"),
+        (VARIANTS, "fine; 1 backbone, 1 dataset, 21 saes, 1 figure, 3 stages"),
     ],
 )
 def test_they_check_without_images_and_weights(name: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +162,38 @@ def test_images_that_are_not_there_have_a_place(
     result = CliRunner().invoke(app, ["run", str(clip), "--dry"])
     assert result.exit_code == 1
     assert result.stderr == f"{clip}:{why.format(base)}\n"
+
+
+def test_every_variant_trains(tmp_path: Path) -> None:
+    """The example with all variants, on a tiny backbone and tiny images, for few steps."""
+    text = (EXAMPLES / VARIANTS).read_text()
+    for word, smaller in {
+        "saefw: 1": f"saefw: 1\nplugins: [{tiny.__file__}]",
+        "digits-vit": "tiny-vit",
+        "use: digits}": "use: tiny-set}",
+        "1_150_000": "10_000",
+        "../runs/variants": "runs",
+    }.items():
+        assert word in text
+        text = text.replace(word, smaller)
+    path = tmp_path / VARIANTS
+    path.write_text(text)
+    result = CliRunner().invoke(app, ["run", str(path)])
+    assert result.exit_code == 0, result.output
+    registry = read(path, Catalog())
+    with duckdb.connect(str(tmp_path / "runs" / "saefw.duckdb"), read_only=True) as db:
+        rows = db.execute(
+            "SELECT p.variant, p.sae, l0, nmse, s.config->>'k' FROM pareto p JOIN sae s ON s.unit = p.sae"
+        ).fetchall()
+    assert len(rows) == 21 and {row[0] for row in rows} == set(registry.families["saes"])
+    assert all(0 < l0 < 64 and math.isfinite(nmse) for _, _, l0, nmse, _ in rows)
+    # What an archetypal one mixes its rows of is what was recorded.
+    (sae, k) = next((row[1], row[4]) for row in rows if row[0] == "archetypal")
+    config: Any = next(m.entry for m in registry.families["saes"]["archetypal"] if m.entry.content()["k"] == int(k))
+    opened = open_sae(config, tmp_path / "runs" / "train" / sae)
+    acts = Acts(next((tmp_path / "runs" / "record").iterdir()))
+    x_nd = torch.cat([x_etd.flatten(0, 1) for _, x_etd in acts.read("patches", acts.of_split("train"))])
+    assert torch.cdist(opened.get_buffer("points"), opened.normalise(x_nd)).amin(dim=1).max() < 1e-2
 
 
 @pytest.mark.slow

@@ -63,7 +63,8 @@ def trained(config: SaeConfig, n_steps: int = N_STEPS) -> Sae:
     training.sae.prepare(z_nd)
     for _ in range(n_steps):
         training.advance(z_nd[torch.randint(N, (BATCH,), generator=generator)], N)
-    return training.sae.eval().requires_grad_(False)
+    sae: Sae = training.sae.eval().requires_grad_(False)
+    return sae
 
 
 def found(sae: Sae) -> float:
@@ -90,7 +91,7 @@ SHARED = {"expansion": 2, "lr": 0.01, "warmup": 10}
         (Archetypal(k=K, candidates=512, **SHARED), 2.7, K),
         (Archetypal(k=K, candidates=512, delta=0, **SHARED), 2.7, K),
     ],
-    ids=lambda value: value.use if isinstance(value, SaeConfig) else "",
+    ids=lambda value: value.content()["use"] if isinstance(value, SaeConfig) else "",
 )
 def test_every_variant_finds_the_planted_dictionary(config: SaeConfig, low: float, high: float) -> None:
     sae = trained(config)

@@ -83,7 +83,7 @@ def test_jumprelu_loss_is_that_of_a_dense_oracle(penalty: Any, pre_act: float, s
 
 def test_a_threshold_learns_from_what_is_near_it_alone() -> None:
     """Far below, in the lower half of the window, at the threshold, in its upper half, far above; in closed form."""
-    sae = JumpRelu(expansion=1, threshold=2.0, bandwidth=0.5).fresh(1).double()
+    sae: Any = JumpRelu(expansion=1, threshold=2.0, bandwidth=0.5).fresh(1).double()
     for pre, fires, near in ((0.1, 0, 0), (1.9, 0, 1), (2.0, 0, 1), (2.1, 1, 1), (5.0, 1, 0)):
         pre_ns = torch.tensor([[pre]], dtype=torch.float64, requires_grad=True)
         code = sae.activate(pre_ns)
@@ -97,7 +97,7 @@ def test_a_threshold_learns_from_what_is_near_it_alone() -> None:
 def test_thresholds_follow_the_smoothed_count() -> None:
     """The count's gradient is the derivative of the count averaged over the window, and no token's alone."""
     config = JumpRelu(expansion=1, threshold=1.0, bandwidth=0.8, weight=1.0)
-    sae = config.fresh(1).double()
+    sae: Any = config.fresh(1).double()
     x_nd = torch.linspace(-3.03, 3, 41, dtype=torch.float64)[:, None] * sae.W_enc.detach().sign()
 
     def smoothed(log_threshold: float) -> float:
@@ -299,7 +299,7 @@ def test_archetypal_loss_is_that_of_a_dense_oracle() -> None:
 def test_rows_stay_near_mixtures_of_tokens(unit_norm: bool) -> None:
     """After steps much too large, W_dec is what convex weights and a bounded rest make of real tokens."""
     torch.manual_seed(0)
-    sae = Archetypal(expansion=3, k=4, candidates=20, delta=0.5, unit_norm=unit_norm).fresh(D)
+    sae: Any = Archetypal(expansion=3, k=4, candidates=20, delta=0.5, unit_norm=unit_norm).fresh(D)
     x_nd = tokens(n=50).float()
     sae.prepare(x_nd)
     assert torch.equal(sae.points, x_nd[:20])
@@ -320,14 +320,14 @@ def test_rows_stay_near_mixtures_of_tokens(unit_norm: bool) -> None:
 
 
 def test_a_short_sample_is_taken_again_from_its_start() -> None:
-    sae = Archetypal(expansion=3, k=4, candidates=5).fresh(D)
+    sae: Any = Archetypal(expansion=3, k=4, candidates=5).fresh(D)
     x_nd = tokens(n=2).float()
     sae.prepare(x_nd)
     assert torch.equal(sae.points, x_nd[[0, 1, 0, 1, 0]])
 
 
 def test_a_mixture_of_nothing_becomes_one_of_everything() -> None:
-    sae = Archetypal(expansion=3, k=4, candidates=5).fresh(D)
+    sae: Any = Archetypal(expansion=3, k=4, candidates=5).fresh(D)
     with torch.no_grad():
         sae.mix[2] = -1
     sae.settle()
