@@ -54,9 +54,8 @@ def planted() -> Planted:
 def trained(config: SaeConfig, n_steps: int = N_STEPS) -> Sae:
     """By the steps that the train stage takes."""
     x_nd = planted().x_nd
-    centred_nd = x_nd - x_nd.mean(dim=0)
-    stats = Stats(x_nd.double().mean(dim=0), centred_nd.double().square().mean(dim=0), 1.0, N)
-    stats = stats._replace(scale=float(stats.var.mean().sqrt()))
+    mean_d, var_d = x_nd.double().mean(dim=0), x_nd.double().var(dim=0, correction=0)
+    stats = Stats(mean_d, var_d, float(var_d.mean().sqrt()), float(mean_d.norm() / var_d.sum().sqrt()), N)
     training = Training(Unit("train", {}, given={"sae": config}), D, stats, n_steps, "cpu")
     z_nd = training.sae.normalise(x_nd)
     generator = torch.Generator().manual_seed(1)

@@ -78,7 +78,7 @@ def largest_of_batch(pre_ns: Tensor, k: int) -> Entries:
 def _largest(x_rs: Tensor, k: int) -> Tensor:
     """Return the indices [r, k] of the k largest of each row, in any order."""
     r, s = x_rs.shape
-    if s % BLOCK or 2 * k * BLOCK > s:
+    if s % BLOCK or not 0 < 2 * k * BLOCK <= s:
         return x_rs.topk(k, dim=1, sorted=False).indices
     # The k blocks with the largest maxima hold the k largest: what lies in another one has k others at least as large.
     blocks_rk = x_rs.reshape(r, BLOCK, -1).amax(dim=1).topk(k, dim=1, sorted=False).indices
