@@ -56,7 +56,8 @@ def oracle(seed: int, epoch: int, n_tokens: int, n_examples: int, in_buffer: int
     segments = []
     for s in range(n_segments):
         lying = list(chain(*blocks[s * len(blocks) // n_segments : (s + 1) * len(blocks) // n_segments]))
-        shuffle = np.random.default_rng([seed, 0 if fits else epoch, 2, s + 1]).permutation(len(lying))
+        # A buffer with room for all, or for the only block there is, is read once.
+        shuffle = np.random.default_rng([seed, 0 if n_segments == 1 else epoch, 2, s + 1]).permutation(len(lying))
         segments.append([lying[i] for i in shuffle])
     live = min(max(1, n_slots - 1), n_segments)
     n_phases = n_segments - live + 1
