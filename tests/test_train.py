@@ -188,7 +188,7 @@ class Noisy(SaeConfig):
     use: Literal["noisy"] = "noisy"
 
     def build(self, d_model: int) -> "NoisySae":
-        return NoisySae(d_model, d_model * self.expansion)
+        return NoisySae(d_model, self.width(d_model))
 
 
 class NoisySae(Sae):
@@ -387,7 +387,9 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
     config = Relu(lr=2.0, warmup=4, decay=0.25)
     rates = [learning_rate(config, step, 20) for step in range(20)]
     assert rates == pytest.approx([0.5, 1, 1.5, *[2] * 13, 1.6, 1.2, 0.8, 0.4])
-    assert [learning_rate(Relu(lr=3.0, warmup=0, decay=0), step, 5) for step in range(5)] == [3.0] * 5
+    cosine = [learning_rate(Relu(lr=2.0, warmup=0, schedule="cosine", decay=0.5), step, 8) for step in range(8)]
+    assert cosine == pytest.approx([2, 2, 2, 2, 2, 1 + 0.5**0.5, 1, 1 - 0.5**0.5])
+    assert [learning_rate(Relu(lr=3.0, warmup=0, schedule="constant"), step, 5) for step in range(5)] == [3.0] * 5
 
 
 class Scripted(SaeConfig):
@@ -398,7 +400,7 @@ class Scripted(SaeConfig):
     script: list[list[int]] = Field(default_factory=list)
 
     def build(self, d_model: int) -> "ScriptedSae":
-        return ScriptedSae(d_model, d_model * self.expansion, self.script)
+        return ScriptedSae(d_model, self.width(d_model), self.script)
 
 
 class ScriptedSae(Sae):
@@ -526,7 +528,7 @@ def test_less_than_one_batch_is_refused(store: Path, tmp_path: Path) -> None:
 
 def test_too_large_a_k_is_refused_before_anything_is_trained(store: Path, tmp_path: Path) -> None:
     run = fresh(tmp_path, store, saes={**SAES, "topk": TopK(expansion=2, k=40)})
-    with pytest.raises(UserError, match=r"topk: k is 40, but there are 32 features \(expansion 2\)"):
+    with pytest.raises(UserError, match="topk: k is 40, but there are 32 features"):
         trained(run)
     assert not any(run.store.has(unit) for unit in STAGE.units(run))
 

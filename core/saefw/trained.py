@@ -45,7 +45,7 @@ def open_sae(config: SaeConfig, folder: Path, device: str = "cpu") -> Sae:
         raise UserError(f"{path}: holds an SAE with other settings than asked for; delete {folder} to train that one")
     does_not_fit = f"{path}: does not fit its SAE; delete {folder} to train it again"
     # Before one is built: a width that no file of this size can have would cost memory.
-    if n_numbers < d_model**2 * config.expansion:
+    if n_numbers < d_model * config.width(d_model):
         raise UserError(f"{does_not_fit} ({n_numbers} numbers are too few for a d_model of {d_model})")
     with seeded(config.seed, 0):
         sae = config.build(d_model)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from saefw import samples
 from saefw.acts import Acts, Stats
@@ -34,6 +35,7 @@ from saefw.plugin import (
     timed,
 )
 from saefw.sae import Sae
+from saefw.start import SAMPLE, start
 from saefw.stream import Stream
 from saefw.trained import write_sae
 from saefw.training import CHECKPOINT, Training
@@ -134,7 +136,7 @@ class Train(StageConfig):
         config: SaeConfig = unit.given["sae"]
         backbone: BackboneConfig = unit.needs[0].given["backbone"]
         d_model = backbone.describe().d_model
-        d_sae = config.expansion * d_model
+        d_sae = config.width(d_model)
         return 4 * (2 * d_model * d_sae + d_sae + 2 * d_model)
 
     def work(self, unit: Unit, run: Run) -> str:
@@ -185,6 +187,8 @@ class Train(StageConfig):
         trainings = [Training(unit, acts.d_model, stats, n_steps, run.device) for unit in units]
         for training in trainings:
             training.resume(run)
+            if not training.step:
+                start(training.sae, training.config, lambda: self._sample(acts, stats))
         dead_after = self.dead_after or min(math.ceil(self.n_tokens / 10), 10_000_000)
         failed: list[str] = []
 
@@ -206,6 +210,12 @@ class Train(StageConfig):
         if trainings:
             self._finish(run, acts, trainings)
         return failed
+
+    def _sample(self, acts: Acts, stats: Stats) -> Tensor:
+        """Return some normalised training tokens, always the same."""
+        stream = acts.shuffled(self.tokens, acts.of_split("train"), SAMPLE, self.seed)
+        x_nd: Tensor = (next(stream)[: stream.n_vectors] - stats.mean.float()) / stats.scale
+        return x_nd
 
     def _steps(
         self,
