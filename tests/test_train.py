@@ -392,6 +392,29 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
     assert [learning_rate(Relu(lr=3.0, warmup=0, schedule="constant"), step, 5) for step in range(5)] == [3.0] * 5
 
 
+def test_a_penalty_rises_over_its_warm_up_and_nothing_else_does() -> None:
+    x_nd = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    shares = []
+    risen_, full = (training(Relu(expansion=3, l1=0.1, lr=1e-9, sparsity_warmup=steps)) for steps in (4, 0))
+    for _ in range(6):
+        for made in (risen_, full):
+            made.advance(x_nd, 10**9)
+        shares.append((risen_.values["train_penalty"] / full.values["train_penalty"]).item())
+        assert risen_.values["train_mse"].item() == pytest.approx(full.values["train_mse"].item(), rel=1e-5)
+    assert shares == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1], rel=1e-4)
+
+
+def test_a_start_from_data_is_that_of_the_train_tokens_and_goes_on_after_a_stop(store: Path, tmp_path: Path) -> None:
+    saes = {"topk": TopK(expansion=3, k=3, init="data", b_dec="median")}
+    stage = STAGE.model_copy(update={"saes": ["topk"]})
+    whole_ = fresh(tmp_path / "a", store, saes=saes)
+    wanted = results(whole_, trained(whole_, stage))
+    with pytest.raises(Stop):
+        trained(fresh(tmp_path / "b", store, saes=saes, watcher=Killer(2)), stage)
+    again = fresh(tmp_path / "b", store, saes=saes)
+    assert results(again, trained(again, stage)) == wanted
+
+
 class Scripted(SaeConfig):
     """A variant that fires by a script: one row of features a step."""
 
