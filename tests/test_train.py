@@ -34,7 +34,9 @@ SAES: dict[str, SaeConfig] = {
     "topk": TopK(expansion=3, k=3, warmup=3, seed=1),
 }
 N_STEPS = 12
-STAGE = Train(acts="acts", saes=list(SAES), layers=[1], n_tokens=64 * N_STEPS + 5, batch_size=64, log_every=5)
+STAGE = Train(
+    acts="acts", saes=list(SAES), layers=[1], n_tokens=64 * N_STEPS + 5, batch_size=64, log_every=5, validate_every=0.3
+)
 
 
 @pytest.fixture(scope="module")
@@ -146,10 +148,32 @@ def test_the_log_holds_terms_by_step(whole: tuple[Run, list[Unit]]) -> None:
             steps.setdefault(name, []).append(step)
         for name in ("train_mse", term, "train_l0", "train_dead", "lr"):
             assert sorted(steps.pop(name)) == [0, 5, 10, 11]
+        assert {steps.pop("decoder_cos_max")[0], steps.pop("decoder_cos_mean")[0]} == {N_STEPS}
         assert set(steps) == {*saefw_metrics(), "n_valid_tokens"}
-        assert {step for each in steps.values() for step in each} == {N_STEPS}
+        assert {tuple(sorted(each)) for each in steps.values()} == {(4, 8, N_STEPS)}
         config = unit.given["sae"]
         assert row == (unit.needs[0].address, config.use, 16 * config.expansion, str(config.expansion))
+
+
+def test_valid_tokens_are_looked_at_while_it_trains(whole: tuple[Run, list[Unit]], store: Path, tmp_path: Path) -> None:
+    """The same ones each time, of the valid split alone; what is trained does not change by it."""
+    run, units = whole
+    with run.db() as db:
+        seen = dict(
+            db.execute(
+                "SELECT step, value FROM metric WHERE unit = ? AND name = 'n_valid_tokens'", [units[0].address]
+            ).fetchall()
+        )
+    acts = Acts(run.folder(units[0].needs[0]))
+    assert seen == {4: module.VALID, 8: module.VALID, N_STEPS: 16 * len(acts.of_split("valid"))}
+    blind = fresh(tmp_path, store)
+    others = trained(blind, STAGE.model_copy(update={"validate_every": 1.0}))
+    assert [unit.address for unit in others] == [unit.address for unit in units]
+    assert [blind.folder(unit).joinpath(FILE).read_bytes() for unit in others] == [
+        run.folder(unit).joinpath(FILE).read_bytes() for unit in units
+    ]
+    with blind.db() as db:
+        assert not db.execute("FROM metric WHERE name = 'nmse' AND step < ?", [N_STEPS]).fetchall()
 
 
 def test_training_lowers_the_error(store: Path, tmp_path: Path) -> None:
@@ -240,7 +264,7 @@ class Killer(Watcher):
             raise Stop
 
 
-@pytest.mark.parametrize("after", [2, 3, 8, 9, 10])
+@pytest.mark.parametrize("after", range(1, 15))
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     after: int, whole: tuple[Run, list[Unit]], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,6 +277,42 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     starts = [step for step in starting_steps(run) if step is not None]
     assert len(starts) == 2
     assert results(run, trained(run)) == results(*whole)
+
+
+@pytest.mark.parametrize("names", [["topk"], ["relu", "topk"]])
+@pytest.mark.parametrize("killed", range(1, N_STEPS + 1))
+def test_killed_in_any_step_it_goes_on_to_the_same_bytes(
+    killed: int,
+    names: list[str],
+    whole: tuple[Run, list[Unit]],
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Killed without a word in the middle of a step of the last member: there is only what lay on the disk."""
+    stage = STAGE.model_copy(update={"saes": names, "checkpoint_every": 0.0})
+    advance, checkpoint, dead = Training.advance, Training.checkpoint, False
+
+    def advance_or_die(self: Training, x_nd: Tensor, dead_after: int) -> None:
+        nonlocal dead
+        if dead := self.step == killed - 1 and isinstance(self.config, TopK):
+            raise Stop
+        advance(self, x_nd, dead_after)
+
+    def checkpoint_if_alive(self: Training, run: Run) -> None:
+        if not dead:
+            checkpoint(self, run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "WORTH", 0)
+        patch.setattr(Training, "advance", advance_or_die)
+        patch.setattr(Training, "checkpoint", checkpoint_if_alive)
+        with pytest.raises(Stop):
+            trained(fresh(tmp_path, store), stage)
+    run = fresh(tmp_path, store)
+    units = trained(run, stage)
+    chosen = [unit for unit in whole[1] if unit in units]
+    assert len(chosen) == len(names) and results(run, units) == results(whole[0], chosen)
 
 
 def test_a_stop_loses_no_step(whole: tuple[Run, list[Unit]], store: Path, tmp_path: Path) -> None:

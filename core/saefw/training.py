@@ -15,6 +15,7 @@ from saefw import sealed
 from saefw import tensors as files
 from saefw.acts import Stats
 from saefw.chance import seeded
+from saefw.metrics import measure
 from saefw.plugin import PenalisedConfig, Run, SaeConfig, Unit
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -77,6 +78,12 @@ class Training:
     def log(self, run: Run) -> None:
         """Note what the last step measured."""
         run.log(self.unit, self.step - 1, **{name: float(value) for name, value in self.values.items()})
+
+    def validate(self, run: Run, valid_nd: Tensor) -> None:
+        """Note the metrics of recorded tokens that it is not trained on."""
+        (values,) = measure([self.sae], run.metrics, [valid_nd])
+        self.sae.train()
+        run.log(self.unit, self.step, **values)
 
     def healthy(self) -> bool:
         """Whether the last loss and all weights are finite."""
