@@ -1,6 +1,9 @@
 """The train stage: one stream for all, resumable to the byte, measured on valid tokens."""
 
 import itertools
+import json
+import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +15,7 @@ import tiny
 import torch
 from pydantic import Field
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saefw.acts import Acts, Stats
@@ -24,7 +28,7 @@ from saefw.stages import train as module
 from saefw.stages.record import Record
 from saefw.stages.train import Train, saefw_metrics
 from saefw.store import Store
-from saefw.trained import FILE, open_sae
+from saefw.trained import CONFIG, FILE, SAMPLE, TOLERANCE, open_sae
 from saefw.training import CHECKPOINT, Training, learning_rate
 from saefw_relu import Relu
 from saefw_topk import TopK
@@ -73,14 +77,13 @@ def trained(run: Run, stage: Train = STAGE) -> list[Unit]:
     return units
 
 
-def results(run: Run, units: Sequence[Unit]) -> list[tuple[bytes, bytes, bytes]]:
+def results(run: Run, units: Sequence[Unit]) -> list[tuple[bytes, ...]]:
     """All that a unit holds but the time it took."""
     folders = [run.folder(unit) for unit in units]
-    assert {path.name for folder in folders for path in folder.iterdir()} == {
-        FILE, "metric.parquet", "sae.parquet", "unit.json", "made.json",
-    }  # fmt: skip
-    names = (FILE, "metric.parquet", "sae.parquet")
-    return [tuple((folder / name).read_bytes() for name in names) for folder in folders]  # type: ignore[misc]
+    names = (FILE, CONFIG, SAMPLE, "metric.parquet", "sae.parquet")
+    for folder in folders:
+        assert {path.name for path in folder.iterdir()} == {*names, "unit.json", "made.json"}
+    return [tuple((folder / name).read_bytes() for name in names) for folder in folders]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +115,6 @@ def test_an_sae_opens_as_it_was_trained(whole: tuple[Run, list[Unit]]) -> None:
         torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(sae.d_sae))
         with safe_open(run.folder(unit) / FILE, "pt") as file:
             assert set(file.keys()) == {"W_enc", "b_enc", "W_dec", "b_dec", "mean", "scale"}
-            assert list(file.metadata()) == ["saefw"]
 
 
 def test_metrics_are_those_of_numpy_on_the_valid_tokens(whole: tuple[Run, list[Unit]]) -> None:
@@ -618,17 +620,79 @@ def test_too_large_a_k_is_refused_before_anything_is_trained(store: Path, tmp_pa
 
 def test_a_file_that_cannot_be_used_is_named(whole: tuple[Run, list[Unit]], tmp_path: Path) -> None:
     run, units = whole
-    good, config = (run.folder(units[0]) / FILE).read_bytes(), SAES["relu"]
-    with pytest.raises(UserError, match=f"{tmp_path / FILE}: cannot be read .*; delete {tmp_path} to train it again"):
-        open_sae(config, tmp_path)
-    for damaged in (good[:-5], good[:20], b"", good.replace(b"W_enc", b"W_inc")):
-        (tmp_path / FILE).write_bytes(damaged)
-        with pytest.raises(UserError, match=f"{tmp_path / FILE}: .*; delete {tmp_path} to train it again"):
+    config = SAES["relu"]
+    shutil.copytree(run.folder(units[0]), tmp_path, dirs_exist_ok=True)
+    for name in (CONFIG, FILE, SAMPLE):
+        good = (tmp_path / name).read_bytes()
+        (tmp_path / name).unlink()
+        told = f"{tmp_path / name}: cannot be read .*; delete {tmp_path} to train it again"
+        with pytest.raises(UserError, match=told):
             open_sae(config, tmp_path)
-    (tmp_path / FILE).write_bytes(good)
-    with pytest.raises(UserError, match="holds an SAE with other settings"):
+        for damaged in (good[:-5], good[:20], b""):
+            (tmp_path / name).write_bytes(damaged)
+            with pytest.raises(UserError, match=told):
+                open_sae(config, tmp_path)
+        (tmp_path / name).write_bytes(good)
+    with pytest.raises(UserError, match="is of an SAE with other settings"):
         open_sae(Relu(expansion=2, l1=0.03, warmup=3), tmp_path)
     assert open_sae(config, tmp_path).d_sae == 32
+
+
+def test_a_config_says_what_the_sae_is(whole: tuple[Run, list[Unit]]) -> None:
+    run, units = whole
+    for unit, config in zip(units, SAES.values(), strict=True):
+        acts = Acts(run.folder(unit.needs[0]))
+        stats = acts.stats("patches")
+        assert json.loads((run.folder(unit) / CONFIG).read_text()) == {
+            "variant": config.content()["use"],
+            "settings": config.content(),
+            "acts": unit.needs[0].address,
+            "layer": 1,
+            "tokens": "patches",
+            "n_tokens": 64 * N_STEPS,
+            "d_model": 16,
+            "d_sae": config.width(16),
+            "normalisation": "x_n = (x - mean) / scale",
+            "offset_ratio": pytest.approx(
+                float(np.linalg.norm(stats.mean.numpy()) / np.sqrt(stats.var.numpy().sum())), rel=1e-9
+            ),
+            "inference": "codes = select((x_n - b_dec) W_enc + b_enc), x_hat = (codes W_dec + b_dec) scale + mean",
+            "select": (type(config).__doc__ or "").splitlines()[0],
+            "tolerance": TOLERANCE,
+        }
+        sample = load_file(run.folder(unit) / SAMPLE)
+        valid_nd = next(acts.shuffled("patches", acts.of_split("valid"), module.VALID, STAGE.seed))
+        assert torch.equal(sample["x"], valid_nd[:16])
+        codes = open_sae(config, run.folder(unit)).encode(sample["x"])
+        assert torch.equal(sample["indices"], codes.indices) and torch.equal(sample["values"], codes.values)
+
+
+@pytest.mark.parametrize("changed", ["W_enc", "b_enc", "mean", "scale"])
+def test_other_codes_than_when_it_was_trained_are_noticed(
+    changed: str, whole: tuple[Run, list[Unit]], tmp_path: Path
+) -> None:
+    """Rounding is not; nor is one token of which all codes are others."""
+    run, units = whole
+    shutil.copytree(run.folder(units[1]), tmp_path, dirs_exist_ok=True)
+    good, config = load_file(tmp_path / FILE), SAES["topk"]
+    save_file({**good, changed: good[changed] * (1 + 1e-6)}, tmp_path / FILE)
+    open_sae(config, tmp_path)
+    save_file({**good, changed: good[changed] * 1.1 + 0.1}, tmp_path / FILE)
+    with pytest.raises(UserError) as error:
+        open_sae(config, tmp_path)
+    told = str(error.value)
+    apart = re.search(r"they are (\S+) apart", told)
+    assert apart and float(apart[1]) > TOLERANCE
+    assert told == (
+        f"{tmp_path / SAMPLE}: its tokens get other codes than when the SAE was trained (they are {apart[1]} apart; "
+        f"0.001 is rounding), so its weights, or the code of 'topk', are not what they were; "
+        f"delete {tmp_path} to train it again"
+    )
+    save_file(good, tmp_path / FILE)
+    sample = load_file(tmp_path / SAMPLE)
+    sample["indices"][0] = (sample["indices"][0] + 1) % 48
+    save_file(sample, tmp_path / SAMPLE)
+    open_sae(config, tmp_path)
 
 
 def test_progress_counts_tokens_to_the_end(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,9 @@ from saefw.unit import canonical
 TOKENS = 8192
 """How many tokens, about, are measured at once."""
 
+SAMPLED = 16
+"""How many valid tokens lie beside a trained SAE, to see that it still gives their codes."""
+
 VALID = 8192
 """How many valid tokens are looked at while an SAE is trained."""
 
@@ -215,7 +218,7 @@ class Train(StageConfig):
                     training.checkpoint(run)
             raise
         if trainings:
-            self._finish(run, acts, trainings)
+            self._finish(run, acts, stats, trainings, valid_nd[:SAMPLED])
         return failed
 
     def _valid(self, run: Run, acts: Acts) -> Iterator[Tensor]:
@@ -284,15 +287,21 @@ class Train(StageConfig):
         """Whether there is a look at valid tokens after so many steps; after the last one there is a longer one."""
         return done % max(1, round(self.validate_every * n_steps)) == 0 and done < n_steps
 
-    def _finish(self, run: Run, acts: Acts, trainings: Sequence[Training]) -> None:
+    def _finish(self, run: Run, acts: Acts, stats: Stats, trainings: Sequence[Training], sample_nd: Tensor) -> None:
         """Measure, write and keep SAEs that are trained."""
         saes = [training.sae for training in trainings]
+        offset_ratio = float(stats.mean.norm() / stats.var.sum().sqrt())
         measured = measure(saes, run.metrics, self._valid(run, acts))
         for training, values in zip(trainings, measured, strict=True):
             unit, config, address = training.unit, training.config, training.unit.needs[0].address
-            about = {"acts": address, "layer": acts.layer, "tokens": self.tokens, "d_model": acts.d_model}
-            about["n_tokens"] = training.n_steps * self.batch_size
-            write_sae(training.sae, config, run.folder(unit), about)
+            about: dict[str, Any] = {
+                "acts": address,
+                "layer": acts.layer,
+                "tokens": self.tokens,
+                "d_model": acts.d_model,
+            }
+            about |= {"n_tokens": training.n_steps * self.batch_size, "offset_ratio": offset_ratio}
+            write_sae(training.sae, config, run.folder(unit), about, sample_nd)
             variant, n_features = config.content()["use"], training.sae.d_sae
             run.put(
                 unit, "sae", acts=address, variant=variant, n_features=n_features, config=canonical(settings(config))
