@@ -2,8 +2,11 @@
 
 import itertools
 import json
+import multiprocessing
+import random
 import re
 import shutil
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -315,6 +318,47 @@ def test_killed_in_any_step_it_goes_on_to_the_same_bytes(
     units = trained(run, stage)
     chosen = [unit for unit in whole[1] if unit in units]
     assert len(chosen) == len(names) and results(run, units) == results(whole[0], chosen)
+
+
+@pytest.mark.parametrize("names", [["topk"], ["relu", "topk"]])
+def test_killed_by_the_system_at_any_time_it_goes_on_to_the_same_bytes(
+    names: list[str], whole: tuple[Run, list[Unit]], store: Path, tmp_path: Path
+) -> None:
+    """A process of its own, killed with SIGKILL again and again until it comes to its end."""
+    fresh(tmp_path, store)
+    rng, kills, code = random.Random(len(names)), 0, -signal.SIGKILL
+    while code:
+        child = multiprocessing.get_context("fork").Process(target=_train, args=(tmp_path, store, names))
+        child.start()
+        # Later each time: one that is always killed too early would never end.
+        child.join(rng.uniform(0, 0.1 * (1 + kills)))
+        child.kill()
+        child.join()
+        code = child.exitcode
+        assert code in (0, -signal.SIGKILL)
+        kills += code != 0
+    assert kills > 1
+    run = fresh(tmp_path, store)
+    units = list(STAGE.model_copy(update={"saes": names}).units(run))
+    chosen = [unit for unit in whole[1] if unit in units]
+    assert len(chosen) == len(names) and results(run, units) == results(whole[0], chosen)
+
+
+def _train(path: Path, store: Path, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    module.WORTH = 0
+    trained(fresh(path, store), STAGE.model_copy(update={"saes": names, "checkpoint_every": 0.0}))
+
+
+def test_layers_are_trained_one_after_the_other_as_if_alone(store: Path, tmp_path: Path) -> None:
+    both = fresh(tmp_path / "both", store)
+    units = trained(both, STAGE.model_copy(update={"layers": [1, 2]}))
+    assert len(units) == 2 * len(SAES)
+    for layer in (1, 2):
+        alone = fresh(tmp_path / str(layer), store)
+        wanted = trained(alone, STAGE.model_copy(update={"layers": [layer]}))
+        chosen = [unit for unit in units if unit.needs[0].content["layer"] == layer]
+        assert results(both, chosen) == results(alone, wanted)
 
 
 def test_a_stop_loses_no_step(whole: tuple[Run, list[Unit]], store: Path, tmp_path: Path) -> None:

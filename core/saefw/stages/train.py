@@ -10,6 +10,7 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -159,7 +160,7 @@ class Train(StageConfig):
             n_valid = counts[acts]["valid"] * (info.grid[0] * info.grid[1] if self.tokens == "patches" else 1)
             what = f"a token and feature of a {config.use} SAE of {info.d_model}"
             each = pace(what, partial(_step, config, info.d_model, self.batch_size, run.device))
-            total += each * config.expansion * info.d_model * (self.n_tokens + n_valid)
+            total += each * config.width(info.d_model) * (self.n_tokens + n_valid)
         return total
 
     def make(self, units: Sequence[Unit], run: Run) -> None:
@@ -317,7 +318,7 @@ def _depth(acts: Unit) -> int:
 
 def narrow(config: SaeConfig, d_model: int) -> SaeConfig:
     """Return a variant with few features, so that it can be tried fast; as it is, where so few do not fit it."""
-    few = config.model_copy(update={"expansion": max(1, min(config.expansion, NARROW // d_model))})
+    few = config.model_copy(update={"expansion": None, "d_sae": min(config.width(d_model), max(d_model, NARROW))})
     try:
         with torch.device("meta"):
             few.build(d_model)
