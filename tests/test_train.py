@@ -320,13 +320,15 @@ def test_killed_in_any_step_it_goes_on_to_the_same_bytes(
     assert len(chosen) == len(names) and results(run, units) == results(whole[0], chosen)
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("names", [["topk"], ["relu", "topk"]])
 def test_killed_by_the_system_at_any_time_it_goes_on_to_the_same_bytes(
     names: list[str], whole: tuple[Run, list[Unit]], store: Path, tmp_path: Path
 ) -> None:
     """A process of its own, killed with SIGKILL again and again until it comes to its end."""
     fresh(tmp_path, store)
-    rng, kills, code = random.Random(len(names)), 0, -signal.SIGKILL
+    rng, kills = random.Random(len(names)), 0
+    code: int | None = -signal.SIGKILL
     while code:
         child = multiprocessing.get_context("fork").Process(target=_train, args=(tmp_path, store, names))
         child.start()
