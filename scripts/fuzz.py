@@ -67,7 +67,7 @@ def _config() -> Any:
 def _stats() -> Any:
     from saefw.acts import Stats
 
-    return Stats(torch.zeros(3), torch.ones(3), 1.0, 1)
+    return Stats(torch.zeros(3), torch.ones(3), 1.0, 0.0, 1)
 
 
 def _training() -> Any:

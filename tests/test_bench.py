@@ -197,3 +197,12 @@ def test_a_stop_leaves_no_file(tmp_path: Path) -> None:
     _, said = process.communicate(timeout=60)
     assert (said, process.returncode) == ("stopped\n", 130)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_record() -> None:
+    """A small run of it measures every row."""
+    shown = called("record", "--size", "8", "--rounds", "1")
+    for row in ("forward alone", "recording from memory", "recording JPEG files", "time", "memory, at its peak"):
+        assert row in shown
+    assert "vit_tiny_patch16_224: 8 images" in shown and "saefw run --dry over 1,000 files" in shown

@@ -90,7 +90,9 @@ def put(path: Path, faults: dict[int, tuple[bytes | None, str]]) -> Path:
 
 def record(path: Path, run: Run | None = None, **settings: Any) -> tuple[Run, list[Unit]]:
     run = run or desk(path, {"datasets": {"files": Folder()}})
-    stage = Record(**{"backbone": "tiny", "datasets": ["files"], "layers": [0, 2], "batch_size": 4, **settings})
+    stage = Record(
+        **{"backbone": "tiny", "datasets": ["files"], "layers": [0, 2], "batch_size": 4, "dtype": "float32", **settings}
+    )
     units = list(stage.units(run))
     stage.make([unit for unit in units if not run.store.has(unit)], run)
     return run, units
@@ -150,7 +152,7 @@ def test_what_was_broken_stays_so_after_a_stop(tmp_path: Path, monkeypatch: pyte
         stopped.setattr(run, "keep", stop)
         with pytest.raises(KeyboardInterrupt):
             record(tmp_path, run, **settings)
-    units = list(Record(backbone="tiny", datasets=["files"], layers=[0, 2], broken="skip").units(run))
+    units = list(Record(backbone="tiny", datasets=["files"], layers=[0, 2], dtype="float32", broken="skip").units(run))
     # Nine images are a shard: 3 is in the first, 10 in the second, 20 and 21 are in the third.
     (run.folder(units[1]) / "acts-00002.safetensors").write_bytes(b"damaged")
     for i in (3, 10, 20):

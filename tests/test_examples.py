@@ -98,7 +98,7 @@ def test_the_whole_experiment_is_planned(clip: Path, monkeypatch: pytest.MonkeyP
         **{f"a picture, {label}": 0.08 for label in last},
         **{f"30 linear probes on {n} tokens of clip on {name}, layer 11": 7.0 for name, n in TRAIN.items()},
     }
-    monkeypatch.setattr("saefw.stages.record._cores", lambda: 2)
+    monkeypatch.setattr("saefw.stages.record.cores", lambda: 2)
     guessed = {name: pipeline.seconds(registry, desk, plan, Pace(rates)) for name, plan in plans.items()}
     n_train, n_valid = 12, 3
     assert guessed["imagenet"] == pytest.approx(15 * (11e-3 + 0.01))

@@ -21,8 +21,8 @@ from saefw.trained import open_sae
 TOP = Path(__file__).parents[1]
 
 GOLDEN = {
-    "acts": ["f4ced06f9178", "ab5ef56f2834"],
-    "sweep": ["0a47348ba246", "b1e65dedb9bb", "8495bdedcf59", "d7cf1567a2ee", "853dca622828"],
+    "acts": ["572bc2e3caff", "afb1ffa67c34"],
+    "sweep": ["be170e150292", "b020bd4c3c61", "abdc61012b62", "4d6e31c13e46", "ef60dfea1620"],
 }
 """Addresses of the first stages: a change orphans what anybody has made from this registry, so it is a decision."""
 

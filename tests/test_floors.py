@@ -10,7 +10,7 @@ TOP = Path(__file__).parents[1]
 
 FLOORS = (
     ("bench", "saefw", "errors"),
-    ("care", "chance", "images", "moments", "sae", "splits", "tensors", "unit", "vision"),
+    ("care", "chance", "images", "moments", "rows", "sae", "splits", "tensors", "unit", "vision"),
     (
         "archives",
         "commands",
@@ -43,12 +43,13 @@ FLOORS = (
         "testing",
         "training",
     ),
+    ("recording",),
     ("registry", "stages", "stages.probe", "stages.record", "stages.train"),
     ("pipeline", "stages.charts", "stages.drawings", "stages.figures", "stages.steer", "stages.visuals"),
     ("gc", "tables"),
     ("printer",),
     ("bench.frame", "verify"),
-    ("bench.read",),
+    ("bench.read", "bench.record"),
     ("bench.command",),
     ("cli",),
     ("__main__",),

@@ -51,7 +51,7 @@ TRAIN = Unit("train", {}, given={"sae": TOPK})
 
 
 def fresh() -> Training:
-    return Training(TRAIN, 3, Stats(torch.zeros(3), torch.ones(3), 1.0, 1), 10, "cpu")
+    return Training(TRAIN, 3, Stats(torch.zeros(3), torch.ones(3), 1.0, 0.0, 1), 10, "cpu")
 
 
 @pytest.fixture
@@ -433,7 +433,7 @@ INDICES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "more examples": ({"n_examples": 5}, {}, "the shards hold 4 examples of 5"),
     "a width of half a number": ({"d_model": 0.5}, {}, f"d_model {UP_TO.format(1)} 0.5"),
     "a width that is true": ({"d_model": True}, {}, f"d_model {UP_TO.format(1)} True"),
-    "more tokens": ({"n_tokens": 6}, {}, "n_tokens is 6, for 1 and a grid of 2 x 2"),
+    "more tokens": ({"n_tokens": 6}, {}, "n_tokens is 6, for 1 and 4 patches"),
     "a grid without end": (
         {"grid": [2, 10**12]},
         {},

@@ -104,7 +104,7 @@ def test_neither_workers_nor_the_place_change_a_byte(made: Path, tmp_path: Path)
 
 
 def test_shards_of_another_size_hold_the_same_activations(made: Path, tmp_path: Path) -> None:
-    again = prepared(tmp_path / "again", REGISTRY.replace("layers: [1, -1]}", "layers: [1, -1], shard_mb: 0.05}"))
+    again = prepared(tmp_path / "again", REGISTRY.replace("layers: [1, -1]}", "layers: [1, -1], shard_mb: 0.02}"))
     assert CliRunner().invoke(app, ["run", str(again), "--stage", "acts"]).exit_code == 0
     stores = [Store(path.parent / "runs") for path in (made, again)]
     for address, folder in stores[1].kept().items():

@@ -307,10 +307,13 @@ def test_where_nothing_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     store = Store(tmp_path / "file" / "runs")
     assert not store.has(unit(1)) and store.sync() == 0
-    with pytest.raises(UserError, match=r"cannot write there \(Not a directory\)"):
+    with pytest.raises(UserError) as begun:
         store.begin(unit(1))
-    with pytest.raises(UserError, match=r"cannot write there \(Not a directory\)"), store.lock(unit(1), print):
+    with pytest.raises(UserError) as locked, store.lock(unit(1), print):
         pass
+    address = unit(1).address
+    for caught, path in (begun, f"fake/{address}.partial"), (locked, f"locks/{address}"):
+        assert str(caught.value) == f"{store.root / path}: cannot write there (Not a directory)"
 
 
 def test_no_index_yet(store: Store) -> None:

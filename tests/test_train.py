@@ -396,7 +396,7 @@ def test_a_stop_between_a_step_and_its_note_loses_neither(
 def starting_steps(run: Run) -> list[int | None]:
     steps = []
     for unit in STAGE.units(run):
-        training = Training(unit, 16, Stats(torch.zeros(16), torch.ones(16), 1.0, 1), N_STEPS, "cpu")
+        training = Training(unit, 16, Stats(torch.zeros(16), torch.ones(16), 1.0, 0.0, 1), N_STEPS, "cpu")
         training.resume(run)
         steps.append(training.step if (run.store.partial(unit) / CHECKPOINT).exists() else None)
     return steps
@@ -456,7 +456,7 @@ def test_a_damaged_checkpoint_is_not_used(
 
 def training(config: SaeConfig, n_steps: int = 100, d_model: int = 6) -> Training:
     unit = Unit("train", {}, label="an SAE", given={"sae": config})
-    return Training(unit, d_model, Stats(torch.zeros(d_model), torch.ones(d_model), 1.0, 1), n_steps, "cpu")
+    return Training(unit, d_model, Stats(torch.zeros(d_model), torch.ones(d_model), 1.0, 0.0, 1), n_steps, "cpu")
 
 
 @pytest.mark.parametrize("config", [Relu(expansion=3, l1=0.1, lr=0.05), TopK(expansion=3, k=4, lr=0.05)])
@@ -578,7 +578,7 @@ def planted() -> tuple[Tensor, Iterator[Tensor], Stats]:
 
     sample = torch.cat([batch() for _ in range(8)]).double()
     variance = sample.var(dim=0, correction=0)
-    stats = Stats(sample.mean(dim=0), variance, variance.mean().sqrt().item(), len(sample))
+    stats = Stats(sample.mean(dim=0), variance, variance.mean().sqrt().item(), 0.0, len(sample))
     return rows_sd, (batch() for _ in itertools.count()), stats
 
 

@@ -5,6 +5,7 @@ Shapes: t n_tokens, e examples, d d_model, n vectors; `acts_ted` has shape [t, e
 
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from saefw import rows
 from saefw import tensors as files
 from saefw.care import NOT_THERE, Unread
 from saefw.errors import UserError
@@ -32,6 +34,9 @@ class Stats(NamedTuple):
 
     scale: float
     """sqrt(mean over vectors of ||x - mean||^2 / d_model)."""
+
+    offset_ratio: float
+    """||mean|| / ||standard deviations||: how far the vectors lie from 0, in units of their spread."""
 
     n: int
     """Over how many vectors."""
@@ -71,6 +76,7 @@ class Acts:
         self.d_model, self.grid, self.layer = self.layout.d_model, self.layout.grid, self.layout.layer
         self._first = np.array([shard.first for shard in self.shards], dtype=np.int64)
         self._open: dict[int, Tensor] = {}
+        self._starts: dict[int, int] = {}
 
     # The examples
 
@@ -118,10 +124,14 @@ class Acts:
         except (duckdb.Error, ValueError) as error:
             raise UserError(f"{path}: cannot be read; delete {self.folder} to make it again") from error
 
+    def patches(self, examples: Indices) -> Indices:
+        """Return which patches of each image it holds, int64 [e, patch], counted row by row."""
+        return np.stack([self.layout.patches(self.keys[example]) for example in self._checked(examples)])
+
     # The numbers
 
     def stats(self, tokens: str) -> Stats:
-        """Return mean, variance and scale of the train split's `patches` or `cls`.
+        """Return mean, variance, scale and offset ratio of the train split's `patches` or `cls`.
 
         Raises:
             UserError: there are no such tokens, or no train images.
@@ -134,10 +144,10 @@ class Acts:
             files.check(tensors, files.form({f"{kind}.{key}": x for kind in KINDS for key, x in none.items()}))
         except ValueError as error:
             raise UserError(f"{path}: cannot be read ({error}); delete {self.folder} to make it again") from error
-        mean, var, scale, n = (tensors[f"{tokens}.{key}"] for key in ("mean", "var", "scale", "n"))
+        mean, var, scale, offset_ratio, n = (tensors[f"{tokens}.{key}"] for key in none)
         if not n:
             raise UserError(f"{self.folder}: has no train images, so no mean and scale of its {tokens}")
-        return Stats(mean, var, float(scale), int(n))
+        return Stats(mean, var, float(scale), float(offset_ratio), int(n))
 
     def read(self, tokens: str, examples: Indices | None = None, batch: int = 256) -> Iterator[tuple[Indices, Tensor]]:
         """Yield (examples [e], activations float32 [e, t, d]) in the order given, all tokens of an image together.
@@ -156,21 +166,25 @@ class Acts:
         for start in range(0, len(examples), batch):
             some = examples[start : start + batch]
             acts_etd = torch.empty(len(some), wanted.stop - wanted.start, self.d_model)
-            for acts_ted, at, within in self._pieces(some):
-                acts_etd[at] = _picked(acts_ted[wanted], within, 1).transpose(0, 1).float()
+            for shard, at, within in self._pieces(some):
+                found_etd = _picked(self._mapped(shard)[wanted], within, 1).transpose(0, 1)
+                if len(at) == len(some):
+                    acts_etd.copy_(found_etd)
+                else:
+                    acts_etd[torch.from_numpy(at)] = found_etd.float()
             yield some, acts_etd
 
     def shuffled(
         self, tokens: str, examples: Indices, batch_size: int, seed: int, buffer_mb: int = BUFFER_MB
     ) -> Stream:
-        """Return an endless stream of single tokens of these examples, shuffled anew each epoch.
+        """Return an endless stream of single tokens of these examples in their stored dtype, shuffled anew each epoch.
 
         Args:
             tokens: `patches`, `cls` or `all`.
             examples: which; ascending ones are read fastest.
             batch_size: vectors a batch.
             seed: zero or larger; decides the order, together with the buffer's size.
-            buffer_mb: MiB of vectors in their stored dtype that are shuffled at a time.
+            buffer_mb: MiB of vectors that are shuffled at a time.
 
         Raises:
             UserError: there are no such tokens, or no examples.
@@ -180,9 +194,22 @@ class Acts:
         if not len(examples) or wanted.start == wanted.stop:
             raise UserError(f"{self.folder}: there are no {tokens} of the examples asked for")
 
-        def fill(token: int, start: int, stop: int, into_nd: Tensor) -> None:
-            for acts_ted, at, within in self._pieces(examples[start:stop]):
-                into_nd[at] = _picked(acts_ted[wanted.start + token], within, 0)
+        # Neighbours in one shard are read together.
+        shard_e = np.searchsorted(self._first, examples, side="right") - 1
+        within_e = examples - self._first[shard_e]
+        cuts = np.flatnonzero(np.diff(shard_e)) + 1
+
+        def fill(token: int, start: int, stop: int, into_nd: Tensor, cache: bool) -> None:
+            into = into_nd.view(torch.uint8).numpy()
+            inside = cuts[np.searchsorted(cuts, start, side="right") : np.searchsorted(cuts, stop)]
+            for first, last in pairwise([start, *inside.tolist(), stop]):
+                shard = int(shard_e[first])
+                path, n = self.folder / self.shards[shard].file, self.shards[shard].n
+                row = self._start(shard) + (wanted.start + token) * n * into.shape[1]
+                try:
+                    rows.read(path, row, within_e[first:last], into[first - start : last - start], cache)
+                except (OSError, EOFError) as error:
+                    raise UserError(f"{path}: cannot be read ({error})") from error
 
         shape = wanted.stop - wanted.start, len(examples), self.d_model
         return Stream(fill, shape, DTYPES[self.layout.dtype], batch_size, seed, buffer_mb)
@@ -190,12 +217,16 @@ class Acts:
     def _tokens(self, tokens: str) -> slice:
         """Return where tokens of a kind lie."""
         if tokens == "patches":
+            if self.layout.tokens == "cls":
+                raise UserError(f"{self.folder}: has no patches; it was recorded with tokens: cls")
             return slice(self.n_prefix, self.n_tokens)
         if tokens == "all":
             return slice(0, self.n_tokens)
         if tokens == "cls":
             if self.layout.prefix[:1] != ("cls",):
-                raise UserError(f"{self.folder}: has no [CLS]; its backbone has none")
+                if self.layout.tokens == "all":
+                    raise UserError(f"{self.folder}: has no [CLS]; its backbone has none")
+                raise UserError(f"{self.folder}: has no [CLS]; it was recorded with tokens: {self.layout.tokens}")
             return slice(0, 1)
         raise UserError(f"tokens: '{tokens}' is none of patches, cls, all")
 
@@ -205,18 +236,25 @@ class Acts:
             raise IndexError(f"examples must lie in 0..{self.n_examples - 1}")
         return examples
 
-    def _pieces(self, examples: Indices) -> Iterator[tuple[Tensor, Tensor, Indices]]:
-        """Yield for each shard that holds some of the examples: it, their places among them, their places in it."""
+    def _pieces(self, examples: Indices) -> Iterator[tuple[int, Indices, Indices]]:
+        """Yield each shard that holds some of the examples, their places among them, and their places in it."""
         shard_e = np.searchsorted(self._first, examples, side="right") - 1
         for shard in np.unique(shard_e):
             at = np.flatnonzero(shard_e == shard)
-            yield self._mapped(int(shard)), torch.from_numpy(at), examples[at] - self._first[shard]
+            yield int(shard), at, examples[at] - self._first[shard]
+
+    def _start(self, shard: int) -> int:
+        """Return where the activations of a shard begin in its file, which was checked once."""
+        if shard not in self._starts:
+            shape = [self.n_tokens, self.shards[shard].n, self.d_model]
+            self._starts[shard] = _start(self.folder / self.shards[shard].file, shape, self.layout.dtype)
+        return self._starts[shard]
 
     def _mapped(self, shard: int) -> Tensor:
         """Return a shard [t, e, d] in its stored dtype, mapped and not read."""
         if shard not in self._open:
             path, shape = self.folder / self.shards[shard].file, [self.n_tokens, self.shards[shard].n, self.d_model]
-            start = _start(path, shape, self.layout.dtype)
+            start = self._start(shard)
             end = start + self.shards[shard].n * self.layout.example_bytes
             # Unlike np.memmap this keeps no file open, of which a process may have a thousand; it is mapped to be
             # copied on write, and nobody writes. By way of numpy, activations may begin at any byte.
@@ -234,8 +272,12 @@ def _check(layout: Layout, shards: list[Shard]) -> None:
         raise ValueError("prefix must be words")
     files.number(layout.layer, 0, 2**15 - 1, "layer")
     rows, columns = (files.number(side, 1, 2**15 - 1, "grid") for side in layout.grid)
-    if layout.n_tokens != layout.n_prefix + rows * columns:
-        raise ValueError(f"n_tokens is {layout.n_tokens}, for {layout.n_prefix} and a grid of {rows} x {columns}")
+    files.number(layout.seed, -(2**63), 2**63 - 1, "seed")
+    if layout.tokens not in ("all", "patches", "cls"):
+        files.number(layout.tokens, 1, rows * columns, "tokens")
+    n_patches = 0 if layout.tokens == "cls" else layout.n_drawn or rows * columns
+    if layout.n_tokens != layout.n_prefix + n_patches:
+        raise ValueError(f"n_tokens is {layout.n_tokens}, for {layout.n_prefix} and {n_patches} patches")
     if layout.dtype not in DTYPES:
         raise ValueError(f"dtype is {layout.dtype}")
     first = 0

@@ -58,8 +58,8 @@ def writing(path: Path) -> Iterator[None]:
         raise
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut.
+def write_atomically(path: Path, *data: bytes | memoryview) -> None:
+    """Write a file, one piece after the other, so that it is there whole or not at all, also after a power cut.
 
     Raises:
         OSError: the disk is full, say; nothing is left of what was written.
@@ -69,9 +69,10 @@ def write_atomically(path: Path, data: bytes) -> None:
     with writing(path):
         try:
             with part.open("wb", buffering=0) as file:
-                left = memoryview(data)
-                while left:
-                    left = left[file.write(left) :]
+                for piece in data:
+                    left = memoryview(piece).cast("B")
+                    while left:
+                        left = left[file.write(left) :]
                 os.fsync(file.fileno())
         except OSError:
             part.unlink(missing_ok=True)

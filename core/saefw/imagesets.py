@@ -4,7 +4,7 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 from unicodedata import normalize
@@ -82,17 +82,16 @@ class Files(NamedTuple):
             UserError: a path is not UTF-8, or two have one key.
 
         """
-        odd: dict[str, str] = {}
-        keys: list[str] = []
-        for path in paths:
-            key = path if path.isascii() else normalize("NFC", path)
-            if key != path:
-                odd[key] = path
-            keys.append(key)
+        keys = [path if path.isascii() else normalize("NFC", path) for path in paths]
+        odd = {key: path for key, path in zip(keys, paths, strict=True) if key is not path and key != path}
         try:
-            keys.sort(key=str.encode)
+            for key in keys:
+                if not key.isascii():
+                    key.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"{root}: the name of a file is not UTF-8 ({os.fsencode(error.object)!r})") from None
+        # The order of code points is that of the bytes of UTF-8.
+        keys.sort()
         if odd and len(set(keys)) < len(keys):
             raise UserError(f"{root}: two files have names that differ in their Unicode form alone ({twice(keys)!r})")
         return cls(root, keys, odd)
@@ -101,10 +100,23 @@ class Files(NamedTuple):
 class ImageFiles:
     """A dataset of files; what an image costs before it is asked for is its key and ten bytes."""
 
-    def __init__(self, files: Files, labels: Sequence[int], splits: Sequence[Split], classes: Sequence[str]) -> None:
-        """Take files with a label (-1: none) and a split for each, and the names of the classes."""
+    def __init__(
+        self,
+        files: Files,
+        labels: Sequence[int],
+        splits: Sequence[Split] | Callable[[], Sequence[Split]],
+        classes: Sequence[str],
+    ) -> None:
+        """Take files with a label (-1: none) and a split for each, and the names of the classes.
+
+        `splits` may also be what returns them, once one is asked for: of a million images, to carve takes seconds.
+        """
         self.classes = classes
-        self._files, self._labels, self._splits = files, array("q", labels), splits
+        self._files, self._labels, self._given = files, array("q", labels), splits
+
+    @cached_property
+    def _splits(self) -> Sequence[Split]:
+        return self._given() if callable(self._given) else self._given
 
     def __len__(self) -> int:
         """How many images."""
@@ -190,21 +202,19 @@ def _walk(root: Path, below: str, others: Counter[str]) -> Iterator[str]:
         with entries:
             for entry in entries:
                 name = entry.name
-                if name.startswith(".") or name in JUNK:
+                if name[0] == "." or name in JUNK:
                     continue
                 if entry.is_dir():
                     if entry.is_symlink() and Path(path).resolve().is_relative_to(Path(entry.path).resolve()):
                         raise UserError(f"{entry.path}: links to a folder that it lies in")
                     stack.append((f"{prefix}{name}/", entry.path))
-                elif (end := os.path.splitext(name)[1].lower()) in EXTENSIONS and not _special(entry):
+                    continue
+                end = name[name.rfind(".") :].lower() if "." in name else ""
+                # Neither a pipe nor a device, which would never end; a link that leads nowhere will be missed.
+                if end in EXTENSIONS and (entry.is_file() or entry.is_symlink()):
                     yield prefix + name
                 else:
                     others[end] += 1
-
-
-def _special(entry: "os.DirEntry[str]") -> bool:
-    """Whether it is a pipe or a device, which would never end; a link that leads nowhere is not: it will be missed."""
-    return not entry.is_file() and not entry.is_symlink()
 
 
 def twice(words: Sequence[str]) -> str:

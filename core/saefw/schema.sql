@@ -3,10 +3,12 @@ CREATE TABLE unit (unit TEXT PRIMARY KEY, stage TEXT, label TEXT, content JSON, 
 CREATE TABLE need (unit TEXT, needs TEXT, PRIMARY KEY (unit, needs));
 CREATE TABLE metric (unit TEXT, name TEXT, step BIGINT, value DOUBLE);
 
--- Recording. layer counts blocks from 0; tokens: all, cls or patches; prefix: the tokens before the patches, in order, as
--- `cls` or `cls, register, register`; mean_norm: mean L2 norm of a train patch.
+-- Recording. layer counts blocks from 0; tokens: all, cls, patches, or how many patches of an image; prefix: the tokens
+-- before the patches, in order, as `cls` or `cls, register, register`; mean_norm: mean L2 norm of a train patch;
+-- offset_ratio: ||mean|| / ||standard deviations|| of these patches; both of [CLS] where that alone is recorded.
 CREATE TABLE acts (unit TEXT PRIMARY KEY, backbone TEXT, dataset TEXT, layer SMALLINT, tokens TEXT, d_model INTEGER,
-    grid_h SMALLINT, grid_w SMALLINT, n_examples INTEGER, n_tokens SMALLINT, prefix TEXT, dtype TEXT, mean_norm REAL);
+    grid_h SMALLINT, grid_w SMALLINT, n_examples INTEGER, n_tokens SMALLINT, prefix TEXT, dtype TEXT, mean_norm REAL,
+    offset_ratio DOUBLE);
 CREATE TABLE shard (unit TEXT, shard INTEGER, file TEXT, first_example INTEGER, n_examples INTEGER, bytes BIGINT, sha256 TEXT);
 -- split: train, valid, test, or `broken` of an image that could not be read: it keeps its place and counts nowhere.
 CREATE TABLE example (unit TEXT, example INTEGER, key TEXT, label SMALLINT, split TEXT);

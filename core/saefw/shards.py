@@ -12,9 +12,9 @@ Shapes: t n_tokens, e examples, d d_model, n vectors; `acts_ted` has shape [t, e
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
+from hashlib import sha256, shake_256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,9 +24,10 @@ from torch import Tensor
 from saefw import sealed
 from saefw import tensors as files
 from saefw.care import checksum, write_atomically
+from saefw.errors import UserError
 from saefw.imagesets import Example
 from saefw.moments import Moments
-from saefw.unit import canonical
+from saefw.unit import Unit, canonical
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """What activations may be stored as."""
@@ -42,20 +43,44 @@ IMAGES = "images"
 KINDS = ("patches", "cls")
 """The tokens that have statistics of their own."""
 
+Tokens = str | int
+"""Which tokens are recorded: `all`, `patches`, `cls`, or so many patches of each image."""
+
 
 @dataclass(frozen=True)
 class Layout:
-    """The shape of a recording."""
+    """The shape of a recording, and which tokens of the backbone it holds."""
 
     n_examples: int
     n_tokens: int
+    """How many tokens of an image it holds."""
     prefix: tuple[str, ...]
-    """What the tokens before the patches are; [CLS], where there is one, comes first."""
+    """What its tokens before the patches are; [CLS], where there is one, comes first."""
     d_model: int
     grid: tuple[int, int]
+    """Patches that the backbone has: rows, columns."""
     layer: int
     dtype: str
-    tokens: str = "all"
+    tokens: Tokens = "all"
+    seed: int = 0
+    """Of the patches that are drawn."""
+
+    @classmethod
+    def of(
+        cls,
+        n_examples: int,
+        prefix: tuple[str, ...],
+        d_model: int,
+        grid: tuple[int, int],
+        layer: int,
+        dtype: str,
+        tokens: Tokens = "all",
+        seed: int = 0,
+    ) -> "Layout":
+        """Return that of some tokens of a backbone with these tokens before its patches."""
+        held = prefix if tokens == "all" else prefix[:1] if tokens == "cls" else ()
+        n_patches = tokens if isinstance(tokens, int) else 0 if tokens == "cls" else grid[0] * grid[1]
+        return cls(n_examples, len(held) + n_patches, held, d_model, grid, layer, dtype, tokens, seed)
 
     @property
     def n_prefix(self) -> int:
@@ -63,9 +88,45 @@ class Layout:
         return len(self.prefix)
 
     @property
+    def n_drawn(self) -> int:
+        """How many patches are drawn of each image; 0: none are, so that it holds all or none."""
+        return self.tokens if isinstance(self.tokens, int) else 0
+
+    def patches(self, key: str) -> NDArray[np.int64]:
+        """Return which patches it holds of an image, ascending and counted row by row.
+
+        Those drawn are the ones with the smallest of the numbers of 64 bits that SHAKE-256 gives for `seed:key`: no
+        library's random numbers count, nor do the other images, and of more patches drawn fewer are part.
+        """
+        n_patches = 0 if self.tokens == "cls" else self.grid[0] * self.grid[1]
+        if not self.n_drawn:
+            return np.arange(n_patches)
+        digest = shake_256(f"{self.seed}:{key}".encode("utf-8", "surrogatepass")).digest(8 * n_patches)
+        return np.sort(np.argsort(np.frombuffer(digest, dtype=">u8"), kind="stable")[: self.n_drawn])
+
+    @property
     def example_bytes(self) -> int:
         """Bytes of one image's activations."""
         return self.n_tokens * self.d_model * DTYPES[self.dtype].itemsize
+
+
+def check_tokens(stage: str, recording: Unit, *fits: str, drawn: bool = False) -> None:
+    """Refuse a recording that does not hold the tokens that a stage needs.
+
+    Args:
+        stage: which, for the text.
+        recording: the unit of the recording.
+        fits: what may have been recorded: `all`, `patches` or `cls`.
+        drawn: whether patches drawn from each image do as well.
+
+    Raises:
+        UserError: something else was recorded.
+
+    """
+    tokens = recording.content.get("tokens", "all")
+    if tokens not in fits and not (drawn and isinstance(tokens, int)):
+        held = {"cls": "[CLS] alone", "patches": "patches alone"}.get(tokens, f"{tokens} patches of each image")
+        raise UserError(f"{stage}: {recording.label} holds {held}; record it with tokens: {' or '.join(fits)}")
 
 
 class Shard(NamedTuple):
@@ -85,16 +146,25 @@ class Shard(NamedTuple):
     """Its images that could not be read, by example, and why: their activations are zeros and count nowhere."""
 
 
+class Examples(Protocol):
+    """The images of a dataset by number."""
+
+    def __getitem__(self, index: int, /) -> Example:
+        """The image at an index, not yet loaded."""
+        ...
+
+
 class Writer:
     """Writes a recording shard by shard; what an interrupted run left complete is kept."""
 
-    def __init__(self, folder: Path, layout: Layout, examples: Sequence[Example], shard_bytes: int) -> None:
+    def __init__(self, folder: Path, layout: Layout, examples: Examples, shard_bytes: int) -> None:
         """Look what is there already.
 
         Args:
             folder: exists.
             layout: the recording's shape.
-            examples: of the dataset, all of them; the statistics are of those of split train.
+            examples: of the dataset, all of them, asked for when they are needed; the statistics are of those of
+                split train.
             shard_bytes: a shard holds as many whole examples as fit, at least one.
 
         """
@@ -126,8 +196,13 @@ class Writer:
         (self.folder / _moments_name(shard)).unlink(missing_ok=True)
         self._done.pop(shard, None)
 
+    def empty(self, shard: int) -> Tensor:
+        """Return where to put the activations of a shard, [t, e, d] in the layout's dtype."""
+        shape = self.layout.n_tokens, len(self.span(shard)), self.layout.d_model
+        return torch.empty(shape, dtype=DTYPES[self.layout.dtype])
+
     def write(self, shard: int, acts_ted: Tensor, broken: Sequence[tuple[int, str]] = ()) -> None:
-        """Write a shard, [t, e, d] in the layout's dtype; the file is there whole or not at all.
+        """Write a shard, shaped as `empty` gives it; the file is there whole or not at all.
 
         Args:
             shard: which.
@@ -136,21 +211,21 @@ class Writer:
 
         """
         file, span = shard_name(shard), self.span(shard)
-        data = _safetensors(acts_ted)
-        entry = Shard(file, span.start, len(span), len(data), sha256(data).hexdigest(), broken)
+        acts_ted = acts_ted.contiguous()
+        header, data = _header(acts_ted), acts_ted.view(torch.uint8).numpy().data
+        digest = sha256(header)
+        digest.update(data)
+        entry = Shard(file, span.start, len(span), len(header) + data.nbytes, digest.hexdigest(), broken)
         train_e = np.array([self.examples[example].split == "train" for example in span], dtype=bool)
         train_e[[example - span.start for example, _ in broken]] = False
         moments = self._moments(acts_ted, train_e)
-        write_atomically(self.folder / file, data)
+        write_atomically(self.folder / file, header, data)
         tensors = {f"{kind}.{key}": x for kind, each in moments.items() for key, x in each.tensors().items()}
         sealed.write(self.folder / _moments_name(shard), tensors, {**entry._asdict(), IMAGES: self._images(span)})
         self._done[shard] = entry, moments
 
-    def finish(self) -> tuple[list[Shard], float]:
-        """Write the statistics and the list of shards, once none is missing.
-
-        Returns the shards, and the mean L2 norm of a train patch (NaN without any).
-        """
+    def finish(self) -> tuple[list[Shard], dict[str, Moments]]:
+        """Write the statistics and the list of shards, once none is missing; return the shards, and moments by kind."""
         from safetensors.torch import save
 
         totals = {kind: Moments.none(self.layout.d_model) for kind in KINDS}
@@ -167,8 +242,7 @@ class Writer:
         for path in [*self.folder.glob("acts-*.safetensors*"), *self.folder.glob("moments-*.safetensors*")]:
             if path.name not in ours:
                 path.unlink()
-        patches = totals["patches"]
-        return shards, patches.norms / patches.n if patches.n else float("nan")
+        return shards, totals
 
     def _kept(self, shard: int) -> tuple[Shard, dict[str, Moments]] | None:
         """Return a shard that is complete and undamaged, or None."""
@@ -201,19 +275,19 @@ class Writer:
 
     def _images(self, span: range) -> str:
         """Return the SHA-256 of what decides a shard, but for the pixels: its images by name, and the layout."""
-        named = [[example.key, int(example.label), example.split] for example in self.examples[span.start : span.stop]]
+        listed = [self.examples[i] for i in span]
+        named = [[example.key, int(example.label), example.split] for example in listed]
         # Images that were added elsewhere change nothing here.
         return sha256(canonical([asdict(replace(self.layout, n_examples=0)), named]).encode()).hexdigest()
 
     def _moments(self, acts_ted: Tensor, train_e: NDArray[np.bool_]) -> dict[str, Moments]:
-        """Take the moments of a shard's train examples, token by token, so that little is in float64 at a time."""
+        """Take the moments of a shard's train examples, token by token."""
         moments = {kind: Moments.none(self.layout.d_model) for kind in KINDS}
         train = torch.from_numpy(np.flatnonzero(train_e))
         for t, acts_ed in enumerate(acts_ted):
-            if t >= self.layout.n_prefix:
-                moments["patches"].add(acts_ed[train])
-            elif self.layout.prefix[t] == "cls":
-                moments["cls"].add(acts_ed[train])
+            kind = self.layout.prefix[t] if t < self.layout.n_prefix else "patches"
+            if kind in moments:
+                moments[kind].add(acts_ed if train_e.all() else acts_ed[train])
         return moments
 
 
@@ -243,20 +317,24 @@ def _sealed(about: Mapping[str, Any]) -> tuple[Shard, str]:
     return shard_of({key: value for key, value in about.items() if key != IMAGES}), images
 
 
-def _safetensors(acts_ted: Tensor) -> bytes:
-    """Return the file of one tensor, with a single copy of it; the library's own way makes two, or a private file."""
-    data = acts_ted.contiguous().view(torch.uint8).numpy()
+def _header(acts_ted: Tensor) -> bytes:
+    """Return how the safetensors file of one tensor begins; its bytes follow, which the library's way copies twice."""
     dtype = next(name for name, dtype in DTYPES.items() if dtype == acts_ted.dtype)
-    entry = {"dtype": STORED[dtype], "shape": list(acts_ted.shape), "data_offsets": [0, data.nbytes]}
+    entry = {"dtype": STORED[dtype], "shape": list(acts_ted.shape), "data_offsets": [0, acts_ted.nbytes]}
     header = json.dumps({"acts": entry}).encode()
     header += b" " * (-len(header) % 8)
-    return b"".join([len(header).to_bytes(8, "little"), header, data.data])
+    return len(header).to_bytes(8, "little") + header
 
 
 def stats_of(total: Moments) -> dict[str, Tensor]:
     """Return what is stored of the moments of a kind of tokens."""
-    var_d = total.squares_d / max(total.n, 1)
-    return {"mean": total.mean_d, "var": var_d, "scale": var_d.mean().sqrt(), "n": torch.tensor(total.n)}
+    return {
+        "mean": total.mean_d,
+        "var": total.var_d,
+        "scale": total.var_d.mean().sqrt(),
+        "offset_ratio": torch.tensor(total.offset_ratio, dtype=torch.float64),
+        "n": torch.tensor(total.n),
+    }
 
 
 def shard_name(shard: int) -> str:

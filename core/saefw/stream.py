@@ -4,6 +4,7 @@ Shapes: n vectors, d d_model, t tokens of an example, r ranges of examples; `x_n
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import numpy as np
@@ -11,37 +12,53 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from saefw.rows import memory
+
 BLOCK_BYTES = 1 << 20
-"""Length of the pieces that are read; part of what decides the order."""
+"""Length of the pieces that are read, at least, where tokens have so many examples; part of what decides the order."""
 
 BUFFER_MB = 256
 """MiB of stored vectors that are shuffled at a time; part of what decides the order."""
 
+SEGMENTS = 16
+"""Of the buffer, at most; part of what decides the order."""
+
+READERS = 2
+"""Threads that read; they decide nothing."""
+
 Indices = NDArray[np.int64]
 
-Fill = Callable[[int, int, int, Tensor], None]
-"""fill(token, start, stop, into): put that token of examples start..stop into a tensor [stop - start, d]."""
+Fill = Callable[[int, int, int, Tensor, bool], None]
+"""fill(token, start, stop, into, cache): put that token of examples start..stop into a tensor [stop - start, d].
+
+`cache` says whether the system should keep what is read: it will be read again. Called from several threads.
+"""
 
 
 class _Epoch(NamedTuple):
-    """The order in which an epoch's blocks are read, and where each buffer of them begins."""
+    """The order in which an epoch's blocks are read, and where segments and phases begin."""
 
     tokens: Indices
     ranges: Indices
     block_starts: Indices
-    """[buffers + 1], counted in blocks."""
+    """[segments + 1], counted in blocks."""
 
     vector_starts: Indices
-    """[buffers + 1], counted in vectors."""
+    """[segments + 1], counted in vectors."""
+
+    phase_starts: Indices
+    """[phases + 1], counted in vectors."""
 
 
 class Stream:
     """Single tokens of examples in random order: each vector exactly once an epoch.
 
-    A block is one token of neighbouring examples. Blocks are read in random order until the buffer is full; batches
-    are drawn from a permutation of the buffer. What is left at an epoch's end begins the next batch. The order depends
-    on the seed, the epoch, the number and size of the vectors and the buffer's size; not on how they lie in files. A
-    buffer that holds everything gives a perfect shuffle.
+    A block is one token of neighbouring examples. Blocks are read in random order into a buffer of segments. In a phase
+    all segments but one are drawn from, in random order, while the next segment is read into that one: each gives an
+    equal share in every phase in which it is there, so that the first of them is empty at the end and its place free.
+    What is left at an epoch's end begins the next batch. The order depends on the seed, the epoch, the number and size
+    of the vectors and the buffer's size; not on threads, or on how the vectors lie in files. A buffer that holds
+    everything gives a perfect shuffle, and is read once.
 
     Blocks are dealt in rounds, each round every token once with a random range of examples, so that a buffer smaller
     than the recording still holds all tokens about equally often.
@@ -50,32 +67,55 @@ class Stream:
     def __init__(
         self, fill: Fill, shape: tuple[int, int, int], dtype: torch.dtype, batch_size: int, seed: int, buffer_mb: int
     ) -> None:
-        """Begin at batch 0 of epoch 0.
+        """Begin at batch 0 of epoch 0; nothing is read yet.
 
         Args:
             fill: reads a block.
             shape: tokens, examples, d_model; each 1 or larger.
-            dtype: of the stored vectors, in which they wait in the buffer.
+            dtype: of the stored vectors.
             batch_size: vectors a batch, 1 or larger.
             seed: zero or larger.
-            buffer_mb: MiB of the buffer; at least one block is held.
+            buffer_mb: MiB of the buffer; at least two blocks are held.
 
         """
         self.position = 0
         """The number of the next batch, counted from the very first."""
 
-        self.batch_size, self.seed = batch_size, seed
-        self._fill, self._dtype = fill, dtype
+        self.batch_size, self.seed, self.dtype = batch_size, seed, dtype
+        self._fill = fill
         self._n_tokens, self._n_examples, self.d_model = shape
         self.n_vectors = self._n_tokens * self._n_examples
         vector_bytes = self.d_model * dtype.itemsize
-        self._block = max(1, BLOCK_BYTES // vector_bytes)
-        self._n_ranges = -(-self._n_examples // self._block)
         in_buffer = (buffer_mb << 20) // vector_bytes
-        n_blocks = self._n_tokens * self._n_ranges
-        self._n_buffers = 1 if self.n_vectors <= in_buffer else -(-n_blocks // max(1, in_buffer // self._block))
-        self._epoch: tuple[int, _Epoch] | None = None
-        self._buffer: tuple[tuple[int, int], Tensor, Tensor] | None = None
+        self._n_ranges = max(1, self._n_examples * vector_bytes // BLOCK_BYTES)
+        self._range_starts = np.arange(self._n_ranges + 1) * self._n_examples // self._n_ranges
+        n_blocks, block = self._n_tokens * self._n_ranges, -(-self._n_examples // self._n_ranges)
+        if self.n_vectors <= in_buffer:
+            self._n_slots = self._n_segments = 1
+            self._capacity = self.n_vectors
+        else:
+            self._n_slots = max(2, min(SEGMENTS, in_buffer // block))
+            blocks = max(1, in_buffer // block // self._n_slots)
+            self._n_segments = -(-n_blocks // blocks)
+            self._capacity = blocks * block
+        self._live = min(max(1, self._n_slots - 1), self._n_segments)
+        self._n_phases = self._n_segments - self._live + 1
+        self._buffer_nd: Tensor | None = None
+        self._held: dict[int, int] = {}
+        """Which segment lies whole in a place of the buffer."""
+
+        self._reading: dict[int, list[Future[None]]] = {}
+        """Segments that are being read into their places."""
+
+        self._now: tuple[int, Tensor] | None = None
+        """The phase, and the rows of the buffer in the order in which it draws them."""
+
+        self._ahead: tuple[int, Future[Tensor]] | None = None
+        """The same of the next phase."""
+
+        self._orders: dict[int, _Epoch] = {}
+        self._shuffles: dict[int, Indices] = {}
+        self._threads = ThreadPoolExecutor(READERS + 1, "saefw-read")
 
     def seek(self, position: int) -> None:
         """Go to just before batch number `position`, exactly; costs one buffer at most."""
@@ -85,45 +125,130 @@ class Stream:
         return self
 
     def __next__(self) -> Tensor:
-        """Return the next batch, float32 [batch_size, d]."""
-        x_nd = torch.empty(self.batch_size, self.d_model)
+        """Return the next batch [batch_size, d], in the dtype of the stored vectors."""
+        x_nd = torch.empty(self.batch_size, self.d_model, dtype=self.dtype)
         start, filled = self.position * self.batch_size, 0
         while filled < self.batch_size:
             epoch, vector = divmod(start + filled, self.n_vectors)
-            starts = self._order(epoch).vector_starts
-            number = int(np.searchsorted(starts, vector, side="right")) - 1
-            buffer_nd, shuffle_n = self._shuffled(epoch, number)
-            some_n = shuffle_n[vector - int(starts[number]) :][: self.batch_size - filled]
-            x_nd[filled : filled + len(some_n)] = buffer_nd[some_n]
+            starts = self._order(epoch).phase_starts
+            phase = int(np.searchsorted(starts, vector, side="right")) - 1
+            rows_n = self._rows(epoch * self._n_phases + phase)
+            some_n = rows_n[vector - int(starts[phase]) :][: self.batch_size - filled]
+            torch.index_select(self._buffer(), 0, some_n, out=x_nd[filled : filled + len(some_n)])
             filled += len(some_n)
         self.position += 1
         return x_nd
 
-    def _order(self, epoch: int) -> _Epoch:
-        if self._epoch is None or self._epoch[0] != epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            range_tr = rng.permuted(np.tile(np.arange(self._n_ranges), (self._n_tokens, 1)), axis=1)
-            token_rt = rng.permuted(np.tile(np.arange(self._n_tokens), (self._n_ranges, 1)), axis=1)
-            ranges = range_tr[token_rt, np.arange(self._n_ranges)[:, None]].ravel()
-            sizes = np.minimum(self._block, self._n_examples - ranges * self._block)
-            block_starts = np.arange(self._n_buffers + 1) * len(ranges) // self._n_buffers
-            vector_starts = np.concatenate([[0], np.cumsum(sizes)])[block_starts]
-            self._epoch = epoch, _Epoch(token_rt.ravel(), ranges, block_starts, vector_starts)
-        return self._epoch[1]
+    # Phases and segments are counted over all epochs; what the order of an epoch lists, within it.
 
-    def _shuffled(self, epoch: int, number: int) -> tuple[Tensor, Tensor]:
-        """Return a buffer [n, d] of blocks as they were read, and the order in which to draw from it."""
-        if self._buffer is None or self._buffer[0] != (epoch, number):
-            self._buffer = None  # Let go of the old one before the new one is filled.
-            order = self._order(epoch)
-            blocks = slice(order.block_starts[number], order.block_starts[number + 1])
-            n = int(order.vector_starts[number + 1] - order.vector_starts[number])
-            buffer_nd = torch.empty(n, self.d_model, dtype=self._dtype)
-            filled = 0
-            for token, part in zip(order.tokens[blocks].tolist(), order.ranges[blocks].tolist(), strict=True):
-                start, stop = part * self._block, min((part + 1) * self._block, self._n_examples)
-                self._fill(token, start, stop, buffer_nd[filled : filled + stop - start])
-                filled += stop - start
-            shuffle = np.random.default_rng([self.seed, epoch, number + 1]).permutation(n)
-            self._buffer = (epoch, number), buffer_nd, torch.from_numpy(shuffle)
-        return self._buffer[1], self._buffer[2]
+    def _rows(self, phase: int) -> Tensor:
+        """Return the rows of the buffer in the order in which a phase draws them, once its segments are there."""
+        if self._now is None or self._now[0] != phase:
+            self._now = None
+            self._wait()  # Wanted or not: nothing else is read into its place before.
+            ahead, segments = self._ahead, self._segments(phase)
+            for segment in segments:
+                if self._held.get(segment % self._n_slots) != segment:
+                    self._begin(segment)
+            self._wait()
+            rows_n = ahead[1].result() if ahead else None
+            if ahead is None or rows_n is None or ahead[0] != phase:
+                rows_n = self._drawn(phase, self._order_of(phase))
+            self._now = phase, rows_n
+            # At an epoch's end there is room for the first segment of the next alone.
+            if new := [segment for segment in self._segments(phase + 1) if segment not in segments]:
+                self._begin(new[0])
+            self._ahead = phase + 1, self._threads.submit(self._drawn, phase + 1, self._order_of(phase + 1))
+        return self._now[1]
+
+    def _segments(self, phase: int) -> range:
+        """Return the segments from which a phase draws."""
+        epoch, within = divmod(phase, self._n_phases)
+        first = 0 if self._n_segments == 1 else epoch * self._n_segments + within
+        return range(first, first + self._live)
+
+    def _begin(self, segment: int) -> None:
+        """Begin to read a segment into its place."""
+        epoch, within = divmod(segment, self._n_segments)
+        order, slot = self._order(epoch), segment % self._n_slots
+        self._held.pop(slot, None)
+        span = slice(order.block_starts[within], order.block_starts[within + 1])
+        tokens, ranges = order.tokens[span], order.ranges[span]
+        starts, stops = self._range_starts[ranges], self._range_starts[ranges + 1]
+        at = slot * self._capacity + np.cumsum(stops - starts) - (stops - starts)
+        blocks = list(zip(tokens.tolist(), starts.tolist(), stops.tolist(), at.tolist(), strict=True))
+        parts = [blocks[i::READERS] for i in range(min(READERS, len(blocks)))]
+        self._reading[segment] = [self._threads.submit(self._read, self._buffer(), part, epoch > 0) for part in parts]
+
+    def _read(self, buffer_nd: Tensor, blocks: list[tuple[int, int, int, int]], cache: bool) -> None:
+        for token, start, stop, at in blocks:
+            self._fill(token, start, stop, buffer_nd[at : at + stop - start], cache)
+
+    def _wait(self) -> None:
+        """Wait until all that is being read is there."""
+        wait([part for parts in self._reading.values() for part in parts])
+        reading, self._reading = self._reading, {}
+        for segment, parts in reading.items():
+            for part in parts:
+                part.result()
+            self._held[segment % self._n_slots] = segment
+
+    def _buffer(self) -> Tensor:
+        """Return the buffer [n, d]."""
+        if self._buffer_nd is None:
+            n_bytes = self._n_slots * self._capacity * self.d_model * self.dtype.itemsize
+            self._buffer_nd = torch.from_numpy(memory(n_bytes)).view(self.dtype).view(-1, self.d_model)
+        return self._buffer_nd
+
+    def _drawn(self, phase: int, order: _Epoch) -> Tensor:
+        """Return the rows of the buffer in the order in which a phase draws them."""
+        epoch, within = divmod(phase, self._n_phases)
+        segments, before = self._segments(phase), self._shuffles
+        self._shuffles = {i: before[i] if i in before else self._shuffled(order, i) for i in segments}
+        sizes = np.array([len(self._shuffles[i]) for i in segments])
+        starts, stops = self._share(np.array(segments) % self._n_segments, np.asarray(within), sizes)
+        rows = [
+            i % self._n_slots * self._capacity + self._shuffles[i][start:stop]
+            for i, start, stop in zip(segments, starts.tolist(), stops.tolist(), strict=True)
+        ]
+        rng = np.random.default_rng([self.seed, epoch, 3, within + 1])
+        return torch.from_numpy(rng.permutation(np.concatenate(rows)))
+
+    def _shuffled(self, order: _Epoch, segment: int) -> Indices:
+        """Return the order in which a segment's vectors are drawn."""
+        epoch, within = divmod(segment, self._n_segments)
+        n = int(order.vector_starts[within + 1] - order.vector_starts[within])
+        return np.random.default_rng([self.seed, epoch, 2, within + 1]).permutation(n)
+
+    def _share(self, segment: Indices, phase: Indices, size: Indices) -> tuple[Indices, Indices]:
+        """Return from where to where segments of such sizes are drawn in phases, counted in their vectors."""
+        first, last = np.maximum(0, segment - self._live + 1), np.minimum(segment, self._n_phases - 1)
+        n, gone = last - first + 1, phase - first
+        return size * gone // n, size * (gone + 1) // n
+
+    def _order_of(self, phase: int) -> _Epoch:
+        return self._order(phase // self._n_phases)
+
+    def _order(self, epoch: int) -> _Epoch:
+        """Return an epoch's order; those of two neighbours are kept."""
+        if epoch not in self._orders:
+            self._orders = {i: order for i, order in self._orders.items() if abs(i - epoch) == 1}
+            self._orders[epoch] = self._ordered(epoch)
+        return self._orders[epoch]
+
+    def _ordered(self, epoch: int) -> _Epoch:
+        rounds, tokens = self._n_ranges, self._n_tokens
+        range_tr, token_rt = np.tile(np.arange(rounds), (tokens, 1)), np.tile(np.arange(tokens), (rounds, 1))
+        if self._n_segments > 1:  # else as any order, and what is in the buffer serves all epochs
+            rng = np.random.default_rng([self.seed, epoch, 1])
+            range_tr, token_rt = rng.permuted(range_tr, axis=1), rng.permuted(token_rt, axis=1)
+        ranges = range_tr[token_rt, np.arange(rounds)[:, None]].ravel()
+        block_starts = np.arange(self._n_segments + 1) * len(ranges) // self._n_segments
+        vector_starts = np.concatenate([[0], np.cumsum(np.diff(self._range_starts)[ranges])])[block_starts]
+        sizes, phases = np.diff(vector_starts), np.arange(self._n_phases)
+        drawn_p = np.zeros(self._n_phases, dtype=np.int64)
+        for i in range(self._live):
+            start, stop = self._share(phases + i, phases, sizes[phases + i])
+            drawn_p += stop - start
+        phase_starts = np.concatenate([[0], np.cumsum(drawn_p)])
+        return _Epoch(token_rt.ravel(), ranges, block_starts, vector_starts, phase_starts)

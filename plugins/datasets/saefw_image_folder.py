@@ -82,8 +82,12 @@ class ImageFolder(DatasetConfig):
         classes = sorted({name for name in names if name is not None})
         index: dict[str | None, int] = {None: -1} | {name: i for i, name in enumerate(classes)}
         labels = [index[name] for name in names]
-        carve(files.keys, labels, splits, self.valid, self.test, self.seed)
-        return ImageFiles(files, labels, splits, classes)
+
+        def carved() -> list[Split]:
+            carve(files.keys, labels, splits, self.valid, self.test, self.seed)
+            return splits
+
+        return ImageFiles(files, labels, carved, classes)
 
 
 def _globbed(root: Path, pattern: str) -> Files:

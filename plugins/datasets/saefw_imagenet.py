@@ -93,23 +93,33 @@ class ImageNet(DatasetConfig):
         # Lists lie beside the images or, as Kaggle packs them, beside the folder ILSVRC.
         lists = [root, data, *([data.parents[2]] if len(data.parents) > 2 else [])]
         truth: dict[str, str] | None = None
+        of_folder: dict[str, str] = {}
+        """The synset of each folder: of a million images only a thousand folders are looked at."""
         synsets: list[str] = []
         for key in files.keys:
-            parts = key.split("/")
-            if len(parts) == 3 and SYNSET.fullmatch(parts[1]):
-                synsets.append(parts[1])
-            elif len(parts) == 2 and parts[0] == "val":
+            within, _, name = key.rpartition("/")
+            if synset := of_folder.get(within):
+                synsets.append(synset)
+                continue
+            parts = within.split("/")
+            if len(parts) == 2 and SYNSET.fullmatch(parts[1]):
+                synsets.append(of_folder.setdefault(within, parts[1]))
+            elif within == "val":
                 truth = _truth(lists, data) if truth is None else truth
-                if parts[1].split(".")[0] not in truth:
+                if name.split(".")[0] not in truth:
                     raise UserError(f"{data / key}: the list of the validation images does not name it")
-                synsets.append(truth[parts[1].split(".")[0]])
+                synsets.append(truth[name.split(".")[0]])
             else:
                 raise UserError(f"{data / key}: lies in no folder of a synset, as train/n01440764 is")
         wnids = sorted(set(synsets))
         index = {wnid: i for i, wnid in enumerate(wnids)}
-        labels = [index[wnid] for wnid in synsets]
-        splits: list[Split] = ["train" if key.startswith("train/") else self.val for key in files.keys]
-        carve(files.keys, labels, splits, self.valid, self.test, self.seed)
+        labels = array("q", [index[wnid] for wnid in synsets])
+
+        def splits() -> list[Split]:
+            found: list[Split] = ["train" if key.startswith("train/") else self.val for key in files.keys]
+            carve(files.keys, labels, found, self.valid, self.test, self.seed)
+            return found
+
         return ImageFiles(files, labels, splits, _readable(_lemmas(lists, wnids), wnids))
 
     def _parquet(self, paths: Sequence[Path]) -> Dataset:

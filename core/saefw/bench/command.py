@@ -11,6 +11,7 @@ import typer
 from saefw.errors import UserError, did_you_mean
 
 BENCHES = {
+    "record": "recording, from memory and from files, and the dry run of a large image set",
     "read": "recordings, in random order and in their own",
 }
 """What each module of this package measures, beside the frame."""

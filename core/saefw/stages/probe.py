@@ -37,6 +37,7 @@ from saefw.plugin import (
     hookimpl,
     settings,
 )
+from saefw.shards import check_tokens
 from saefw.unit import canonical
 
 FILE = "probe.safetensors"
@@ -77,6 +78,7 @@ class ProbeStage(StageConfig):
             layers = ", ".join(map(str, sorted({unit.content["layer"] for unit in units})))
             raise UserError(f"probe: layer {self.layer} is not recorded by '{self.acts}' (there are: {layers})")
         for unit in recordings:
+            check_tokens("probe: token", unit, "all", self.token)
             if not unit.given["backbone"].describe().has_cls:
                 raise UserError(f"probe: token: the backbone of {unit.label} has no [CLS], which the probe would read")
         # Names are not hashed, and the layer is that of the recording: renaming either makes nothing anew.

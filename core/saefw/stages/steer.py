@@ -27,6 +27,7 @@ from saefw.facts import Name, facts, names
 from saefw.originals import again
 from saefw.outcome import KINDS, ROLES, Readout, first, summary
 from saefw.plugin import DatasetConfig, Knob, Names, Pace, Pick, Run, StageConfig, Unit, UserError, hookimpl
+from saefw.shards import check_tokens
 from saefw.stages.probe import depth, open_probe, task_of
 from saefw.steering import Steering, along, check_reach, like_norm
 from saefw.tensors import Form
@@ -170,6 +171,7 @@ class Steer(StageConfig):
         classes = [unit for unit in found if unit.needs[1].content["dataset"] == dataset]
         if not classes:
             raise UserError(f"steer: '{named}' has no tables of {sae.label} over the images of {probe.needs[0].label}")
+        check_tokens("steer: classes" if self.classes else "steer: visuals", classes[0].needs[1], "all")
         own = [unit for unit in run.made_by(self.visuals) if unit.needs == (sae, sae.needs[0])]
         for stage, unit in ((named, classes[0]), (self.visuals, (own or classes)[0])):
             if (split := unit.content["split"]) != "train":

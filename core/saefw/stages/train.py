@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from saefw.plugin import (
     settings,
     timed,
 )
+from saefw.shards import check_tokens
 from saefw.start import SAMPLE, start
 from saefw.stream import Stream
 from saefw.trained import write_sae
@@ -63,6 +64,7 @@ Examples = np.ndarray[Any, np.dtype[np.int64]]
 class Train(StageConfig):
     """Trains SAEs on the train split of a recording and measures them on its valid split."""
 
+    revision: ClassVar[int] = 2
     use: Literal["train"] = "train"
 
     acts: Annotated[str, Names("stages")]
@@ -105,13 +107,15 @@ class Train(StageConfig):
         """List one unit for each recording and SAE.
 
         Raises:
-            UserError: a layer was not recorded, or not one batch is asked for.
+            UserError: a layer was not recorded, or without these tokens, or not one batch is asked for.
 
         """
         if self.n_tokens < self.batch_size:
             raise UserError(f"train: n_tokens is {self.n_tokens}, less than one batch of {self.batch_size}")
         shared = {name: value for name, value in self.content().items() if name not in ("use", "layers")}
-        members = run.family("saes", self.saes)
+        members, recordings = run.family("saes", self.saes), self._recordings(run)
+        for acts in recordings:
+            check_tokens("train: tokens", acts, "all", self.tokens, drawn=self.tokens == "patches")
         listed = {
             Unit(
                 "train",
@@ -120,7 +124,7 @@ class Train(StageConfig):
                 label=f"{member.label}, {acts.label}",
                 given={"sae": member.entry},
             ): None
-            for acts in self._recordings(run)
+            for acts in recordings
             for member in members
         }
         yield from listed
@@ -192,7 +196,7 @@ class Train(StageConfig):
                 f"{recording.label}: all {self.tokens} of the train split are the same; nothing to train on"
             )
         trainings = [Training(unit, acts.d_model, stats, n_steps, run.device) for unit in units]
-        valid_nd = next(acts.shuffled(self.tokens, acts.of_split("valid"), VALID, self.seed)).to(run.device)
+        valid_nd = next(acts.shuffled(self.tokens, acts.of_split("valid"), VALID, self.seed)).to(run.device).float()
         for training in trainings:
             training.resume(run)
             if not training.step:
@@ -226,7 +230,7 @@ class Train(StageConfig):
         """Yield the tokens of the valid split, and say how far they are."""
         telling, images, n = Clock(PAUSE), acts.of_split("valid"), 0
         for indices, x_etd in acts.read(self.tokens, images, max(1, TOKENS // acts.n_tokens)):
-            yield x_etd.flatten(0, 1).to(run.device)
+            yield x_etd.flatten(0, 1).to(run.device).float()
             n += len(indices)
             if telling.due():
                 run.progress(n * x_etd.shape[1], len(images) * x_etd.shape[1], "valid tokens")
@@ -235,7 +239,7 @@ class Train(StageConfig):
     def _sample(self, acts: Acts, stats: Stats) -> Tensor:
         """Return some normalised training tokens, always the same."""
         stream = acts.shuffled(self.tokens, acts.of_split("train"), SAMPLE, self.seed)
-        x_nd: Tensor = (next(stream)[: stream.n_vectors] - stats.mean.float()) / stats.scale
+        x_nd: Tensor = (next(stream)[: stream.n_vectors].float() - stats.mean.float()) / stats.scale
         return x_nd
 
     def _steps(
@@ -253,7 +257,7 @@ class Train(StageConfig):
         n_steps = steps.stop
         saving, telling = Clock(self.checkpoint_every), Clock(PAUSE)
         for step in steps:
-            x_nd = trainings[0].sae.normalise(next(stream).to(run.device))
+            x_nd = trainings[0].sae.normalise(next(stream).to(run.device).float())
             logging, checkpointing = self._logs(step, n_steps), saving.due()
             validating = self._validates(step + 1, n_steps)
             for training in list(trainings):
@@ -291,7 +295,6 @@ class Train(StageConfig):
     def _finish(self, run: Run, acts: Acts, stats: Stats, trainings: Sequence[Training], sample_nd: Tensor) -> None:
         """Measure, write and keep SAEs that are trained."""
         saes = [training.sae for training in trainings]
-        offset_ratio = float(stats.mean.norm() / stats.var.sum().sqrt())
         measured = measure(saes, run.metrics, self._valid(run, acts))
         for training, values in zip(trainings, measured, strict=True):
             unit, config, address = training.unit, training.config, training.unit.needs[0].address
@@ -301,7 +304,7 @@ class Train(StageConfig):
                 "tokens": self.tokens,
                 "d_model": acts.d_model,
             }
-            about |= {"n_tokens": training.n_steps * self.batch_size, "offset_ratio": offset_ratio}
+            about |= {"n_tokens": training.n_steps * self.batch_size, "offset_ratio": stats.offset_ratio}
             write_sae(training.sae, config, run.folder(unit), about, sample_nd)
             variant, n_features = config.content()["use"], training.sae.d_sae
             run.put(
@@ -329,7 +332,7 @@ def narrow(config: SaeConfig, d_model: int) -> SaeConfig:
 
 def _step(config: SaeConfig, d_model: int, batch_size: int, device: str) -> float:
     """Return the seconds of a step for a token and feature: of a narrow SAE, on a small batch of made-up tokens."""
-    stats = Stats(torch.zeros(d_model), torch.ones(d_model), 1.0, 1)
+    stats = Stats(torch.zeros(d_model), torch.ones(d_model), 1.0, 0.0, 1)
     training = Training(Unit("train", {}, given={"sae": narrow(config, d_model)}), d_model, stats, 1, device)
     x_nd = torch.randn(min(batch_size, SOME), d_model, device=device)
 

@@ -44,6 +44,7 @@ from saefw.plugin import (
     timed,
 )
 from saefw.sae import Sae
+from saefw.shards import check_tokens
 from saefw.stages.train import Clock, narrow
 from saefw.tally import IMAGE_FEATURES, Tally, most
 from saefw.tally import check as check_state
@@ -123,7 +124,8 @@ class Visuals(StageConfig):
         """List one unit for each SAE and recording of its backbone and layer.
 
         Raises:
-            UserError: an SAE has no such recording, or `include` names a feature that it does not have.
+            UserError: an SAE has no such recording, or one without its tokens, or `include` names a feature that it
+                does not have.
 
         """
         content = {name: value for name, value in self.content().items() if name != "use"}
@@ -140,6 +142,7 @@ class Visuals(StageConfig):
             if wrong:
                 raise UserError(f"visuals: include: feature {wrong[0]} is not among the {_d_sae(sae)} of {sae.label}")
             for acts in found:
+                check_tokens("visuals: acts", acts, "all", sae.content["tokens"])
                 label = sae.label if acts == trained_on else f"{sae.label}, seen on {acts.label}"
                 yield Unit("visuals", content, needs=(sae, acts), label=label)
 
