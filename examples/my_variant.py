@@ -27,7 +27,7 @@ class Sparing(SaeConfig):
 
     def build(self, d_model: int) -> "SparingSae":
         """Return a fresh one with these settings."""
-        return SparingSae(d_model, d_model * self.expansion, self.weight, self.knee)
+        return SparingSae(d_model, self.width(d_model), self.weight, self.knee)
 
 
 class SparingSae(Sae):

@@ -78,11 +78,40 @@ def _training() -> Any:
 
 
 def read_sae(data: bytes, folder: Path) -> None:
-    """Open a trained SAE and run it."""
-    from saefw.trained import FILE, open_sae
+    """Open a trained SAE with these weights and run it."""
+    _sae(folder, weights=data)
 
-    (folder / FILE).write_bytes(data)
+
+def read_config(data: bytes, folder: Path) -> None:
+    """Open a trained SAE of which this is said."""
+    _sae(folder, config=data)
+
+
+def read_sample(data: bytes, folder: Path) -> None:
+    """Open a trained SAE with this sample."""
+    _sae(folder, sample=data)
+
+
+def _sae(folder: Path, weights: bytes = b"", config: bytes = b"", sample: bytes = b"") -> None:
+    from saefw.trained import CONFIG, FILE, SAMPLE, open_sae
+
+    good = _trained()
+    for name, data in {FILE: weights, CONFIG: config, SAMPLE: sample}.items():
+        (folder / name).write_bytes(data or good[name])
     open_sae(_config(), folder)(torch.ones(2, 3))
+
+
+@cache
+def _trained() -> dict[str, bytes]:
+    """Return the files of an SAE, all but untrained."""
+    from saefw.trained import write_sae
+
+    training = _training()
+    torch.manual_seed(0)
+    training.advance(torch.randn(4, 3), 100)
+    with tempfile.TemporaryDirectory() as where:
+        write_sae(training.sae.eval(), _config(), Path(where), {}, torch.ones(4, 3))
+        return {path.name: path.read_bytes() for path in Path(where).iterdir()}
 
 
 def _run(folder: Path) -> Any:
@@ -272,6 +301,8 @@ def read_log(data: bytes, folder: Path) -> None:
 READERS: dict[bytes, Callable[[bytes, Path], None]] = {
     b"r": read_registry,
     b"s": read_sae,
+    b"j": read_config,
+    b"n": read_sample,
     b"c": read_checkpoint,
     b"p": read_probe,
     b"a": read_acts,
@@ -283,7 +314,7 @@ READERS: dict[bytes, Callable[[bytes, Path], None]] = {
     b"m": read_made,
     b"l": read_log,
 }
-TENSORS, TEXTS = b"scphtoy", b"auml"
+TENSORS, TEXTS = b"snctphoy", b"aujml"
 
 
 def fed(data: bytes, folder: Path) -> None:
@@ -312,13 +343,13 @@ def seeds() -> dict[str, bytes]:
         for _ in range(2):
             training.advance(torch.randn(4, 3), 100)
         training.checkpoint(run)
-        training.write(folder, {"d_model": 3})
         found["c-good"] = (run.folder(training.unit) / "checkpoint.safetensors").read_bytes()
-        found["s-good"] = (folder / "sae.safetensors").read_bytes()
         sealed.write(folder / "tally.safetensors", _tally(folder).state())
         found["y-good"] = (folder / "tally.safetensors").read_bytes()
     weights = {"weight": torch.ones(3, 2), "bias": torch.ones(2), "mean": torch.ones(3), "std": torch.ones(3)}
     found["p-good"] = save(weights, {"saefw": "{}"})
+    files = _trained()
+    found |= {"s-good": files["sae.safetensors"], "j-good": files["config.json"], "n-good": files["sample.safetensors"]}
     files = _recording()
     found |= {"a-good": files["acts.json"], "h-good": files["acts-00000.safetensors"]}
     found |= {"t-good": files["stats.safetensors"], "o-good": files["moments-00000.safetensors"]}

@@ -305,7 +305,7 @@ def _title(unit: Unit, run: Run, layer: int) -> tuple[str, str]:
 
     variant, reader = sae.given["sae"], probe.given["probe"]
     short = [
-        *chosen(variant, "k", "l1", "expansion", "lr"),
+        *chosen(variant, "k", "l1", "expansion", "d_sae", "lr"),
         *told(sae, "l0", "L0", ".3g"),
         *told(sae, "nmse", "NMSE", ".2g"),
     ]

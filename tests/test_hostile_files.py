@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,13 +32,12 @@ from saefw.stages.probe import FILE as PROBE
 from saefw.stages.probe import open_probe
 from saefw.store import Store
 from saefw.tally import Tally, check
-from saefw.trained import FILE, open_sae
+from saefw.trained import CONFIG, FILE, SAMPLE, open_sae, write_sae
 from saefw.training import CHECKPOINT, Training
-from saefw.unit import canonical
 from saefw_linear import Linear
 from saefw_topk import TopK
 
-CONFIG = TopK(k=2, expansion=2)
+TOPK = TopK(k=2, expansion=2)
 
 
 def said(read: Callable[[], object]) -> str:
@@ -47,7 +47,7 @@ def said(read: Callable[[], object]) -> str:
     return str(caught.value)
 
 
-TRAIN = Unit("train", {}, given={"sae": CONFIG})
+TRAIN = Unit("train", {}, given={"sae": TOPK})
 
 
 def fresh() -> Training:
@@ -73,8 +73,8 @@ def anew(path: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def good() -> dict[str, Any]:
-    """Return the weights and the header of an SAE, and a checkpoint of its third step."""
+def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return the weights and the folder of an SAE, and a checkpoint of its third step."""
     training = fresh()
     torch.manual_seed(0)
     for _ in range(3):
@@ -82,9 +82,11 @@ def good() -> dict[str, Any]:
     tensors = {f"sae.{name}": x.clone() for name, x in training.sae.state_dict().items()}
     for index, state in training.adam.state_dict()["state"].items():
         tensors |= {f"adam.{index}.{name}": x.clone() for name, x in state.items()}
+    folder = tmp_path_factory.mktemp("good")
+    write_sae(training.sae.eval(), TOPK, folder, {}, torch.randn(4, 3))
     return {
         "sae": {name: x.clone().contiguous() for name, x in training.sae.state_dict().items()},
-        "header": {"d_model": 3, "config": CONFIG.content()},
+        "folder": folder,
         "checkpoint": {**tensors, "since_s": training.since_s},
     }
 
@@ -156,29 +158,43 @@ BYTES: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("name", BYTES)
 def test_bytes_that_are_no_weights(
-    name: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    name: str,
+    good: dict[str, Any],
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     data, why = BYTES[name]
-    (tmp_path / FILE).write_bytes(data)
-    reason = word(tmp_path / FILE) or why
-    assert reason.startswith(why)
-    message = said(lambda: open_sae(CONFIG, tmp_path))
-    assert message == f"{tmp_path / FILE}: cannot be read ({reason}); delete {tmp_path} to train it again"
+    for file in (FILE, SAMPLE):
+        shutil.copytree(good["folder"], tmp_path, dirs_exist_ok=True)
+        (tmp_path / file).write_bytes(data)
+        message = said(lambda: open_sae(TOPK, tmp_path))
+        if reason := word(tmp_path / file):
+            assert reason.startswith(why)
+            assert message == f"{tmp_path / file}: cannot be read ({reason}); delete {tmp_path} to train it again"
+        else:  # what the metadata say is no matter here; the tensor is none of an SAE
+            assert message.startswith(f"{tmp_path / file}: does not fit its SAE; delete {tmp_path} to train it again (")
     path = run.folder(TRAIN) / CHECKPOINT
     path.write_bytes(data)
     assert (resumed(run), caplog.messages) == (0, anew(path))
     assert not Path("unpickled").exists()
 
 
-def test_a_pipe_is_not_waited_for(run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_pipe_is_not_waited_for(
+    good: dict[str, Any], run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = run.folder(TRAIN) / CHECKPOINT
     os.mkfifo(path)
     assert (resumed(run), caplog.messages) == (0, anew(path))
-    os.mkfifo(tmp_path / FILE)
-    assert said(lambda: open_sae(CONFIG, tmp_path)) == (
-        f"{tmp_path / FILE}: cannot be read (not a file); delete {tmp_path} to train it again"
-    )
+    for file in (SAMPLE, FILE, CONFIG):
+        shutil.copytree(good["folder"], tmp_path / file)
+        (tmp_path / file / file).unlink()
+        os.mkfifo(tmp_path / file / file)
+        assert said(lambda folder=tmp_path / file: open_sae(TOPK, folder)) == (  # type: ignore[misc]
+            f"{tmp_path / file / file}: cannot be read (not a file); delete {tmp_path / file} to train it again"
+        )
 
 
 Changed = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -254,26 +270,86 @@ SAES: dict[str, tuple[Changed, dict[str, Any], str]] = {
     ),
     "other settings": (
         lambda tensors: tensors,
-        {"config": {"use": "topk"}},
-        "holds an SAE with other settings than asked for; delete {folder} to train that one",
+        {"settings": {"use": "topk"}},
+        "is of an SAE with other settings than asked for; delete {folder} to train that one",
     ),
 }
 
 
 @pytest.mark.parametrize("name", SAES)
 def test_an_sae_that_is_none(name: str, good: dict[str, Any], tmp_path: Path) -> None:
-    change, header, message = SAES[name]
-    path = tmp_path / FILE
-    path.write_bytes(save(change(good["sae"]), {"saefw": canonical({**good["header"], **header})}))
-    assert said(lambda: open_sae(CONFIG, tmp_path)) == f"{path}: {message.replace('{folder}', str(tmp_path))}"
+    change, told, message = SAES[name]
+    shutil.copytree(good["folder"], tmp_path, dirs_exist_ok=True)
+    (tmp_path / FILE).write_bytes(save(change(good["sae"])))
+    (tmp_path / CONFIG).write_text(json.dumps(json.loads((tmp_path / CONFIG).read_text()) | told))
+    path = tmp_path / (CONFIG if message.startswith(("cannot", "is of")) else FILE)
+    assert said(lambda: open_sae(TOPK, tmp_path)) == f"{path}: {message.replace('{folder}', str(tmp_path))}"
+
+
+SAMPLES: dict[str, tuple[Changed, str]] = {
+    "no tokens": (
+        without("x"),
+        "does not fit its SAE; delete {folder} to train it again ('indices' is int64 [4, 2] instead of int64 [0, 2])",
+    ),
+    "tokens of another width": (
+        put("x", torch.ones(4, 2)),
+        "does not fit its SAE; delete {folder} to train it again ('x' is float32 [4, 2] instead of float32 [4, 3])",
+    ),
+    "very many": (
+        put("x", torch.ones(65, 3)),
+        "does not fit its SAE; delete {folder} to train it again "
+        "(tokens must be a whole number from 0 to 64, and is 65)",
+    ),
+    "features that are none": (
+        put("indices", torch.full((4, 2), 6)),
+        "does not fit its SAE; delete {folder} to train it again ('indices' must lie in 0..5)",
+    ),
+    "features below zero": (
+        put("indices", torch.full((4, 2), -1)),
+        "does not fit its SAE; delete {folder} to train it again ('indices' must lie in 0..5)",
+    ),
+    "values that are none": (
+        put("values", torch.full((4, 2), float("nan"))),
+        "does not fit its SAE; delete {folder} to train it again ('values' holds numbers that are not finite)",
+    ),
+    "one too many": (
+        put("extra", torch.ones(1)),
+        "does not fit its SAE; delete {folder} to train it again ('extra' is one too many)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_sample_that_is_none(name: str, good: dict[str, Any], tmp_path: Path) -> None:
+    change, message = SAMPLES[name]
+    shutil.copytree(good["folder"], tmp_path, dirs_exist_ok=True)
+    (tmp_path / SAMPLE).write_bytes(save(change(load_file(tmp_path / SAMPLE))))
+    wanted = f"{tmp_path / SAMPLE}: {message.replace('{folder}', str(tmp_path))}"
+    assert said(lambda: open_sae(TOPK, tmp_path)) == wanted
+
+
+JSONS: dict[str, tuple[bytes, str]] = {
+    "nothing": (b"", "Expecting value: line 1 column 1 (char 0)"),
+    "a list": (b"[3]", "list instead of a JSON object"),
+    "no bottom": (b"[" * 100_000, "nested too deep"),
+    "no text": (b"\xff\xfe\xff", "'utf-16-le' codec can't decode byte 0xff in position 2: truncated data"),
+}
+
+
+@pytest.mark.parametrize("name", JSONS)
+def test_a_config_that_is_none(name: str, good: dict[str, Any], tmp_path: Path) -> None:
+    data, why = JSONS[name]
+    shutil.copytree(good["folder"], tmp_path, dirs_exist_ok=True)
+    (tmp_path / CONFIG).write_bytes(data)
+    wanted = f"{tmp_path / CONFIG}: cannot be read ({why}); delete {tmp_path} to train it again"
+    assert said(lambda: open_sae(TOPK, tmp_path)) == wanted
 
 
 def test_a_good_sae_and_a_good_checkpoint_are_read(
     good: dict[str, Any], run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Else all of the others would be refused for something else than what is wrong with them."""
-    (tmp_path / FILE).write_bytes(save(good["sae"], {"saefw": canonical(good["header"])}))
-    assert torch.equal(open_sae(CONFIG, tmp_path).state_dict()["W_enc"], good["sae"]["W_enc"])
+    assert torch.equal(open_sae(TOPK, good["folder"]).state_dict()["W_enc"], good["sae"]["W_enc"])
     sealed.write(run.folder(TRAIN) / CHECKPOINT, good["checkpoint"], {"step": 3, "log": _mark(b"")})
     assert (resumed(run), caplog.messages) == (3, [])
 

@@ -51,8 +51,8 @@ def test_a_guess_is_said_in_a_digit_or_two(seconds: float, said: str) -> None:
 
 
 def test_an_sae_is_tried_narrow_unless_that_does_not_fit() -> None:
-    assert train.narrow(Relu(expansion=32), 768) == Relu(expansion=2)
-    assert train.narrow(Relu(expansion=4), 64) == Relu(expansion=4)
+    assert train.narrow(Relu(expansion=32), 768) == Relu(d_sae=train.NARROW)
+    assert train.narrow(Relu(expansion=4), 64) == Relu(d_sae=256)
     wide = TopK(expansion=32, k=2000)
     assert train.narrow(wide, 768) == wide
     with pytest.raises(UserError):

@@ -299,7 +299,7 @@ def test_a_fresh_sae_is_tied_and_of_norm_one(config: SaeConfig) -> None:
 def test_k_must_not_exceed_the_features() -> None:
     with pytest.raises(UserError) as error:
         TopK(k=33, expansion=4).build(8)
-    assert str(error.value) == "topk: k is 33, but there are 32 features (expansion 4)"
+    assert str(error.value) == "topk: k is 33, but there are 32 features"
     assert isinstance(TopK(k=32, expansion=4).build(8), TopKSae)
 
 

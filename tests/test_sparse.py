@@ -143,7 +143,7 @@ class Nested(SaeConfig):
     """Features that fire."""
 
     def build(self, d_model: int) -> "NestedSae":
-        return NestedSae(d_model, d_model * self.expansion, self.k)
+        return NestedSae(d_model, self.width(d_model), self.k)
 
 
 class NestedSae(Sae):

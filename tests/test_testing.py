@@ -75,7 +75,7 @@ class Above(SaeConfig):
 
     def build(self, d_model: int) -> "AboveSae":
         """Return one."""
-        return AboveSae(d_model, d_model * self.expansion, self.fault)
+        return AboveSae(d_model, self.width(d_model), self.fault)
 
 
 class AboveSae(Sae):

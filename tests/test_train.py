@@ -1,6 +1,12 @@
 """The train stage: one stream for all, resumable to the byte, measured on valid tokens."""
 
 import itertools
+import json
+import multiprocessing
+import random
+import re
+import shutil
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +18,7 @@ import tiny
 import torch
 from pydantic import Field
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saefw.acts import Acts, Stats
@@ -24,7 +31,7 @@ from saefw.stages import train as module
 from saefw.stages.record import Record
 from saefw.stages.train import Train, saefw_metrics
 from saefw.store import Store
-from saefw.trained import FILE, open_sae
+from saefw.trained import CONFIG, FILE, SAMPLE, TOLERANCE, open_sae
 from saefw.training import CHECKPOINT, Training, learning_rate
 from saefw_relu import Relu
 from saefw_topk import TopK
@@ -34,7 +41,9 @@ SAES: dict[str, SaeConfig] = {
     "topk": TopK(expansion=3, k=3, warmup=3, seed=1),
 }
 N_STEPS = 12
-STAGE = Train(acts="acts", saes=list(SAES), layers=[1], n_tokens=64 * N_STEPS + 5, batch_size=64, log_every=5)
+STAGE = Train(
+    acts="acts", saes=list(SAES), layers=[1], n_tokens=64 * N_STEPS + 5, batch_size=64, log_every=5, validate_every=0.3
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +80,13 @@ def trained(run: Run, stage: Train = STAGE) -> list[Unit]:
     return units
 
 
-def results(run: Run, units: Sequence[Unit]) -> list[tuple[bytes, bytes, bytes]]:
+def results(run: Run, units: Sequence[Unit]) -> list[tuple[bytes, ...]]:
     """All that a unit holds but the time it took."""
     folders = [run.folder(unit) for unit in units]
-    assert {path.name for folder in folders for path in folder.iterdir()} == {
-        FILE, "metric.parquet", "sae.parquet", "unit.json", "made.json",
-    }  # fmt: skip
-    names = (FILE, "metric.parquet", "sae.parquet")
-    return [tuple((folder / name).read_bytes() for name in names) for folder in folders]  # type: ignore[misc]
+    names = (FILE, CONFIG, SAMPLE, "metric.parquet", "sae.parquet")
+    for folder in folders:
+        assert {path.name for path in folder.iterdir()} == {*names, "unit.json", "made.json"}
+    return [tuple((folder / name).read_bytes() for name in names) for folder in folders]
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +118,6 @@ def test_an_sae_opens_as_it_was_trained(whole: tuple[Run, list[Unit]]) -> None:
         torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(sae.d_sae))
         with safe_open(run.folder(unit) / FILE, "pt") as file:
             assert set(file.keys()) == {"W_enc", "b_enc", "W_dec", "b_dec", "mean", "scale"}
-            assert list(file.metadata()) == ["saefw"]
 
 
 def test_metrics_are_those_of_numpy_on_the_valid_tokens(whole: tuple[Run, list[Unit]]) -> None:
@@ -146,10 +153,32 @@ def test_the_log_holds_terms_by_step(whole: tuple[Run, list[Unit]]) -> None:
             steps.setdefault(name, []).append(step)
         for name in ("train_mse", term, "train_l0", "train_dead", "lr"):
             assert sorted(steps.pop(name)) == [0, 5, 10, 11]
+        assert {steps.pop("decoder_cos_max")[0], steps.pop("decoder_cos_mean")[0]} == {N_STEPS}
         assert set(steps) == {*saefw_metrics(), "n_valid_tokens"}
-        assert {step for each in steps.values() for step in each} == {N_STEPS}
+        assert {tuple(sorted(each)) for each in steps.values()} == {(4, 8, N_STEPS)}
         config = unit.given["sae"]
         assert row == (unit.needs[0].address, config.use, 16 * config.expansion, str(config.expansion))
+
+
+def test_valid_tokens_are_looked_at_while_it_trains(whole: tuple[Run, list[Unit]], store: Path, tmp_path: Path) -> None:
+    """The same ones each time, of the valid split alone; what is trained does not change by it."""
+    run, units = whole
+    with run.db() as db:
+        seen = dict(
+            db.execute(
+                "SELECT step, value FROM metric WHERE unit = ? AND name = 'n_valid_tokens'", [units[0].address]
+            ).fetchall()
+        )
+    acts = Acts(run.folder(units[0].needs[0]))
+    assert seen == {4: module.VALID, 8: module.VALID, N_STEPS: 16 * len(acts.of_split("valid"))}
+    blind = fresh(tmp_path, store)
+    others = trained(blind, STAGE.model_copy(update={"validate_every": 1.0}))
+    assert [unit.address for unit in others] == [unit.address for unit in units]
+    assert [blind.folder(unit).joinpath(FILE).read_bytes() for unit in others] == [
+        run.folder(unit).joinpath(FILE).read_bytes() for unit in units
+    ]
+    with blind.db() as db:
+        assert not db.execute("FROM metric WHERE name = 'nmse' AND step < ?", [N_STEPS]).fetchall()
 
 
 def test_training_lowers_the_error(store: Path, tmp_path: Path) -> None:
@@ -188,7 +217,7 @@ class Noisy(SaeConfig):
     use: Literal["noisy"] = "noisy"
 
     def build(self, d_model: int) -> "NoisySae":
-        return NoisySae(d_model, d_model * self.expansion)
+        return NoisySae(d_model, self.width(d_model))
 
 
 class NoisySae(Sae):
@@ -240,7 +269,7 @@ class Killer(Watcher):
             raise Stop
 
 
-@pytest.mark.parametrize("after", [2, 3, 8, 9, 10])
+@pytest.mark.parametrize("after", range(1, 15))
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     after: int, whole: tuple[Run, list[Unit]], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,6 +282,85 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     starts = [step for step in starting_steps(run) if step is not None]
     assert len(starts) == 2
     assert results(run, trained(run)) == results(*whole)
+
+
+@pytest.mark.parametrize("names", [["topk"], ["relu", "topk"]])
+@pytest.mark.parametrize("killed", range(1, N_STEPS + 1))
+def test_killed_in_any_step_it_goes_on_to_the_same_bytes(
+    killed: int,
+    names: list[str],
+    whole: tuple[Run, list[Unit]],
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Killed without a word in the middle of a step of the last member: there is only what lay on the disk."""
+    stage = STAGE.model_copy(update={"saes": names, "checkpoint_every": 0.0})
+    advance, checkpoint, dead = Training.advance, Training.checkpoint, False
+
+    def advance_or_die(self: Training, x_nd: Tensor, dead_after: int) -> None:
+        nonlocal dead
+        if dead := self.step == killed - 1 and isinstance(self.config, TopK):
+            raise Stop
+        advance(self, x_nd, dead_after)
+
+    def checkpoint_if_alive(self: Training, run: Run) -> None:
+        if not dead:
+            checkpoint(self, run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "WORTH", 0)
+        patch.setattr(Training, "advance", advance_or_die)
+        patch.setattr(Training, "checkpoint", checkpoint_if_alive)
+        with pytest.raises(Stop):
+            trained(fresh(tmp_path, store), stage)
+    run = fresh(tmp_path, store)
+    units = trained(run, stage)
+    chosen = [unit for unit in whole[1] if unit in units]
+    assert len(chosen) == len(names) and results(run, units) == results(whole[0], chosen)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("names", [["topk"], ["relu", "topk"]])
+def test_killed_by_the_system_at_any_time_it_goes_on_to_the_same_bytes(
+    names: list[str], whole: tuple[Run, list[Unit]], store: Path, tmp_path: Path
+) -> None:
+    """A process of its own, killed with SIGKILL again and again until it comes to its end."""
+    fresh(tmp_path, store)
+    rng, kills = random.Random(len(names)), 0
+    code: int | None = -signal.SIGKILL
+    while code:
+        child = multiprocessing.get_context("fork").Process(target=_train, args=(tmp_path, store, names))
+        child.start()
+        # Later each time: one that is always killed too early would never end.
+        child.join(rng.uniform(0, 0.1 * (1 + kills)))
+        child.kill()
+        child.join()
+        code = child.exitcode
+        assert code in (0, -signal.SIGKILL)
+        kills += code != 0
+    assert kills > 1
+    run = fresh(tmp_path, store)
+    units = list(STAGE.model_copy(update={"saes": names}).units(run))
+    chosen = [unit for unit in whole[1] if unit in units]
+    assert len(chosen) == len(names) and results(run, units) == results(whole[0], chosen)
+
+
+def _train(path: Path, store: Path, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    module.WORTH = 0
+    trained(fresh(path, store), STAGE.model_copy(update={"saes": names, "checkpoint_every": 0.0}))
+
+
+def test_layers_are_trained_one_after_the_other_as_if_alone(store: Path, tmp_path: Path) -> None:
+    both = fresh(tmp_path / "both", store)
+    units = trained(both, STAGE.model_copy(update={"layers": [1, 2]}))
+    assert len(units) == 2 * len(SAES)
+    for layer in (1, 2):
+        alone = fresh(tmp_path / str(layer), store)
+        wanted = trained(alone, STAGE.model_copy(update={"layers": [layer]}))
+        chosen = [unit for unit in units if unit.needs[0].content["layer"] == layer]
+        assert results(both, chosen) == results(alone, wanted)
 
 
 def test_a_stop_loses_no_step(whole: tuple[Run, list[Unit]], store: Path, tmp_path: Path) -> None:
@@ -387,7 +495,32 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
     config = Relu(lr=2.0, warmup=4, decay=0.25)
     rates = [learning_rate(config, step, 20) for step in range(20)]
     assert rates == pytest.approx([0.5, 1, 1.5, *[2] * 13, 1.6, 1.2, 0.8, 0.4])
-    assert [learning_rate(Relu(lr=3.0, warmup=0, decay=0), step, 5) for step in range(5)] == [3.0] * 5
+    cosine = [learning_rate(Relu(lr=2.0, warmup=0, schedule="cosine", decay=0.5), step, 8) for step in range(8)]
+    assert cosine == pytest.approx([2, 2, 2, 2, 2, 1 + 0.5**0.5, 1, 1 - 0.5**0.5])
+    assert [learning_rate(Relu(lr=3.0, warmup=0, schedule="constant"), step, 5) for step in range(5)] == [3.0] * 5
+
+
+def test_a_penalty_rises_over_its_warm_up_and_nothing_else_does() -> None:
+    x_nd = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    shares = []
+    risen_, full = (training(Relu(expansion=3, l1=0.1, lr=1e-9, sparsity_warmup=steps)) for steps in (4, 0))
+    for _ in range(6):
+        for made in (risen_, full):
+            made.advance(x_nd, 10**9)
+        shares.append((risen_.values["train_penalty"] / full.values["train_penalty"]).item())
+        assert risen_.values["train_mse"].item() == pytest.approx(full.values["train_mse"].item(), rel=1e-5)
+    assert shares == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1], rel=1e-4)
+
+
+def test_a_start_from_data_is_that_of_the_train_tokens_and_goes_on_after_a_stop(store: Path, tmp_path: Path) -> None:
+    saes = {"topk": TopK(expansion=3, k=3, init="data", b_dec="median")}
+    stage = STAGE.model_copy(update={"saes": ["topk"]})
+    whole_ = fresh(tmp_path / "a", store, saes=saes)
+    wanted = results(whole_, trained(whole_, stage))
+    with pytest.raises(Stop):
+        trained(fresh(tmp_path / "b", store, saes=saes, watcher=Killer(2)), stage)
+    again = fresh(tmp_path / "b", store, saes=saes)
+    assert results(again, trained(again, stage)) == wanted
 
 
 class Scripted(SaeConfig):
@@ -398,7 +531,7 @@ class Scripted(SaeConfig):
     script: list[list[int]] = Field(default_factory=list)
 
     def build(self, d_model: int) -> "ScriptedSae":
-        return ScriptedSae(d_model, d_model * self.expansion, self.script)
+        return ScriptedSae(d_model, self.width(d_model), self.script)
 
 
 class ScriptedSae(Sae):
@@ -526,24 +659,86 @@ def test_less_than_one_batch_is_refused(store: Path, tmp_path: Path) -> None:
 
 def test_too_large_a_k_is_refused_before_anything_is_trained(store: Path, tmp_path: Path) -> None:
     run = fresh(tmp_path, store, saes={**SAES, "topk": TopK(expansion=2, k=40)})
-    with pytest.raises(UserError, match=r"topk: k is 40, but there are 32 features \(expansion 2\)"):
+    with pytest.raises(UserError, match="topk: k is 40, but there are 32 features"):
         trained(run)
     assert not any(run.store.has(unit) for unit in STAGE.units(run))
 
 
 def test_a_file_that_cannot_be_used_is_named(whole: tuple[Run, list[Unit]], tmp_path: Path) -> None:
     run, units = whole
-    good, config = (run.folder(units[0]) / FILE).read_bytes(), SAES["relu"]
-    with pytest.raises(UserError, match=f"{tmp_path / FILE}: cannot be read .*; delete {tmp_path} to train it again"):
-        open_sae(config, tmp_path)
-    for damaged in (good[:-5], good[:20], b"", good.replace(b"W_enc", b"W_inc")):
-        (tmp_path / FILE).write_bytes(damaged)
-        with pytest.raises(UserError, match=f"{tmp_path / FILE}: .*; delete {tmp_path} to train it again"):
+    config = SAES["relu"]
+    shutil.copytree(run.folder(units[0]), tmp_path, dirs_exist_ok=True)
+    for name in (CONFIG, FILE, SAMPLE):
+        good = (tmp_path / name).read_bytes()
+        (tmp_path / name).unlink()
+        told = f"{tmp_path / name}: cannot be read .*; delete {tmp_path} to train it again"
+        with pytest.raises(UserError, match=told):
             open_sae(config, tmp_path)
-    (tmp_path / FILE).write_bytes(good)
-    with pytest.raises(UserError, match="holds an SAE with other settings"):
+        for damaged in (good[:-5], good[:20], b""):
+            (tmp_path / name).write_bytes(damaged)
+            with pytest.raises(UserError, match=told):
+                open_sae(config, tmp_path)
+        (tmp_path / name).write_bytes(good)
+    with pytest.raises(UserError, match="is of an SAE with other settings"):
         open_sae(Relu(expansion=2, l1=0.03, warmup=3), tmp_path)
     assert open_sae(config, tmp_path).d_sae == 32
+
+
+def test_a_config_says_what_the_sae_is(whole: tuple[Run, list[Unit]]) -> None:
+    run, units = whole
+    for unit, config in zip(units, SAES.values(), strict=True):
+        acts = Acts(run.folder(unit.needs[0]))
+        stats = acts.stats("patches")
+        assert json.loads((run.folder(unit) / CONFIG).read_text()) == {
+            "variant": config.content()["use"],
+            "settings": config.content(),
+            "acts": unit.needs[0].address,
+            "layer": 1,
+            "tokens": "patches",
+            "n_tokens": 64 * N_STEPS,
+            "d_model": 16,
+            "d_sae": config.width(16),
+            "normalisation": "x_n = (x - mean) / scale",
+            "offset_ratio": pytest.approx(
+                float(np.linalg.norm(stats.mean.numpy()) / np.sqrt(stats.var.numpy().sum())), rel=1e-9
+            ),
+            "inference": "codes = select((x_n - b_dec) W_enc + b_enc), x_hat = (codes W_dec + b_dec) scale + mean",
+            "select": (type(config).__doc__ or "").splitlines()[0],
+            "tolerance": TOLERANCE,
+        }
+        sample = load_file(run.folder(unit) / SAMPLE)
+        valid_nd = next(acts.shuffled("patches", acts.of_split("valid"), module.VALID, STAGE.seed))
+        assert torch.equal(sample["x"], valid_nd[:16])
+        codes = open_sae(config, run.folder(unit)).encode(sample["x"])
+        assert torch.equal(sample["indices"], codes.indices) and torch.equal(sample["values"], codes.values)
+
+
+@pytest.mark.parametrize("changed", ["W_enc", "b_enc", "mean", "scale"])
+def test_other_codes_than_when_it_was_trained_are_noticed(
+    changed: str, whole: tuple[Run, list[Unit]], tmp_path: Path
+) -> None:
+    """Rounding is not; nor is one token of which all codes are others."""
+    run, units = whole
+    shutil.copytree(run.folder(units[1]), tmp_path, dirs_exist_ok=True)
+    good, config = load_file(tmp_path / FILE), SAES["topk"]
+    save_file({**good, changed: good[changed] * (1 + 1e-6)}, tmp_path / FILE)
+    open_sae(config, tmp_path)
+    save_file({**good, changed: good[changed] * 1.1 + 0.1}, tmp_path / FILE)
+    with pytest.raises(UserError) as error:
+        open_sae(config, tmp_path)
+    told = str(error.value)
+    apart = re.search(r"they are (\S+) apart", told)
+    assert apart and float(apart[1]) > TOLERANCE
+    assert told == (
+        f"{tmp_path / SAMPLE}: its tokens get other codes than when the SAE was trained (they are {apart[1]} apart; "
+        f"0.001 is rounding), so its weights, or the code of 'topk', are not what they were; "
+        f"delete {tmp_path} to train it again"
+    )
+    save_file(good, tmp_path / FILE)
+    sample = load_file(tmp_path / SAMPLE)
+    sample["indices"][0] = (sample["indices"][0] + 1) % 48
+    save_file(sample, tmp_path / SAMPLE)
+    open_sae(config, tmp_path)
 
 
 def test_progress_counts_tokens_to_the_end(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -342,7 +342,7 @@ def test_k_must_not_exceed_the_features(cls: Any) -> None:
     config = cls(k=33, expansion=4)
     with pytest.raises(UserError) as error:
         config.fresh(8)
-    assert str(error.value) == f"{config.use}: k is 33, but there are 32 features (expansion 4)"
+    assert str(error.value) == f"{config.use}: k is 33, but there are 32 features"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple,
 
 import pluggy
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from saefw.entry import Entry, Knob, Late, Names, Place
@@ -46,6 +46,7 @@ __all__ = [
     "Names",
     "NotYet",
     "Pace",
+    "PenalisedConfig",
     "Pick",
     "Place",
     "Prefix",
@@ -263,8 +264,21 @@ class DatasetConfig(Entry):
 class SaeConfig(Entry):
     """An SAE variant that a plugin can train."""
 
-    expansion: int = Field(16, gt=0)
-    """d_sae as a multiple of d_model."""
+    expansion: int | None = Field(16, gt=0)
+    """d_sae as a multiple of d_model; where d_sae is set, leave it out."""
+
+    d_sae: int | None = Field(None, gt=0)
+    """How many features there are; null: expansion times d_model."""
+
+    init: Literal["tied", "kaiming", "data"] = "tied"
+    """How the weights start: `tied`, decoder rows of norm 1 in random directions and W_enc their transpose; `kaiming`,
+    W_enc and W_dec drawn apart, each uniform as He et al. 2015; `data`, as tied, but with rows near training tokens.
+    """
+
+    b_dec: Literal["mean", "median"] = "mean"
+    """Where the decoder bias starts: at the mean of the training tokens, which is 0 since these are centred, or at the
+    geometric median of some of them.
+    """
 
     lr: float = Field(1e-3, gt=0)
     """Learning rate of Adam between warm-up and decay."""
@@ -272,8 +286,11 @@ class SaeConfig(Entry):
     warmup: int = Field(100, ge=0)
     """Steps over which the learning rate rises, from its first fraction up."""
 
-    decay: float = Field(0.2, ge=0, le=1)
-    """Share of the steps, the last ones, over which the learning rate falls to 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """How the learning rate falls at the end: not at all, on a line, or as half a cosine."""
+
+    decay: float = Field(0.2, gt=0, le=1)
+    """Share of the steps, the last ones, over which it falls to 0; with `schedule: constant` it does not."""
 
     clip: float | None = Field(1.0, gt=0)
     """Largest L2 norm of the whole gradient, to which a larger one is scaled down; null: as it comes."""
@@ -293,6 +310,24 @@ class SaeConfig(Entry):
     seed: int = 0
     """Of the initial weights."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_size(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        expansion, d_sae = (data.get(name, cls.model_fields[name].default) for name in ("expansion", "d_sae"))
+        if d_sae is None and expansion is None:
+            raise ValueError("set expansion or d_sae (both are null)")
+        if d_sae is None:
+            return data
+        if data.get("expansion") is not None:
+            raise ValueError(f"set expansion or d_sae, not both (got {expansion!r} and {d_sae!r})")
+        return {**data, "expansion": None}
+
+    def width(self, d_model: int) -> int:
+        """Return d_sae, for a model of this width."""
+        return self.d_sae or d_model * (self.expansion or 1)
+
     @final
     def fresh(self, d_model: int) -> Sae:
         """Return what `build` builds with the settings that all variants share; what everybody but the plugin calls.
@@ -309,11 +344,20 @@ class SaeConfig(Entry):
     def build(self, d_model: int) -> Sae:
         """Return a fresh one with these settings; torch's generator is seeded by the caller.
 
+        Where `init` and `b_dec` are not at their defaults, the trainer starts W_enc, W_dec and b_dec anew.
+
         Raises:
             UserError: the settings do not fit a model of this width.
 
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be built")
+
+
+class PenalisedConfig(SaeConfig):
+    """An SAE variant whose sparsity comes from a penalty: the term `penalty` of its loss."""
+
+    sparsity_warmup: int = Field(0, ge=0)
+    """Steps over which the weight of the penalty rises, from its first fraction up."""
 
 
 class Metric(Protocol):

@@ -3,6 +3,7 @@
 Shapes: n tokens, d d_model, s d_sae.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,8 @@ from saefw import sealed
 from saefw import tensors as files
 from saefw.acts import Stats
 from saefw.chance import seeded
-from saefw.plugin import Run, SaeConfig, Unit
+from saefw.metrics import measure
+from saefw.plugin import PenalisedConfig, Run, SaeConfig, Unit
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -57,6 +59,8 @@ class Training:
             group["lr"] = lr
         with seeded(self.config.seed, self.step + 1, self.device):
             loss = self.sae.loss(x_nd, dead_s)
+        if isinstance(self.config, PenalisedConfig) and "penalty" in loss.terms:
+            loss.terms["penalty"] = loss.terms["penalty"] * risen(self.step, self.config.sparsity_warmup)
         total = torch.stack(list(loss.terms.values())).sum()
         total.backward()  # type: ignore[no-untyped-call]
         self.total = total.detach()
@@ -81,6 +85,12 @@ class Training:
     def log(self, run: Run) -> None:
         """Note what the last step measured."""
         run.log(self.unit, self.step - 1, **{name: float(value) for name, value in self.values.items()})
+
+    def validate(self, run: Run, valid_nd: Tensor) -> None:
+        """Note the metrics of recorded tokens that it is not trained on."""
+        (values,) = measure([self.sae], run.metrics, [valid_nd])
+        self.sae.train()
+        run.log(self.unit, self.step, **values)
 
     def healthy(self) -> bool:
         """Whether the last loss and all weights are finite."""
@@ -131,11 +141,15 @@ class Training:
 
 
 def learning_rate(config: SaeConfig, step: int, n_steps: int) -> float:
-    """Return the learning rate of a step, counted from 0: a line up, a plateau, a line down to 0 at step n_steps."""
-    rise = (step + 1) / config.warmup if step < config.warmup else 1.0
-    falling = config.decay * n_steps
-    fall = (n_steps - step) / falling if n_steps - step < falling else 1.0
-    return config.lr * min(rise, fall)
+    """Return the learning rate of a step, counted from 0: a line up, a plateau, and the fall to 0 at step n_steps."""
+    left = 1.0 if config.schedule == "constant" else min(1.0, (n_steps - step) / (config.decay * n_steps))
+    fall = (1 - math.cos(math.pi * left)) / 2 if config.schedule == "cosine" else left
+    return config.lr * min(risen(step, config.warmup), fall)
+
+
+def risen(step: int, warmup: int) -> float:
+    """Return which share of a weight holds at a step, counted from 0, that rises on a line over some steps."""
+    return min(1.0, (step + 1) / warmup) if warmup else 1.0
 
 
 def inline(x: Tensor) -> Tensor:

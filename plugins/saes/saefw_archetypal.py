@@ -34,9 +34,9 @@ class Archetypal(SaeConfig):
             UserError: there are fewer than k features.
 
         """
-        d_sae = d_model * self.expansion
+        d_sae = self.width(d_model)
         if self.k > d_sae:
-            raise UserError(f"archetypal: k is {self.k}, but there are {d_sae} features (expansion {self.expansion})")
+            raise UserError(f"archetypal: k is {self.k}, but there are {d_sae} features")
         return ArchetypalSae(d_model, d_sae, self)
 
 

@@ -27,9 +27,9 @@ class BatchTopK(SaeConfig):
             UserError: there are fewer than k features.
 
         """
-        d_sae = d_model * self.expansion
+        d_sae = self.width(d_model)
         if self.k > d_sae:
-            raise UserError(f"batchtopk: k is {self.k}, but there are {d_sae} features (expansion {self.expansion})")
+            raise UserError(f"batchtopk: k is {self.k}, but there are {d_sae} features")
         return BatchTopKSae(d_model, d_sae, self.k)
 
 

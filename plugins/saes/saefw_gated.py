@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from saefw.plugin import SaeConfig, hookimpl
+from saefw.plugin import PenalisedConfig, SaeConfig, hookimpl
 from saefw.sae import Batch, Sae
 
 
-class Gated(SaeConfig):
+class Gated(PenalisedConfig):
     """A gate that L1 keeps sparse, and magnitudes that it does not shrink (Rajamanoharan et al., 2024)."""
 
     use: Literal["gated"] = "gated"
@@ -29,7 +29,7 @@ class Gated(SaeConfig):
 
     def build(self, d_model: int) -> "GatedSae":
         """Return a fresh one with these settings."""
-        return GatedSae(d_model, d_model * self.expansion, self.l1, self.unit_norm)
+        return GatedSae(d_model, self.width(d_model), self.l1, self.unit_norm)
 
 
 class GatedSae(Sae):

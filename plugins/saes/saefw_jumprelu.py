@@ -10,11 +10,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from saefw.plugin import SaeConfig, hookimpl
+from saefw.plugin import PenalisedConfig, SaeConfig, hookimpl
 from saefw.sae import Batch, Sae
 
 
-class JumpRelu(SaeConfig):
+class JumpRelu(PenalisedConfig):
     """A threshold for each feature, learnt (Rajamanoharan et al., Jumping ahead, 2024)."""
 
     use: Literal["jumprelu"] = "jumprelu"
@@ -45,7 +45,7 @@ class JumpRelu(SaeConfig):
 
     def build(self, d_model: int) -> "JumpReluSae":
         """Return a fresh one with these settings."""
-        return JumpReluSae(d_model, d_model * self.expansion, self)
+        return JumpReluSae(d_model, self.width(d_model), self)
 
 
 class JumpReluSae(Sae):

@@ -38,9 +38,9 @@ class Matryoshka(SaeConfig):
             UserError: there are fewer than k features, or the prefixes do not grow.
 
         """
-        d_sae = d_model * self.expansion
+        d_sae = self.width(d_model)
         if self.k > d_sae:
-            raise UserError(f"matryoshka: k is {self.k}, but there are {d_sae} features (expansion {self.expansion})")
+            raise UserError(f"matryoshka: k is {self.k}, but there are {d_sae} features")
         ends = [*(round(share * d_sae) for share in self.prefixes), d_sae]
         if any(stop <= start for start, stop in pairwise([0, *ends])):
             raise UserError(

@@ -8,11 +8,11 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from saefw.plugin import SaeConfig, hookimpl
+from saefw.plugin import PenalisedConfig, SaeConfig, hookimpl
 from saefw.sae import Batch, Sae
 
 
-class Relu(SaeConfig):
+class Relu(PenalisedConfig):
     """A ReLU and an L1 penalty (Bricken et al., Towards Monosemanticity, 2023)."""
 
     use: Literal["relu"] = "relu"
@@ -29,7 +29,7 @@ class Relu(SaeConfig):
 
     def build(self, d_model: int) -> "ReluSae":
         """Return a fresh one with these settings."""
-        return ReluSae(d_model, d_model * self.expansion, self.l1, self.unit_norm)
+        return ReluSae(d_model, self.width(d_model), self.l1, self.unit_norm)
 
 
 class ReluSae(Sae):

@@ -6,7 +6,7 @@ Shapes: n tokens, d d_model, s d_sae.
 import math
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -14,13 +14,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from saefw import samples
+from saefw import peers, samples
 from saefw.acts import Acts, Stats
 from saefw.blocks import resolve
-from saefw.metrics import L0, Cosine, Dead, Dense, ExplainedVariance, Nmse
+from saefw.metrics import L0, L0P95, Cosine, Dead, Dense, Dense1, ExplainedVariance, L0Median, Nmse, coherence, measure
 from saefw.plugin import (
     BackboneConfig,
-    Codes,
     Knob,
     Metric,
     Names,
@@ -36,6 +35,7 @@ from saefw.plugin import (
 )
 from saefw.sae import Sae
 from saefw.shards import check_tokens
+from saefw.start import SAMPLE, start
 from saefw.stream import Stream
 from saefw.trained import write_sae
 from saefw.training import CHECKPOINT, Training
@@ -44,8 +44,11 @@ from saefw.unit import canonical
 TOKENS = 8192
 """How many tokens, about, are measured at once."""
 
-SAMPLE = 1 << 16
-"""Training tokens, at most, that an SAE may look at before its first step."""
+SAMPLED = 16
+"""How many valid tokens lie beside a trained SAE, to see that it still gives their codes."""
+
+VALID = 8192
+"""How many valid tokens are looked at while an SAE is trained."""
 
 WORTH = 20
 """Between two checkpoints lies so many times what writing one takes, at least."""
@@ -95,6 +98,9 @@ class Train(StageConfig):
     log_every: Annotated[int, Knob] = Field(50, gt=0)
     """Steps between two notes of the training loss."""
 
+    validate_every: Annotated[float, Knob] = Field(0.1, gt=0, le=1)
+    """Share of the steps between two looks at a sample of valid tokens, always the same; 1: only at the end."""
+
     checkpoint_every: Annotated[float, Knob] = Field(10.0, ge=0)
     """Seconds between two checkpoints; longer where writing them would take more than a twentieth of the time."""
 
@@ -142,7 +148,7 @@ class Train(StageConfig):
         config: SaeConfig = unit.given["sae"]
         backbone: BackboneConfig = unit.needs[0].given["backbone"]
         d_model = backbone.describe().d_model
-        d_sae = config.expansion * d_model
+        d_sae = config.width(d_model)
         return 4 * (2 * d_model * d_sae + d_sae + 2 * d_model)
 
     def work(self, unit: Unit, run: Run) -> str:
@@ -159,7 +165,7 @@ class Train(StageConfig):
             n_valid = counts[acts]["valid"] * (info.grid[0] * info.grid[1] if self.tokens == "patches" else 1)
             what = f"a token and feature of a {config.use} SAE of {info.d_model}"
             each = pace(what, partial(_step, config, info.d_model, self.batch_size, run.device))
-            total += each * config.expansion * info.d_model * (self.n_tokens + n_valid)
+            total += each * config.width(info.d_model) * (self.n_tokens + n_valid)
         return total
 
     def make(self, units: Sequence[Unit], run: Run) -> None:
@@ -191,11 +197,18 @@ class Train(StageConfig):
                 f"{recording.label}: all {self.tokens} of the train split are the same; nothing to train on"
             )
         trainings = [Training(unit, acts.d_model, stats, n_steps, run.device) for unit in units]
+        valid_nd = next(acts.shuffled(self.tokens, acts.of_split("valid"), VALID, self.seed)).to(run.device).float()
         for training in trainings:
             training.sae.scratch = trainings[0].sae.scratch
             training.resume(run)
-            if not training.step and type(training.sae).prepare is not Sae.prepare:
-                training.sae.prepare(self._sample(acts, stats))
+            if not training.step:
+                sample = lru_cache(maxsize=1)(lambda: self._sample(acts, stats))
+                start(training.sae, training.config, sample)
+                if type(training.sae).prepare is not Sae.prepare:
+                    training.sae.prepare(sample())
+            elif self._validates(training.step, n_steps):
+                # It may have been stopped just before; noted twice, it counts once.
+                training.validate(run, valid_nd)
         dead_after = self.dead_after or min(math.ceil(self.n_tokens / 10), 10_000_000)
         failed: list[str] = []
 
@@ -204,7 +217,7 @@ class Train(StageConfig):
         stream = acts.shuffled(self.tokens, acts.of_split("train"), self.batch_size, self.seed)
         stream.seek(first)
         try:
-            self._steps(run, trainings, stream, range(first, n_steps), dead_after, part, failed)
+            self._steps(run, trainings, stream, range(first, n_steps), valid_nd, dead_after, part, failed)
         except BaseException:
             # Told to stop, or broken: what is whole goes on from here, whatever was in the middle of a step from its
             # last checkpoint. Its last step may not be logged yet; logged twice, it counts once.
@@ -215,13 +228,23 @@ class Train(StageConfig):
                     training.checkpoint(run)
             raise
         if trainings:
-            self._finish(run, acts, trainings)
+            self._finish(run, acts, stats, trainings, valid_nd[:SAMPLED])
         return failed
+
+    def _valid(self, run: Run, acts: Acts) -> Iterator[Tensor]:
+        """Yield the tokens of the valid split, and say how far they are."""
+        telling, images, n = Clock(PAUSE), acts.of_split("valid"), 0
+        for indices, x_etd in acts.read(self.tokens, images, max(1, TOKENS // acts.n_tokens)):
+            yield x_etd.flatten(0, 1).to(run.device).float()
+            n += len(indices)
+            if telling.due():
+                run.progress(n * x_etd.shape[1], len(images) * x_etd.shape[1], "valid tokens")
+                telling.restart(PAUSE)
 
     def _sample(self, acts: Acts, stats: Stats) -> Tensor:
         """Return some normalised training tokens, always the same."""
         stream = acts.shuffled(self.tokens, acts.of_split("train"), SAMPLE, self.seed)
-        x_nd: Tensor = (next(stream)[: stream.n_vectors] - stats.mean.float()) / stats.scale
+        x_nd: Tensor = (next(stream)[: stream.n_vectors].float() - stats.mean.float()) / stats.scale
         return x_nd
 
     def _steps(
@@ -230,6 +253,7 @@ class Train(StageConfig):
         trainings: list[Training],
         stream: Stream,
         steps: range,
+        valid_nd: Tensor,
         dead_after: int,
         part: tuple[int, int],
         failed: list[str],
@@ -240,15 +264,19 @@ class Train(StageConfig):
         for step in steps:
             x_nd = trainings[0].sae.normalise(next(stream).to(run.device).float())
             logging, checkpointing = self._logs(step, n_steps), saving.due()
+            validating = self._validates(step + 1, n_steps)
             for training in list(trainings):
                 if training.step > step:
                     continue
                 training.advance(x_nd, dead_after)
-                if (logging or checkpointing) and not training.healthy():
+                if (logging or checkpointing or validating) and not training.healthy():
                     failed.append(training.excuse())
                     trainings.remove(training)
-                elif logging:
+                    continue
+                if logging:
                     training.log(run)
+                if validating:
+                    training.validate(run, valid_nd)
             if checkpointing:
                 begun = time.monotonic()
                 for training in trainings:
@@ -265,19 +293,29 @@ class Train(StageConfig):
         """Whether the loss of a step is noted."""
         return step % self.log_every == 0 or step == n_steps - 1
 
-    def _finish(self, run: Run, acts: Acts, trainings: Sequence[Training]) -> None:
+    def _validates(self, done: int, n_steps: int) -> bool:
+        """Whether there is a look at valid tokens after so many steps; after the last one there is a longer one."""
+        return done % max(1, round(self.validate_every * n_steps)) == 0 and done < n_steps
+
+    def _finish(self, run: Run, acts: Acts, stats: Stats, trainings: Sequence[Training], sample_nd: Tensor) -> None:
         """Measure, write and keep SAEs that are trained."""
-        measured = measure(acts, acts.of_split("valid"), self.tokens, [training.sae for training in trainings], run)
+        saes = [training.sae for training in trainings]
+        measured = measure(saes, run.metrics, self._valid(run, acts))
         for training, values in zip(trainings, measured, strict=True):
             unit, config, address = training.unit, training.config, training.unit.needs[0].address
-            about = {"acts": address, "layer": acts.layer, "tokens": self.tokens, "d_model": acts.d_model}
-            about["n_tokens"] = training.n_steps * self.batch_size
-            write_sae(training.sae, config, run.folder(unit), about)
+            about: dict[str, Any] = {
+                "acts": address,
+                "layer": acts.layer,
+                "tokens": self.tokens,
+                "d_model": acts.d_model,
+            }
+            about |= {"n_tokens": training.n_steps * self.batch_size, "offset_ratio": stats.offset_ratio}
+            write_sae(training.sae, config, run.folder(unit), about, sample_nd)
             variant, n_features = config.content()["use"], training.sae.d_sae
             run.put(
                 unit, "sae", acts=address, variant=variant, n_features=n_features, config=canonical(settings(config))
             )
-            run.log(unit, training.n_steps, **values)
+            run.log(unit, training.n_steps, **values, **coherence(training.sae.W_dec))
         run.keep(*(training.unit for training in trainings), without=[CHECKPOINT])
 
 
@@ -288,7 +326,7 @@ def _depth(acts: Unit) -> int:
 
 def narrow(config: SaeConfig, d_model: int) -> SaeConfig:
     """Return a variant with few features, so that it can be tried fast; as it is, where so few do not fit it."""
-    few = config.model_copy(update={"expansion": max(1, min(config.expansion, NARROW // d_model))})
+    few = config.model_copy(update={"expansion": None, "d_sae": min(config.width(d_model), max(d_model, NARROW))})
     try:
         with torch.device("meta"):
             few.build(d_model)
@@ -328,30 +366,6 @@ class Clock:
         return time.monotonic() >= self._due
 
 
-@torch.no_grad()
-def measure(acts: Acts, examples: Examples, tokens: str, saes: Sequence[Sae], run: Run) -> list[dict[str, float]]:
-    """Return what `saefw_metrics` brought, of each SAE over the tokens of some images, and n_valid_tokens."""
-    rows = [{name: metric() for name, metric in run.metrics.items()} for _ in saes]
-    n_tokens = 0
-    telling = Clock(PAUSE)
-    for sae in saes:
-        sae.eval()
-    for indices, x_etd in acts.read(tokens, examples, max(1, TOKENS // acts.n_tokens)):
-        x_nd = x_etd.flatten(0, 1).to(run.device)
-        n_tokens += len(x_nd)
-        for sae, metrics in zip(saes, rows, strict=True):
-            codes = sae.encode(x_nd)
-            batch = x_nd, sae.decode(codes), codes
-            if x_nd.device.type == "mps":  # has no float64
-                batch = batch[0].cpu(), batch[1].cpu(), Codes(codes.indices.cpu(), codes.values.cpu(), codes.d_sae)
-            for metric in metrics.values():
-                metric.add(*batch)
-        if telling.due():
-            run.progress(n_tokens, n_tokens // len(indices) * len(examples), "valid tokens")
-            telling.restart(PAUSE)
-    return [{**{name: metric.result() for name, metric in row.items()}, "n_valid_tokens": n_tokens} for row in rows]
-
-
 @hookimpl
 def saefw_stages() -> list[type[StageConfig]]:
     """One: train."""
@@ -366,6 +380,17 @@ def saefw_metrics() -> dict[str, type[Metric]]:
         "explained_variance": ExplainedVariance,
         "cosine": Cosine,
         "l0": L0,
+        "l0_median": L0Median,
+        "l0_p95": L0P95,
         "dead": Dead,
         "dense": Dense,
+        "dense_1pct": Dense1,
+        "ev_saev": peers.EvSaev,
+        "ev_saelens": peers.EvSaelens,
+        "ev_dictionary_learning": peers.EvDictionaryLearning,
+        "r2_overcomplete": peers.R2Overcomplete,
+        "nmse_openai": peers.NmseOpenAi,
+        "fvu_msae": peers.FvuMsae,
+        "l2_ratio_saelens": peers.L2RatioSaelens,
+        "bias_saelens": peers.BiasSaelens,
     }

@@ -360,7 +360,7 @@ def _d_sae(sae: Unit) -> int:
     """Return how many features an SAE has."""
     config: SaeConfig = sae.given["sae"]
     backbone: BackboneInfo = sae.needs[0].given["backbone"].describe()
-    return config.expansion * backbone.d_model
+    return config.width(backbone.d_model)
 
 
 def _tokens(unit: Unit) -> str:
