@@ -23,8 +23,8 @@ from saefw.plugin import BackboneInfo, Pick, Run, SaeConfig, Unit, UserError
 from saefw.stages import visuals
 from saefw.stages.drawings import FeatureGrid
 from saefw.stages.record import Record
-from saefw.stages.train import Train
 from saefw.stages.sheets import percent
+from saefw.stages.train import Train
 from saefw.stages.visuals import Visuals
 from saefw.style import styled
 from saefw.tally import IMAGES, PAIRS, Sizes, Tally
