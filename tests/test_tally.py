@@ -238,6 +238,20 @@ def test_class_features_are_those_of_scikit_learn(
             assert found[name][row] == pytest.approx(value, rel=1e-6), name
 
 
+def test_pairs_of_class_and_feature_lie_in_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tally.tile(1000, 24_576) == (72, 1756) and tally.tile(0, S) == (1, S)
+    monkeypatch.setattr(tally, "ROW_GROUP", 20)
+    assert tally.tile(C, S) == (2, 20)
+    found = tallied(tmp_path / "tiles", 7, sparse()).class_features()
+    pairs = list(zip(found["label"].tolist(), found["feature"].tolist(), strict=True))
+    assert pairs == sorted(pairs, key=lambda pair: (pair[0] // 2, pair[1] // 20, *pair))
+    monkeypatch.setattr(tally, "ROW_GROUP", 10**9)
+    whole = tallied(tmp_path / "whole", 7, sparse()).class_features()
+    order = np.lexsort((found["feature"], found["label"]))
+    for name, column in found.items():
+        np.testing.assert_array_equal(column[order], whole[name])
+
+
 def alike(score_e: Array, embedding_ed: torch.Tensor) -> float:
     """The score as it is defined, over all pairs of images."""
     a_e = (score_e - score_e.min()) / (score_e.max() - score_e.min()).clip(1e-12)

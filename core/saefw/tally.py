@@ -33,9 +33,22 @@ EMBEDDED = 256
 PAIRS, IMAGES = "pairs.bin", "images.bin"
 """Files in a tally's folder that serve the counting alone."""
 
+ROW_GROUP = 122_880
+"""Rows that DuckDB stores together, with the least and the largest value of each column."""
+
 _TOP = np.dtype([("example", "<i4"), ("rank", "<i4"), ("feature", "<i4"), ("score", "<f4")])
 
 Array = np.ndarray[Any, Any]
+
+
+def tile(n_classes: int, d_sae: int) -> tuple[int, int]:
+    """Return the classes and features whose pairs lie together, about a row group of them.
+
+    Sorted by class, the rows of a feature would lie in all row groups; in tiles, those of a class and those of a
+    feature lie in few.
+    """
+    side = max(1, round((n_classes * d_sae / ROW_GROUP) ** 0.5))
+    return max(1, -(-n_classes // side)), -(-d_sae // side)
 
 
 class Sizes(NamedTuple):
@@ -234,9 +247,12 @@ class Tally:
         return count_cs
 
     def class_features(self) -> dict[str, Any]:
-        """Return a row for every class and feature that fires on one of its images, over the labelled images."""
+        """Return a row for every class and feature that fires on one of its images, over the labelled images.
+
+        They lie in tiles, see `tile`; in a tile by class, then by feature.
+        """
         sums = {name: self._sums[name].numpy() for name in ("images_c", "fired_cs", "score_cs", "mass_cs")}
-        label, feature = (x.astype(np.int32) for x in np.nonzero(sums["fired_cs"]))
+        label, feature = _in_tiles(sums["fired_cs"])
         n = sums["images_c"][label]
         # Of a feature that fires on [CLS] alone there is no mass.
         mass_s = np.maximum(sums["mass_cs"].sum(axis=0), np.finfo(np.float64).tiny)
@@ -260,6 +276,19 @@ class Tally:
         told = {"pairs": pairs, "pairs_crc": pairs_crc, "images": images, "images_crc": images_crc, "seen": self.seen}
         runs = torch.tensor(self._pairs.runs, dtype=torch.int64)
         return {**self._sums, **{name: torch.tensor(value) for name, value in told.items()}, "runs": runs}
+
+
+def _in_tiles(fired_cs: Array) -> tuple[Array, Array]:
+    """Return class and feature, int32, of the pairs that are not 0."""
+    classes, features = tile(*fired_cs.shape)
+    none = np.empty(0, dtype=np.int32)
+    label, feature = [none], [none]
+    for c in range(0, fired_cs.shape[0], classes):
+        for s in range(0, fired_cs.shape[1], features):
+            found = np.nonzero(fired_cs[c : c + classes, s : s + features])
+            label.append((c + found[0]).astype(np.int32))
+            feature.append((s + found[1]).astype(np.int32))
+    return np.concatenate(label), np.concatenate(feature)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import duckdb
 from saefw.bench.frame import Bench, at_most
 from saefw.index import INDEX, quoted, types
 from saefw.store import Store
+from saefw.tally import tile
 from saefw.unit import Unit
 
 SIZE_MB = 1500
@@ -94,6 +95,7 @@ def build(store: Store, n_images: int, n_features: int) -> dict[str, Path]:
     acts = Unit("record", {"of": "bench"}, label="images")
     saes = [Unit("train", {"of": "bench", "k": k}, (acts,), label=f"k {k}") for k in range(SAES)]
     visuals = Unit("visuals", {"of": "bench"}, (saes[0], acts), label="features")
+    classes, features = tile(CLASSES, n_features)
     whose = f"'{saes[0].address}' AS sae, '{acts.address}' AS acts"
     tables: dict[Unit, dict[str, str]] = {
         acts: {
@@ -114,7 +116,7 @@ def build(store: Store, n_images: int, n_features: int) -> dict[str, Path]:
             f"range * 7919 % {n_features} AS feature, {_number(3)} AS score FROM range({IMAGE_FEATURES * n_images})",
             "class_feature": f"SELECT {whose}, range // {n_features} AS label, range % {n_features} AS feature, "
             f"{_number(4)} AS rate, {_number(5)} AS mean, {_number(6)} AS share, {_number(7)} AS ap, 0 AS purity "
-            f"FROM range({CLASSES * n_features})",
+            f"FROM range({CLASSES * n_features}) ORDER BY label // {classes}, feature // {features}, label, feature",
         },
     }
     for i, sae in enumerate(saes):
