@@ -341,9 +341,10 @@ def test_sql_into_parquet(saefw: Saefw) -> None:
     assert saefw("sql", query, "--parquet", "no/found.parquet", exit_code=1) == (
         "no/found.parquet: there is no folder no"
     )
-    assert saefw("sql", "-- nothing", "--parquet", "none.parquet", exit_code=1) == (
-        "none.parquet: not written, since the query gives no rows, as SELECT and FROM do"
-    )
+    for nothing in ("-- nothing", "SELECT 1; SELECT 2"):
+        assert saefw("sql", nothing, "--parquet", "none.parquet", exit_code=1) == (
+            "none.parquet: not written: that takes one query that gives rows, as SELECT and FROM do"
+        )
     assert "not several" in saefw("sql", query, "--json", "--parquet", "none.parquet", exit_code=2)
     assert sorted(path.name for path in saefw.base.glob("*.parquet*")) == ["found.parquet", "names.parquet"]
 

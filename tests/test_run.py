@@ -191,8 +191,14 @@ def test_the_documented_queries_find_something(made: Path) -> None:
     assert len(queries) >= 8
     with Store(made.parent / "runs").db() as db:
         ((sae, name),) = db.execute("SELECT any_value(sae), (SELECT min(name) FROM class) FROM edit").fetchall()
+        ((key,),) = db.execute("SELECT min(key) FROM example WHERE split = 'train'").fetchall()
         for query in queries:
-            here = query.replace("a1b2c3d4e5f6", sae).replace("= '3'", f"= '{name}'").replace("n >= 12", "n >= 1")
+            here = (
+                query.replace("a1b2c3d4e5f6", sae)
+                .replace("= '3'", f"= '{name}'")
+                .replace("'0007'", f"'{key}'")
+                .replace("n >= 12", "n >= 1")
+            )
             assert db.execute(here.replace("frequency < 0.01", "frequency < 1")).fetchall(), query
 
 

@@ -246,9 +246,10 @@ def write_parquet(db: "DuckDBPyConnection", query: str, path: Path) -> None:
     """
     if not path.absolute().parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}")
-    found, part = db.sql(query), path.with_name(f"{path.name}{PART}")
+    part, statements = path.with_name(f"{path.name}{PART}"), db.extract_statements(query)
+    found = db.sql(statements[-1]) if len(statements) == 1 else None
     if found is None:
-        raise UserError(f"{path}: not written, since the query gives no rows, as SELECT and FROM do")
+        raise UserError(f"{path}: not written: that takes one query that gives rows, as SELECT and FROM do")
     try:
         with writing(path):
             found.write_parquet(str(part.absolute()), compression="zstd")
