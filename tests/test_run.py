@@ -196,7 +196,7 @@ def test_the_documented_queries_find_something(made: Path) -> None:
             here = (
                 query.replace("a1b2c3d4e5f6", sae)
                 .replace("= '3'", f"= '{name}'")
-                .replace("'0007'", f"'{key}'")
+                .replace("digit-0007", key)
                 .replace("n >= 12", "n >= 1")
             )
             assert db.execute(here.replace("frequency < 0.01", "frequency < 1")).fetchall(), query
