@@ -240,19 +240,22 @@ def write_parquet(db: "DuckDBPyConnection", query: str, path: Path) -> None:
     """Write all that a query finds as a parquet file, which is there whole or not at all.
 
     Raises:
-        UserError: there is no folder for it, or the query finds no table.
+        UserError: there is no folder for it, or the query gives no rows.
         OSError: the file cannot be written.
 
     """
     if not path.absolute().parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}")
-    part, statements = path.with_name(f"{path.name}{PART}"), db.extract_statements(query)
-    found = db.sql(statements[-1]) if len(statements) == 1 else None
-    if found is None:
+    kinds = [statement.type.name for statement in db.extract_statements(query)]
+    if kinds != ["SELECT"]:
         raise UserError(f"{path}: not written: that takes one query that gives rows, as SELECT and FROM do")
+    part = path.with_name(f"{path.name}{PART}")
+    target = str(part.absolute()).replace("'", "''")
     try:
         with writing(path):
-            found.write_parquet(str(part.absolute()), compression="zstd")
+            # At its end a query may have a semicolon and a comment, which COPY (...) would not take.
+            db.execute(f"CREATE TEMP TABLE found AS\n{query}")
+            db.execute(f"COPY found TO '{target}' (FORMAT parquet, COMPRESSION zstd)")
             part.replace(path)
     finally:
         part.unlink(missing_ok=True)
