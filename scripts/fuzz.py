@@ -216,32 +216,41 @@ SIZES = 4, 2, 2, 2
 def read_tally(data: bytes, folder: Path) -> None:
     """Go on from what was counted of the features."""
     from saefw import sealed
-    from saefw.tally import Tally, check
+    from saefw.tally import Sizes, Tally, check
 
     (folder / "tally.safetensors").write_bytes(data)
-    (folder / "pairs.bin").write_bytes(_pairs())
-    found = sealed.read(folder / "tally.safetensors", lambda state, about: check(state, *SIZES))
+    for name, content in _spilt().items():
+        (folder / name).write_bytes(content)
+    found = sealed.read(folder / "tally.safetensors", lambda state, about: check(state, Sizes(*SIZES)))
     try:
-        tally = Tally(*SIZES, folder / "pairs.bin", found[0] if found else None)
+        tally = Tally(Sizes(*SIZES), folder, found[0] if found else None)
     except ValueError:
-        tally = Tally(*SIZES, folder / "pairs.bin")
-    tally.add(torch.tensor([0]), torch.tensor([1]), torch.ones(1, 2, 4))
-    tally.features(), tally.top_examples(), tally.maps(), tally.top_features()
+        tally = Tally(Sizes(*SIZES), folder)
+    _seen(tally)
+    tally.features(), tally.histogram(), tally.top_examples(), tally.maps(), tally.top_features()
 
 
 def _tally(folder: Path) -> Any:
-    from saefw.tally import Tally
+    from saefw.tally import Sizes, Tally
 
-    tally = Tally(*SIZES, folder / "pairs.bin")
-    tally.add(torch.tensor([0]), torch.tensor([1]), torch.ones(1, 2, 4))
+    return _seen(Tally(Sizes(*SIZES), folder))
+
+
+def _seen(tally: Any) -> Any:
+    """Count one image on whose patches all fires."""
+    from saefw.firing import grouped
+
+    image, patch, feature = torch.ones(1, 2, 4).nonzero().unbind(dim=1)
+    tally.add(torch.tensor([0]), torch.tensor([1]), grouped(image, patch, feature, torch.ones(8), 4, 2))
     return tally
 
 
 @cache
-def _pairs() -> bytes:
+def _spilt() -> dict[str, bytes]:
+    """Return the files beside the good state, by name."""
     with tempfile.TemporaryDirectory() as where:
-        _tally(Path(where))
-        return (Path(where) / "pairs.bin").read_bytes()
+        _tally(Path(where)).state()
+        return {path.name: path.read_bytes() for path in Path(where).iterdir()}
 
 
 @cache

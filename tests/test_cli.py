@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import duckdb
 import fakes
 import pytest
 from typer.testing import CliRunner
@@ -325,7 +326,27 @@ def test_sql_for_scripts(saefw: Saefw) -> None:
     ]
     assert len(json.loads(saefw("sql", "--json", "SELECT range AS n FROM range(30000)"))) == 30_000
     assert json.loads(saefw("sql", "--json", "SELECT 1 WHERE false")) == []
-    assert "not both" in saefw("sql", "--csv", "--json", query, exit_code=2)
+    assert "not several" in saefw("sql", "--csv", "--json", query, exit_code=2)
+
+
+def test_sql_into_parquet(saefw: Saefw) -> None:
+    saefw("run", "--stage", "numbers")
+    query = "FROM metric WHERE name = 'nmse' ORDER BY value DESC LIMIT 2; -- that is all"
+    for _ in range(2):  # a file that is there is replaced
+        assert saefw("sql", query, "--parquet", "found.parquet") == ""
+    with duckdb.connect() as db:
+        found = db.execute(f"SELECT value, typeof(step) FROM '{saefw.base / 'found.parquet'}'").fetchall()
+    assert found == [(0.5, "BIGINT"), (1 / 3, "BIGINT")]
+    assert saefw("sql", "SHOW TABLES", "--parquet", "names.parquet") == ""
+    assert saefw("sql", query, "--parquet", "no/found.parquet", exit_code=1) == (
+        "no/found.parquet: there is no folder no"
+    )
+    for nothing in ("-- nothing", "SELECT 1; SELECT 2"):
+        assert saefw("sql", nothing, "--parquet", "none.parquet", exit_code=1) == (
+            "none.parquet: not written: that takes one query that gives rows, as SELECT and FROM do"
+        )
+    assert "not several" in saefw("sql", query, "--json", "--parquet", "none.parquet", exit_code=2)
+    assert sorted(path.name for path in saefw.base.glob("*.parquet*")) == ["found.parquet", "names.parquet"]
 
 
 def test_many_rows(saefw: Saefw) -> None:

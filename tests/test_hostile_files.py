@@ -23,6 +23,7 @@ from saefw import pictures, sealed
 from saefw.acts import Acts, Stats
 from saefw.care import MADE, checksum
 from saefw.errors import UserError
+from saefw.firing import grouped
 from saefw.index import schema
 from saefw.plugin import Example, Task, Unit
 from saefw.run import LOG, Run, _mark
@@ -31,7 +32,7 @@ from saefw.stages import drawings
 from saefw.stages.probe import FILE as PROBE
 from saefw.stages.probe import open_probe
 from saefw.store import Store
-from saefw.tally import Tally, check
+from saefw.tally import Sizes, Tally, check
 from saefw.trained import CONFIG, FILE, SAMPLE, open_sae, write_sae
 from saefw.training import CHECKPOINT, Training
 from saefw_linear import Linear
@@ -704,28 +705,31 @@ def test_a_unit_that_says_nothing_of_itself(name: str, text: str, why: str, tmp_
 
 
 def test_a_tally_that_is_none(tmp_path: Path) -> None:
-    pairs = tmp_path / "pairs.bin"
-    tally = Tally(4, 2, 2, 2, pairs)
-    tally.add(torch.tensor([0]), torch.tensor([1]), torch.ones(1, 2, 4))
+    sizes = Sizes(4, 2, 2, 2)
+    tally = Tally(sizes, tmp_path)
+    image, patch, feature = torch.ones(1, 2, 4).nonzero().unbind(dim=1)
+    tally.add(torch.tensor([0]), torch.tensor([1]), grouped(image, patch, feature, torch.ones(8), 4, 2))
     good = {name: x.clone() for name, x in tally.state().items()}
-    Tally(4, 2, 2, 2, pairs, good)
+    check(good, sizes)
+    Tally(sizes, tmp_path, good)
     for changed, why in (
         ({"fired_s": torch.zeros(5, dtype=torch.int64)}, "'fired_s' is int64 [5] instead of int64 [4]"),
-        ({"images.feature": torch.full((1, 4), 4)}, "'images.feature' speaks of features that are none"),
-        ({"percentiles.keys": torch.tensor([-1])}, "'percentiles.keys' speaks of features that are none"),
-        (
-            {"percentiles.histogram": torch.zeros(9, dtype=torch.int32)},
-            "'percentiles.histogram' is int32 [9] instead of int32 [8192]",
-        ),
+        ({"top.slot_st": torch.zeros(4, 2, dtype=torch.int64)}, "'top.slot_st' is no order of maps"),
+        ({"top.label_st": torch.full((4, 2), 2)}, "'top.label_st' is not within -1..1"),
+        ({"top.token_st": torch.full((4, 2), -1)}, "'top.token_st' is not within 0..1"),
+        ({"runs": torch.tensor([3])}, "'runs' do not add up"),
+        ({"count_sb": good["count_sb"] - 1}, "'count_sb' is not within 0..2147483647"),
     ):
         with pytest.raises(ValueError) as caught:
-            check({**good, **changed}, 4, 2, 2, 2)
+            check({**good, **changed}, sizes)
         assert str(caught.value) == why
-    for n in (2**60, -1, 0):
-        with pytest.raises(ValueError) as caught:
-            Tally(4, 2, 2, 2, pairs, {**good, "pairs": torch.tensor(n)})
-        assert [str(caught.value)] == anew(pairs)
-    assert not pairs.stat().st_size
+    for name, path in (("pairs", tmp_path / "pairs.bin"), ("images", tmp_path / "images.bin")):
+        data = path.read_bytes()
+        for n in (2**60, -1, 0):
+            with pytest.raises(ValueError) as caught:
+                Tally(sizes, tmp_path, {**good, name: torch.tensor(n)})
+            assert [str(caught.value)] == anew(path)
+            path.write_bytes(data)
 
 
 # Pictures

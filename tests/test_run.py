@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -190,9 +191,27 @@ def test_the_documented_queries_find_something(made: Path) -> None:
     assert len(queries) >= 8
     with Store(made.parent / "runs").db() as db:
         ((sae, name),) = db.execute("SELECT any_value(sae), (SELECT min(name) FROM class) FROM edit").fetchall()
+        ((key,),) = db.execute("SELECT min(key) FROM example WHERE split = 'train'").fetchall()
         for query in queries:
-            here = query.replace("a1b2c3d4e5f6", sae).replace("= '3'", f"= '{name}'").replace("n >= 12", "n >= 1")
+            here = (
+                query.replace("a1b2c3d4e5f6", sae)
+                .replace("= '3'", f"= '{name}'")
+                .replace("digit-0007", key)
+                .replace("n >= 12", "n >= 1")
+            )
             assert db.execute(here.replace("frequency < 0.01", "frequency < 1")).fetchall(), query
+
+
+def test_tables_become_arrays_and_data_frames(made: Path) -> None:
+    """As docs/queries.md says; pandas and polars only where they are installed."""
+    with Store(made.parent / "runs").db() as db:
+        found = db.sql("FROM class_feature ORDER BY ap DESC LIMIT 100")
+        purest = found.fetchnumpy()
+        assert 0 < purest["ap"].mean() <= 1 and purest["ap"].tolist() == sorted(purest["ap"], reverse=True)
+        if find_spec("pandas"):
+            assert found.df()["ap"].tolist() == purest["ap"].tolist()
+        if find_spec("polars") and find_spec("pyarrow"):
+            assert found.pl()["ap"].to_list() == purest["ap"].tolist()
 
 
 def test_every_unit_says_what_it_is(made: Path) -> None:

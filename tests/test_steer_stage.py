@@ -95,12 +95,15 @@ class Steered:
         return {target: {f for t, f in rows if t == target} for target, _ in rows}
 
     def usable(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], Tensor]:
-        """Frequency, p99 and dense codes [e, p, s] of the train images, by numpy."""
+        """Frequency and dense codes [e, p, s] of the train images, by numpy, and p99 as the tables have it."""
         train = self.acts.of_split("train")
         x_epd = self.tokens(train)[:, 1:]
         codes = self.sae.dense(x_epd.flatten(0, 1)).view(len(train), 16, -1)
-        flat = codes.flatten(0, 1).numpy()
-        p99 = np.array([np.percentile(c[c > 0], 99) if (c > 0).any() else 0 for c in flat.T])
+        flat, looks = codes.flatten(0, 1).numpy(), self.unit.needs[2].address
+        p99 = np.array([row[0] for row in self.sql(f"SELECT p99 FROM feature WHERE unit = '{looks}' ORDER BY feature")])
+        for at_rank, values in zip(p99, flat.T, strict=True):
+            wanted = np.quantile(values[values > 0], 0.99, method="lower") if (values > 0).any() else 0
+            assert at_rank == pytest.approx(wanted, rel=1 / 128)
         return (flat > 0).mean(axis=0), p99, codes
 
 

@@ -80,7 +80,7 @@ def test_rows_are_typed_and_in_order(store: Store) -> None:
         got = db.execute(f"SELECT * FROM '{path}'").fetchnumpy()
     assert [(name, kind) for name, kind, *_ in columns] == [
         ("unit", "VARCHAR"), ("sae", "VARCHAR"), ("acts", "VARCHAR"), ("feature", "INTEGER"), ("rank", "SMALLINT"),
-        ("example", "INTEGER"), ("token", "SMALLINT"), ("value", "FLOAT"),
+        ("example", "INTEGER"), ("token", "SMALLINT"), ("value", "FLOAT"), ("score", "FLOAT"),
     ]  # fmt: skip
     assert (got["feature"] == order).all() and set(got["unit"]) == {one.address} and set(got["rank"]) == {2}
 

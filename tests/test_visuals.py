@@ -14,22 +14,26 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import TinyImages, TinySet, TinyVit, desk
+from torch.nn.functional import normalize
 
 from saefw import pictures
 from saefw.acts import Acts
 from saefw.facts import names
-from saefw.plugin import Pick, Run, SaeConfig, Unit, UserError
+from saefw.plugin import BackboneInfo, Pick, Run, SaeConfig, Unit, UserError
 from saefw.stages import visuals
 from saefw.stages.drawings import FeatureGrid
 from saefw.stages.record import Record
+from saefw.stages.sheets import percent
 from saefw.stages.train import Train
-from saefw.stages.visuals import Visuals, percent
+from saefw.stages.visuals import Visuals
 from saefw.style import styled
-from saefw.tally import EXACT, Tally
+from saefw.tally import IMAGES, PAIRS, Sizes, Tally
 from saefw.trained import open_sae
+from saefw_digits_vit import DigitsVit
 from saefw_topk import TopK
 
 TOP = 6
+FEATURE_TABLES = "feature", "feature_histogram", "top_example", "top_feature", "class_feature"
 
 
 def trained(path: Path) -> Run:
@@ -90,6 +94,7 @@ def test_an_sae_of_cls_is_ranked_by_its_value_there(
         found, top = table(run, unit, "feature"), table(run, unit, "top_example")
         maps = load_file(run.folder(unit) / "maps.safetensors")["maps"]
         np.testing.assert_allclose(found["frequency"], (x > 0).mean(axis=0), rtol=1e-6)
+        assert np.ma.getmaskarray(found["monosemanticity"]).all()
         assert np.ma.getmaskarray(top["token"]).all() and maps.shape == (32, TOP, 1)
         for s in range(32):
             wanted = [i for i in np.argsort(-x[:, s], kind="stable") if x[i, s] > 0][:TOP]
@@ -128,14 +133,14 @@ def test_what_does_not_fit_in_memory_is_seen_in_another_pass(
     held: list[int] = []
     fitting = visuals._fitting
 
-    def counted(jobs: Any, n_images: int, memory: float) -> Any:
-        for some in fitting(jobs, n_images, memory):
+    def counted(jobs: Any, memory: float) -> Any:
+        for some in fitting(jobs, memory):
             held.append(len(some))
             yield some
 
     monkeypatch.setattr(visuals, "_fitting", counted)
-    one = visuals.Job(unit := of_cls[1][0], Path(), TOP, 16, 3).bytes(42)
-    assert one > 8 * EXACT
+    one = visuals.Job(unit := of_cls[1][0], Path(), sizes := Sizes(32, 16, 3, TOP)).bytes
+    assert one > sizes.bytes
     units = made(run, n_features=4, include=[31], memory_mb=1.5 * one / 2**20)
     assert held == [1, 1, 1, 1]
     assert digests(run.folder(units[0])) == digests(of_cls[0].folder(unit))
@@ -146,14 +151,14 @@ def test_what_does_not_fit_in_memory_is_seen_in_another_pass(
     assert held == [2, 2] and digests(run.folder(again[0])) == digests(of_cls[0].folder(unit))
 
 
-def codes(run: Run, unit: Unit) -> tuple[np.ndarray[Any, Any], Any]:
+def codes(run: Run, unit: Unit, tokens: str = "patches") -> tuple[np.ndarray[Any, Any], Any]:
     """All codes of the unit's train images [e, p, s], in one go, and their indices."""
     acts = Acts(run.folder(unit.needs[1]))
     config: SaeConfig = unit.needs[0].given["sae"]
     sae = open_sae(config, run.folder(unit.needs[0]))
     examples = acts.of_split("train")
-    ((_, x_epd),) = acts.read("patches", examples, batch=1000)
-    return sae.dense(x_epd.reshape(-1, acts.d_model)).view(len(examples), 16, -1).numpy(), examples
+    ((_, x_epd),) = acts.read(tokens, examples, batch=1000)
+    return sae.dense(x_epd.reshape(-1, acts.d_model)).view(*x_epd.shape[:2], -1).numpy(), examples
 
 
 def table(run: Run, unit: Unit, name: str) -> dict[str, Any]:
@@ -180,8 +185,9 @@ def test_tables_are_those_of_all_codes_at_once(seen: tuple[Run, list[Unit]]) -> 
         np.testing.assert_allclose(found["max"], x.max(axis=(0, 1)), rtol=1e-5)
         for s in range(32):
             positive = x[..., s][x[..., s] > 0]
-            p99 = np.percentile(positive, 99) if len(positive) else 0
-            assert found["p99"][s] == pytest.approx(p99, rel=1e-5)
+            for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
+                wanted = np.quantile(positive, share, method="lower") if len(positive) else 0
+                assert found[name][s] == pytest.approx(wanted, rel=1 / 128)
         peak = x.max(axis=1)
         top = table(run, unit, "top_example")
         for s in range(32):
@@ -242,7 +248,7 @@ def test_sheets_are_of_the_features_asked_for(seen: tuple[Run, list[Unit]]) -> N
             assert sheet.width > 400 and sheet.height > 150
     left = {path.name for path in run.folder(units[0]).iterdir()}
     assert left == {
-        *(f"{name}.parquet" for name in ("feature", "top_example", "top_feature", "class_feature")),
+        *(f"{name}.parquet" for name in FEATURE_TABLES),
         "metric.parquet", "picture.parquet", "maps.safetensors", "features", "unit.json", "made.json",
     }  # fmt: skip
 
@@ -270,16 +276,17 @@ def test_stopped_and_started_again_it_makes_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: tuple[Run, list[Unit]]
 ) -> None:
     run = trained(tmp_path)
-    monkeypatch.setattr(visuals, "READ", 8)
+    monkeypatch.setattr(visuals, "READ", 8 * 16)
     add, images = Tally.add, []
 
-    def stopping(self: Tally, example_e: torch.Tensor, label_e: torch.Tensor, codes_eps: torch.Tensor) -> None:
+    def stopping(self: Tally, example_e: torch.Tensor, *rest: Any) -> None:
         images.append(len(example_e))
         if len(images) == 4:
             raise KeyboardInterrupt
-        add(self, example_e, label_e, codes_eps)
+        add(self, example_e, *rest)
 
     settings: dict[str, Any] = {"n_features": 4, "include": [31], "checkpoint_every": 0.0}
+    monkeypatch.setattr(visuals, "SELDOM", 0)
     monkeypatch.setattr(Tally, "add", stopping)
     with pytest.raises(KeyboardInterrupt):
         made(run, **settings)
@@ -290,7 +297,7 @@ def test_stopped_and_started_again_it_makes_the_same_bytes(
         assert digests(run.folder(unit)) == digests(seen[0].folder(unit))
 
 
-@pytest.mark.parametrize("file", [visuals.CHECKPOINT, visuals.PAIRS])
+@pytest.mark.parametrize("file", [visuals.CHECKPOINT, PAIRS, IMAGES])
 def test_a_damaged_checkpoint_is_not_used(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -299,7 +306,8 @@ def test_a_damaged_checkpoint_is_not_used(
     file: str,
 ) -> None:
     run = trained(tmp_path)
-    monkeypatch.setattr(visuals, "READ", 8)
+    monkeypatch.setattr(visuals, "SELDOM", 0)
+    monkeypatch.setattr(visuals, "READ", 8 * 16)
     settings: dict[str, Any] = {"n_features": 4, "include": [31], "checkpoint_every": 0.0}
 
     def stopping(self: Run, *units: Unit, without: Sequence[str] = ()) -> None:
@@ -328,9 +336,111 @@ def test_what_does_not_fit_is_said(tmp_path: Path, seen: tuple[Run, list[Unit]])
     stage = Record(backbone="tiny", datasets=["tiny"], layers=[0])
     units = list(stage.units(without))
     stage.make(units, without)
-    unit = Unit("visuals", {}, (sae, units[0]), "topk")
+    unit = Unit("visuals", {"tokens": None}, (sae, units[0]), "topk")
     with pytest.raises(UserError, match="no image is in the test split"):
         Visuals(saes="sweep", acts="acts", split="test").make([unit], without)
+
+
+@pytest.mark.parametrize("rank_by", ["sum", "cls"])
+def test_images_are_ranked_as_asked(seen: tuple[Run, list[Unit]], rank_by: Any) -> None:
+    run, _ = seen
+    unit = made(run, n_features=0, rank_by=rank_by)[0]
+    x, examples = codes(run, unit)
+    score = x.astype(np.float64).sum(axis=1) if rank_by == "sum" else codes(run, unit, "cls")[0][:, 0]
+    top = table(run, unit, "top_example")
+    for s in range(32):
+        rows, ranked = top["feature"] == s, np.argsort(-score[:, s], kind="stable")
+        wanted = [i for i in ranked if score[i, s] > 0][:TOP]
+        np.testing.assert_allclose(top["score"][rows], score[wanted, s], rtol=1e-5)
+        assert set(top["example"][rows].tolist()) == set(examples[wanted].tolist())
+        place = {example: i for i, example in enumerate(examples)}
+        at = [place[example] for example in top["example"][rows].tolist()]
+        np.testing.assert_allclose(top["value"][rows], x[at, :, s].max(axis=1), rtol=1e-5)
+
+
+def test_an_sae_of_patches_can_be_seen_on_cls(seen: tuple[Run, list[Unit]]) -> None:
+    run, _ = seen
+    unit = made(run, n_features=1, tokens="cls")[0]
+    x, _ = codes(run, unit, "cls")
+    np.testing.assert_allclose(table(run, unit, "feature")["frequency"], (x[:, 0] > 0).mean(axis=0), rtol=1e-6)
+    assert np.ma.getmaskarray(table(run, unit, "top_example")["token"]).all()
+
+
+@pytest.mark.parametrize("tokens", ["patches", "cls"])
+def test_monosemanticity_is_by_the_embeddings_of_the_backbone(tmp_path: Path, tokens: Any) -> None:
+    run = desk(
+        tmp_path,
+        {
+            "backbones": {"tiny": DigitsVit()},
+            "datasets": {"tiny": TinySet(n=40)},
+            "saes": {"topk": TopK(k=3, expansion=1)},
+        },
+    )
+    for name, stage in {
+        "acts": Record(backbone="tiny", datasets=["tiny"], layers=[3]),
+        "sweep": Train(acts="acts", saes=["topk"], n_tokens=4096, batch_size=256),
+    }.items():
+        run.enter(name)
+        units = list(stage.units(run))
+        run.listed(name, units)
+        stage.make(units, run)
+    (unit,) = made(run, n_features=0, tokens=tokens, monosemanticity=True)
+    acts = Acts(run.folder(unit.needs[1]))
+    examples = acts.of_split("train")
+    ((_, x_etd),) = acts.read("all", examples, batch=1000)
+    sae = open_sae(unit.needs[0].given["sae"], run.folder(unit.needs[0]))
+    kept = slice(1, None) if tokens == "patches" else slice(0, 1)
+    score = sae.dense(x_etd[:, kept].reshape(-1, 64)).view(len(examples), -1, 64).amax(dim=1).double().numpy()
+    backbone = DigitsVit().build("cpu")
+    with torch.no_grad():
+        embedding = normalize(backbone.embedding(backbone.tail(x_etd, 4)), dim=1).double().numpy()
+    low, high = score.min(axis=0), score.max(axis=0)
+    found = table(run, unit, "feature")["monosemanticity"]
+    cosine = np.triu(embedding @ embedding.T, 1)
+    for s in range(64):
+        if high[s] == low[s]:
+            assert np.ma.getmaskarray(found)[s]
+            continue
+        a = (score[:, s] - low[s]) / (high[s] - low[s])
+        weight = np.triu(np.outer(a, a), 1)
+        if weight.sum() > 0:
+            assert found[s] == pytest.approx((weight * cosine).sum() / weight.sum(), rel=1e-4)
+    assert np.ma.count(found) > 8
+
+
+@pytest.mark.parametrize(
+    ("held", "settings", "why"),
+    [
+        ("cls", {}, "holds [CLS] alone; record it with tokens: all or patches"),
+        (9, {}, "holds 9 patches of each image; record it with tokens: all or patches"),
+        ("patches", {"tokens": "cls"}, "holds patches alone; record it with tokens: all or cls"),
+        ("patches", {"rank_by": "cls"}, "holds patches alone; record it with tokens: all"),
+    ],
+)
+def test_a_recording_that_does_not_hold_what_is_looked_at(
+    seen: tuple[Run, list[Unit]], held: Any, settings: dict[str, Any], why: str
+) -> None:
+    run, _ = seen
+    unit, _ = run.made_by("acts")
+    part = Unit("record", {**unit.content, "tokens": held}, label=unit.label, given=unit.given)
+    run.listed("part", [part])
+    with pytest.raises(UserError) as caught:
+        list(Visuals(saes="sweep", acts="part", **settings).units(run))
+    assert str(caught.value) == f"visuals: acts: {unit.label} {why}"
+    with pytest.raises(UserError) as caught:
+        list(Visuals(saes="sweep", acts="acts", monosemanticity=True).units(run))
+    assert str(caught.value) == f"visuals: monosemanticity: the backbone of {unit.label} gives no image embedding"
+
+
+def test_a_backbone_without_cls(seen: tuple[Run, list[Unit]], monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = seen
+    bare = BackboneInfo(d_model=16, n_blocks=3, grid=(4, 4), prefix=())
+    monkeypatch.setattr(TinyVit, "describe", lambda self: bare)
+    label = run.made_by("acts")[0].label
+    for settings, place in (({"tokens": "cls"}, "tokens"), ({"rank_by": "cls"}, "rank_by")):
+        with pytest.raises(UserError) as caught:
+            list(Visuals(saes="sweep", acts="acts", **settings).units(run))
+        assert str(caught.value) == f"visuals: {place}: the backbone of {label} has no [CLS]; it has patches"
 
 
 def test_an_image_that_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -278,6 +278,9 @@ def sql(
     query: Annotated[str, typer.Argument(metavar="QUERY", help="In DuckDB's SQL: FROM pareto ORDER BY l0")],
     csv: Annotated[bool, typer.Option("--csv", help="Print all rows as CSV.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print all rows as JSON.")] = False,
+    parquet: Annotated[
+        Path | None, typer.Option("--parquet", metavar="FILE", help="Write all rows to a parquet file.")
+    ] = None,
     registry: Of = REGISTRY,
 ) -> None:
     """Ask the results; `saefw sql "SHOW TABLES"` lists the tables and views.
@@ -288,10 +291,13 @@ def sql(
 
     from saefw import tables
 
-    if csv and json:
-        raise typer.BadParameter("--csv or --json, not both")
+    if csv + json + (parquet is not None) > 1:
+        raise typer.BadParameter("one of --csv, --json and --parquet, not several")
     try:
         with _store(registry).db() as db:
+            if parquet is not None:
+                tables.write_parquet(db, query, parquet)
+                return
             db.execute(query)
             if csv:
                 tables.write_csv(db, sys.stdout)

@@ -15,17 +15,26 @@ CREATE TABLE example (unit TEXT, example INTEGER, key TEXT, label SMALLINT, spli
 CREATE TABLE broken (unit TEXT, example INTEGER, key TEXT, why TEXT);
 CREATE TABLE class (unit TEXT, label SMALLINT, name TEXT);
 
--- Features. Those of an SAE of [CLS] have one token an image: read "image" for "patch". frequency: share of patches on
--- which it fires; mean, p99, max: of its positive values, in SAE units.
+-- Features. Where [CLS] is looked at, there is one token an image: read "image" for "patch". frequency: share of patches
+-- on which it fires; mean, p50, p90, p99, max: of its positive values, in SAE units; the quantiles within 1/128 of
+-- themselves. monosemanticity: how alike the images are on which it fires, -1..1; NULL if not asked for, or not known.
 CREATE TABLE sae (unit TEXT PRIMARY KEY, acts TEXT, variant TEXT, n_features INTEGER, config JSON);
-CREATE TABLE feature (unit TEXT, sae TEXT, acts TEXT, feature INTEGER, frequency REAL, mean REAL, p99 REAL, max REAL);
--- The strongest images of a feature, one row an image, at its best token (0: the first patch; NULL: [CLS]).
-CREATE TABLE top_example (unit TEXT, sae TEXT, acts TEXT, feature INTEGER, rank SMALLINT, example INTEGER, token SMALLINT, value REAL);
--- The strongest features of an image, by their largest value over its patches.
-CREATE TABLE top_feature (unit TEXT, sae TEXT, acts TEXT, example INTEGER, rank SMALLINT, feature INTEGER, value REAL);
--- Of each class and feature, over train images: rate of images it fires on, mean of its largest value an image,
--- share of all its mass that lies in the class, average precision of its largest value as a detector of the class.
-CREATE TABLE class_feature (unit TEXT, sae TEXT, acts TEXT, label SMALLINT, feature INTEGER, rate REAL, mean REAL, share REAL, ap REAL);
+CREATE TABLE feature (unit TEXT, sae TEXT, acts TEXT, feature INTEGER, frequency REAL, mean REAL, p50 REAL, p90 REAL, p99 REAL,
+    max REAL, monosemanticity REAL);
+-- How many of its positive values are from low to below high: 8 equal steps from each power of two to the next.
+CREATE TABLE feature_histogram (unit TEXT, feature INTEGER, low REAL, high REAL, n BIGINT);
+-- The score of an image with a feature is its largest value over the patches, their sum or its value on [CLS], as
+-- rank_by of the stage says. The images of largest score of a feature, one row an image; value, token: its largest value
+-- and the patch where that is (0: the first patch; NULL: [CLS]); value is 0 if it fires on no patch.
+CREATE TABLE top_example (unit TEXT, sae TEXT, acts TEXT, feature INTEGER, rank SMALLINT, example INTEGER, token SMALLINT,
+    value REAL, score REAL);
+-- The features of largest score of an image.
+CREATE TABLE top_feature (unit TEXT, sae TEXT, acts TEXT, example INTEGER, rank SMALLINT, feature INTEGER, score REAL);
+-- Of each class and feature, over the labelled images of the split: rate of images it fires on, mean score, share of all
+-- its mass (the sum over patches) that lies in the class, average precision of the score as a detector of the class,
+-- purity: share of the feature's top images that are of the class.
+CREATE TABLE class_feature (unit TEXT, sae TEXT, acts TEXT, label SMALLINT, feature INTEGER, rate REAL, mean REAL, share REAL,
+    ap REAL, purity REAL);
 
 -- Probes and steering. prediction: of test images; margin: top logit minus the second. An edit: place is patches or cls,
 -- role says whose features (own class, other class, by hand), target is that class, chosen_by is how they were chosen

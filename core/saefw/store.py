@@ -271,7 +271,7 @@ class Store(Index):
 
 def _array(value: Any) -> np.ndarray[Any, Any]:
     """Return a column that DuckDB takes: text as objects, the rest as it is."""
-    array = np.asarray(value)
+    array: np.ndarray[Any, Any] = np.asanyarray(value)  # a masked value becomes NULL
     return array.astype(object) if array.dtype.kind in "US" else array
 
 

@@ -7,6 +7,7 @@ import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 from rich import box
@@ -14,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from saefw.errors import UNPRINTED, escaped
+from saefw.care import PART, writing
+from saefw.errors import UNPRINTED, UserError, escaped
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -232,6 +234,31 @@ def write_json(db: "DuckDBPyConnection", file: IO[str]) -> None:
             file.write(("\n" if first else ",\n") + text)
             first = False
     file.write("\n]\n")
+
+
+def write_parquet(db: "DuckDBPyConnection", query: str, path: Path) -> None:
+    """Write all that a query finds as a parquet file, which is there whole or not at all.
+
+    Raises:
+        UserError: there is no folder for it, or the query gives no rows.
+        OSError: the file cannot be written.
+
+    """
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}")
+    kinds = [statement.type.name for statement in db.extract_statements(query)]
+    if kinds != ["SELECT"]:
+        raise UserError(f"{path}: not written: that takes one query that gives rows, as SELECT and FROM do")
+    part = path.with_name(f"{path.name}{PART}")
+    target = str(part.absolute()).replace("'", "''")
+    try:
+        with writing(path):
+            # At its end a query may have a semicolon and a comment, which COPY (...) would not take.
+            db.execute(f"CREATE TEMP TABLE found AS\n{query}")
+            db.execute(f"COPY found TO '{target}' (FORMAT parquet, COMPRESSION zstd)")
+            part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _plain(value: Any, parse: bool) -> Any:

@@ -1,134 +1,98 @@
 """Counts what each feature does over a recording, in one pass.
 
-Shapes: e images of a batch, p patches, s d_sae, t top, c classes, f features kept an image; `codes_eps` has shape
-[e, p, s].
+Shapes: e images of a batch, p patches, s d_sae, t top, c classes, d d_embed, g pairs of an image and a feature that
+fires on it.
 """
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-from zlib import crc32
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from saefw import tensors
-from saefw.care import writing
+from saefw import histogram, monosemantic, ranking, tensors
+from saefw.detection import PAIR, RUN, Pairs
+from saefw.firing import Firing, firing, most_images
+from saefw.sae import Sae
+from saefw.spill import Spill
 
 IMAGE_FEATURES = 32
 """How many of its strongest features are kept for an image."""
 
-EXACT = 1 << 24
-"""Up to so many positive values are kept, 8 bytes each, and their percentiles are exact."""
+QUANTILES = {"p50": 0.50, "p90": 0.90, "p99": 0.99}
+"""By column, what is said of a feature's positive values."""
 
-BLOCK = 1 << 24
-"""So many (feature, image) pairs at most are sorted at once for the average precision."""
+DENSE = 1 << 26
+"""Dense codes held at a time, in numbers: 256 MiB of float32."""
 
-_LOWEST, _OCTAVES, _STEPS = -20, 32, 64
-_PAIR = np.dtype([("feature", "<u4"), ("label", "<u4"), ("value", "<f4")])
+EMBEDDED = 256
+"""Images whose scores with all features are held at a time where they have embeddings."""
+
+PAIRS, IMAGES = "pairs.bin", "images.bin"
+"""Files in a tally's folder that serve the counting alone."""
+
+ROW_GROUP = 122_880
+"""Rows that DuckDB stores together, with the least and the largest value of each column."""
+
+_TOP = np.dtype([("example", "<i4"), ("rank", "<i4"), ("feature", "<i4"), ("score", "<f4")])
+
+Array = np.ndarray[Any, Any]
 
 
-def most(d_sae: int) -> int:
-    """Return the bytes that the percentiles of an SAE hold at most: its values, then a histogram."""
-    return max(8 * EXACT, 4 * _OCTAVES * _STEPS * d_sae)
+def tile(n_classes: int, d_sae: int) -> tuple[int, int]:
+    """Return the classes and features whose pairs lie together, about a row group of them.
 
-
-class Percentiles:
-    """Percentiles of the positive values of each feature.
-
-    Exact (numpy's linear interpolation) while there are at most `exact` values in all. Beyond that a histogram: 64
-    equal steps an octave from 2^-20 to 2^12, so what it returns is within 1/128 (0.8 %) of the value at that rank;
-    values outside count as the nearest step.
+    Sorted by class, the rows of a feature would lie in all row groups; in tiles, those of a class and those of a
+    feature lie in few.
     """
-
-    STATE = ("keys", "histogram", "n")
-
-    def __init__(self, d_sae: int, exact: int = EXACT) -> None:
-        """Begin with no values."""
-        self.d_sae, self.exact = d_sae, exact
-        self.n = 0
-        self._keys: list[Tensor] = []
-        self._histogram: Tensor | None = None
-
-    def add(self, feature_n: Tensor, value_n: Tensor) -> None:
-        """Take in positive float32 values and the int64 features they are of."""
-        # The bits of a positive float sort as the float does, so one int64 holds feature and value in order.
-        key_n = (feature_n << 32) | value_n.view(torch.int32).long()
-        self.n += len(key_n)
-        if self._histogram is not None:
-            self._count(self._histogram, key_n)
-            return
-        self._keys.append(key_n)
-        if self.n > self.exact:
-            self._histogram = torch.zeros(self.d_sae * _OCTAVES * _STEPS, dtype=torch.int32)
-            for key_n in self._keys:
-                self._count(self._histogram, key_n)
-            self._keys = []
-
-    def _count(self, histogram: Tensor, key_n: Tensor) -> None:
-        # Exponent and the six bits after it: 64 equal steps an octave.
-        step_n = ((key_n & 0xFFFFFFFF) >> 17) - ((127 + _LOWEST) << 6)
-        slot_n = (key_n >> 32) * (_OCTAVES * _STEPS) + step_n.clamp(0, _OCTAVES * _STEPS - 1)
-        histogram.scatter_add_(0, slot_n, torch.ones_like(slot_n, dtype=torch.int32))
-
-    def result(self, q: float) -> np.ndarray[Any, Any]:
-        """Return the percentile `q` (0 to 100) of each feature, float64 [s]; 0 where it has no values."""
-        if self._histogram is not None:
-            return self._from_histogram(self._histogram.view(self.d_sae, -1).numpy(), q)
-        key_n = np.sort(torch.cat([torch.empty(0, dtype=torch.int64), *self._keys]).numpy())
-        value_n = (key_n & 0xFFFFFFFF).astype(np.uint32).view(np.float32).astype(np.float64)
-        first_s = np.searchsorted(key_n, np.arange(self.d_sae + 1, dtype=np.int64) << 32)
-        n_s = np.diff(first_s)
-        live_s = n_s > 0
-        place_s = (n_s[live_s] - 1) * q / 100
-        below_s = first_s[:-1][live_s] + np.floor(place_s).astype(np.int64)
-        above_s = first_s[:-1][live_s] + np.ceil(place_s).astype(np.int64)
-        found_s = np.zeros(self.d_sae)
-        found_s[live_s] = value_n[below_s] + (value_n[above_s] - value_n[below_s]) * (place_s % 1)
-        return found_s
-
-    def _from_histogram(self, count_sb: np.ndarray[Any, Any], q: float) -> np.ndarray[Any, Any]:
-        found_s = np.zeros(self.d_sae)
-        for feature in np.flatnonzero(count_sb.any(axis=1)):
-            upto_b = np.cumsum(count_sb[feature], dtype=np.int64)
-            step = int(np.searchsorted(upto_b, int((upto_b[-1] - 1) * q / 100), side="right"))
-            octave, part = divmod(step, _STEPS)
-            found_s[feature] = 2.0 ** (_LOWEST + octave) * (1 + (part + 0.5) / _STEPS)
-        return found_s
-
-    def state(self) -> dict[str, Tensor]:
-        """Return all it knows, as tensors."""
-        empty = torch.empty(0, dtype=torch.int64)
-        return {
-            "keys": torch.cat([empty, *self._keys]),
-            "histogram": empty if self._histogram is None else self._histogram,
-            "n": torch.tensor(self.n),
-        }
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a state."""
-        self._keys, self.n = [state["keys"]], int(state["n"])
-        self._histogram = state["histogram"].clone() if len(state["histogram"]) else None
+    side = max(1, round((n_classes * d_sae / ROW_GROUP) ** 0.5))
+    return max(1, -(-n_classes // side)), -(-d_sae // side)
 
 
-def _sums(d_sae: int, n_patches: int, n_classes: int, top: int) -> dict[str, Tensor]:
+class Sizes(NamedTuple):
+    """What decides how much a tally holds."""
+
+    d_sae: int
+    n_patches: int
+    n_classes: int
+    """0: images without labels."""
+
+    top: int
+    """How many images are kept of a feature."""
+
+    d_embed: int = 0
+    """Of the images' embeddings; 0: none are given."""
+
+    @property
+    def bytes(self) -> int:
+        """How much a tally holds at most, whatever the number of images."""
+        with torch.device("meta"):
+            held = sum(x.nbytes for x in _sums(self).values())
+        return held + 4 * RUN * PAIR.itemsize
+
+
+def _sums(sizes: Sizes) -> dict[str, Tensor]:
     """Return what a tally adds up, before the first image."""
+    d_sae, n_classes = sizes.d_sae, sizes.n_classes
+    parts = {"top": ranking.kept(d_sae, sizes.n_patches, sizes.top)}
+    if sizes.d_embed:
+        parts["alike"] = monosemantic.sums(d_sae, sizes.d_embed)
     return {
         "fired_s": torch.zeros(d_sae, dtype=torch.int64),
         "total_s": torch.zeros(d_sae, dtype=torch.float64),
-        "top_value_st": torch.zeros(d_sae, top),
-        "top_example_st": torch.zeros(d_sae, top, dtype=torch.int64),
-        "map_stp": torch.zeros(d_sae, top, n_patches),
+        "max_s": torch.zeros(d_sae),
+        "count_sb": histogram.counts(d_sae),
         "images_c": torch.zeros(n_classes, dtype=torch.int64),
-        "fired_cs": torch.zeros(n_classes, d_sae, dtype=torch.int64),
-        "peak_cs": torch.zeros(n_classes, d_sae, dtype=torch.float64),
+        "fired_cs": torch.zeros(n_classes, d_sae, dtype=torch.int32),
+        "score_cs": torch.zeros(n_classes, d_sae, dtype=torch.float64),
         "mass_cs": torch.zeros(n_classes, d_sae, dtype=torch.float64),
+        **{f"{part}.{name}": x for part, each in parts.items() for name, x in each.items()},
     }
 
 
-def check(state: Mapping[str, Tensor], d_sae: int, n_patches: int, n_classes: int, top: int) -> None:
+def check(state: Mapping[str, Tensor], sizes: Sizes) -> None:
     """See that tensors are the state of a tally of these sizes.
 
     Raises:
@@ -136,252 +100,215 @@ def check(state: Mapping[str, Tensor], d_sae: int, n_patches: int, n_classes: in
 
     """
     with torch.device("meta"):  # sizes without memory
-        sums = tensors.form(_sums(d_sae, n_patches, n_classes, top))
-    whole: tensors.Form = dict.fromkeys(("seen", "pairs", "pairs_crc", "percentiles.n"), (torch.int64, ()))
-    n_kept = min(IMAGE_FEATURES, d_sae)
-    kept: tensors.Form = {
-        "images.example": (torch.int64, (None,)),
-        "images.feature": (torch.int64, (None, n_kept)),
-        "images.value": (torch.float32, (None, n_kept)),
+        sums = tensors.form(_sums(sizes))
+    whole: tensors.Form = dict.fromkeys(("seen", "pairs", "pairs_crc", "images", "images_crc"), (torch.int64, ()))
+    tensors.check(state, {**sums, **whole, "runs": (torch.int64, (None,))})
+    slot_st = state["top.slot_st"]
+    if not torch.equal(slot_st.sort(dim=1).values, torch.arange(sizes.top).expand_as(slot_st)):
+        raise ValueError("'top.slot_st' is no order of maps")
+    bounds = {
+        "count_sb": (0, 2**31 - 1),
+        "top.label_st": (-1, sizes.n_classes - 1),
+        "top.token_st": (0, sizes.n_patches - 1),
+        "top.example_st": (0, 2**31 - 1),
     }
-    bins = state.get("percentiles.histogram", torch.empty(0))
-    # Its counts are int32; where values are still exact it is empty.
-    counted = {"percentiles.histogram": (bins.dtype, (d_sae * _OCTAVES * _STEPS if len(bins) else 0,))}
-    keys = {"percentiles.keys": (torch.int64, (None,))}
-    tensors.check(state, {**sums, **whole, **kept, **counted, **keys})
-    for name, key_n in (
-        ("images.feature", state["images.feature"].flatten()),
-        ("percentiles.keys", state["percentiles.keys"] >> 32),
-    ):
-        if len(key_n) and not 0 <= int(key_n.min()) <= int(key_n.max()) < d_sae:
-            raise ValueError(f"'{name}' speaks of features that are none")
+    for name, (least, most) in bounds.items():
+        if not least <= int(state[name].min()) <= int(state[name].max()) <= most:
+            raise ValueError(f"'{name}' is not within {least}..{most}")
+    if int(state["runs"].sum()) != int(state["pairs"]) or (state["runs"] < 0).any():
+        raise ValueError("'runs' do not add up")
 
 
 class Tally:
     """What the features of one SAE do over the images of one recording, taken in batch after batch.
 
-    Memory: [s, t, p] floats for the maps of the top images, 24 bytes a class and feature, 12 f bytes an image. The
-    (feature, image) pairs that the average precision needs wait in the file `pairs`, 12 bytes each.
+    Memory does not grow with the images: float maps of the top images [s, t, p], 20 bytes a class and feature, 8 KiB a
+    feature for its histogram. What the average precision and the features of an image need waits in files: 12 bytes a
+    labelled image and feature that fires on it, 512 bytes an image.
     """
 
-    def __init__(
-        self,
-        d_sae: int,
-        n_patches: int,
-        n_classes: int,
-        top: int,
-        pairs: Path,
-        state: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """Begin with no images, or go on from a `state`; `pairs` is a file to work in, cut to what it held then.
+    def __init__(self, sizes: Sizes, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Begin with no images, or go on from a `state`; files to work in lie in `folder`, cut to what they held then.
 
         Raises:
-            ValueError: the file no longer holds that; the text says so.
+            ValueError: a file no longer holds that; the text says so.
 
         """
-        self.d_sae, self.n_patches, self.n_classes, self.top = d_sae, n_patches, n_classes, top
-        self.seen = 0
-        self.percentiles = Percentiles(d_sae)
-        self._pairs = pairs
-        self._kept = min(IMAGE_FEATURES, d_sae)
-        self._images: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._sums = _sums(d_sae, n_patches, n_classes, top)
-        self._sum = 0
-        damaged = ValueError(f"{pairs}: damaged; it is not used, and what it held is made again")
-        kept = int(state["pairs"]) if state else 0
-        if not 0 <= kept <= (pairs.stat().st_size if pairs.exists() else 0):
-            raise damaged
-        with writing(pairs), pairs.open("ab") as file:
-            file.truncate(kept)
+        self.sizes = sizes
+        told = {name: int(state[name]) if state else 0 for name in ("pairs", "pairs_crc", "images", "images_crc")}
+        pairs = Spill(folder / PAIRS, PAIR, (told["pairs"], told["pairs_crc"]))
+        self._images = Spill(folder / IMAGES, _TOP, (told["images"], told["images_crc"]))
+        self._pairs = Pairs(pairs, state["runs"].tolist() if state else ())
+        self.seen = int(state["seen"]) if state else 0
+        self._sums = _sums(sizes)
         if state:
-            self._sum = _crc(pairs)
-            if self._sum != int(state["pairs_crc"]):
-                raise damaged
-            self.seen = int(state["seen"])
             self._sums = {name: state[name].clone() for name in self._sums}
-            self._images = [(state["images.example"], state["images.feature"], state["images.value"])]
-            self.percentiles.load({name: state[f"percentiles.{name}"] for name in Percentiles.STATE})
 
-    def add(self, example_e: Tensor, label_e: Tensor, codes_eps: Tensor) -> None:
-        """Take in images, in ascending order of their index: int64 indices and labels (-1: none), dense codes."""
-        peak_es = codes_eps.amax(dim=1).float().cpu()
-        mass_es = codes_eps.sum(dim=1, dtype=torch.float32).cpu()
-        fires_eps = codes_eps > 0
-        feature_n, value_n = fires_eps.nonzero()[:, 2], codes_eps[fires_eps].float()
-        self.percentiles.add(feature_n.cpu(), value_n.cpu())
+    def add(self, example_e: Tensor, label_e: Tensor, fired: Firing, embedding_ed: Tensor | None = None) -> None:
+        """Take in images, in ascending order of their index.
+
+        Args:
+            example_e: int64, their indices.
+            label_e: int64, their classes; -1: none.
+            fired: what fires on them.
+            embedding_ed: of a tally with `d_embed`.
+
+        """
         sums = self._sums
-        sums["fired_s"] += torch.bincount(feature_n, minlength=self.d_sae).cpu()
-        sums["total_s"] += mass_es.sum(dim=0, dtype=torch.float64)
-        self._rank(example_e, peak_es, codes_eps)
-        # A stable sort: of equal features the lower number comes first.
-        value_es, feature_es = peak_es.sort(dim=1, descending=True, stable=True)
-        self._images.append((example_e, feature_es[:, : self._kept].clone(), value_es[:, : self._kept].clone()))
-        labelled = label_e >= 0
-        if labelled.any():
-            self._classify(label_e[labelled], peak_es[labelled], mass_es[labelled])
+        feature_n = fired.feature_g.repeat_interleave(fired.length_g)
+        fires_n = fired.value_n > 0
+        histogram.add(sums["count_sb"], feature_n[fires_n], fired.value_n[fires_n])
+        sums["fired_s"].scatter_add_(0, fired.feature_g, fired.fires_g)
+        sums["total_s"].scatter_add_(0, fired.feature_g, fired.mass_g)
+        sums["max_s"].scatter_reduce_(0, fired.feature_g, fired.peak_g, "amax")
+        ranking.add(self._part("top"), example_e, label_e, fired)
+        self._rank_features(example_e, fired)
+        if self.sizes.n_classes:
+            self._classify(label_e, fired)
+        if embedding_ed is not None:
+            monosemantic.add(self._part("alike"), fired.image_g, fired.feature_g, fired.score_g, embedding_ed)
         self.seen += len(example_e)
 
-    def _rank(self, example_e: Tensor, peak_es: Tensor, codes_eps: Tensor) -> None:
-        """Merge a batch into the top images of the features that it changes."""
-        sums, top = self._sums, self.top
-        # Strictly above: of equal images the earlier one stays.
-        rows = (peak_es.amax(dim=0) > sums["top_value_st"][:, -1]).nonzero()[:, 0]
-        if not len(rows):
-            return
-        value_rm = torch.cat([sums["top_value_st"][rows], peak_es[:, rows].T], dim=1)
-        example_rm = torch.cat([sums["top_example_st"][rows], example_e.expand(len(rows), -1)], dim=1)
-        value_rm, order_rm = value_rm.sort(dim=1, descending=True, stable=True)
-        order_rt = order_rm[:, :top]
-        sums["top_value_st"][rows] = value_rm[:, :top]
-        sums["top_example_st"][rows] = example_rm.gather(1, order_rt)
-        old_rtp = sums["map_stp"][rows]
-        map_rtp = old_rtp.gather(1, order_rt.clamp(max=top - 1).unsqueeze(2).expand(-1, -1, self.n_patches))
-        row, rank = (order_rt >= top).nonzero(as_tuple=True)
-        source = (order_rt[row, rank] - top).to(codes_eps.device)
-        map_rtp[row, rank] = codes_eps[source, :, rows[row].to(codes_eps.device)].float().cpu()
-        sums["map_stp"][rows] = map_rtp
+    def _part(self, part: str) -> dict[str, Tensor]:
+        return {name.removeprefix(f"{part}."): x for name, x in self._sums.items() if name.startswith(f"{part}.")}
 
-    def _classify(self, label_e: Tensor, peak_es: Tensor, mass_es: Tensor) -> None:
-        sums = self._sums
-        sums["images_c"] += torch.bincount(label_e, minlength=self.n_classes)
-        for label in sorted(set(label_e.tolist())):
-            of = label_e == label
-            sums["fired_cs"][label] += (peak_es[of] > 0).sum(dim=0)
-            sums["peak_cs"][label] += peak_es[of].sum(dim=0, dtype=torch.float64)
-            sums["mass_cs"][label] += mass_es[of].sum(dim=0, dtype=torch.float64)
-        image, feature = (peak_es > 0).nonzero(as_tuple=True)
-        pair_n = np.empty(len(image), dtype=_PAIR)
-        pair_n["feature"], pair_n["label"], pair_n["value"] = feature, label_e[image], peak_es[image, feature]
-        data = pair_n.tobytes()
-        with writing(self._pairs), self._pairs.open("ab") as file:
-            file.write(data)
-        self._sum = crc32(data, self._sum)
+    def _rank_features(self, example_e: Tensor, fired: Firing) -> None:
+        """Note the strongest features of each image; of equal ones the lower number comes first."""
+        d_sae = self.sizes.d_sae
+        falling_g = 0x7FFFFFFF - fired.score_g.view(torch.int32).long()
+        packed_g = (((fired.image_g << 31) | falling_g) * d_sae + fired.feature_g)[fired.score_g > 0]
+        key_g = packed_g.sort().values.numpy()
+        image_g = key_g // d_sae >> 31
+        rank_g = np.arange(len(key_g)) - np.searchsorted(image_g, np.arange(len(example_e)))[image_g]
+        kept = rank_g < IMAGE_FEATURES
+        key_n, record_n = key_g[kept], np.empty(int(kept.sum()), dtype=_TOP)
+        record_n["example"], record_n["rank"] = example_e.numpy()[image_g[kept]], rank_g[kept]
+        record_n["feature"] = key_n % d_sae
+        record_n["score"] = (0x7FFFFFFF - (key_n // d_sae & 0x7FFFFFFF)).astype(np.uint32).view(np.float32)
+        self._images.append(record_n)
+
+    def _classify(self, label_e: Tensor, fired: Firing) -> None:
+        """Count the labelled images."""
+        sums, label_g = self._sums, label_e[fired.image_g]
+        sums["images_c"] += torch.bincount(label_e[label_e >= 0], minlength=self.sizes.n_classes)
+        known_g = label_g >= 0
+        label_g, feature_g, score_g = label_g[known_g], fired.feature_g[known_g], fired.score_g[known_g]
+        at_g, counts_g = label_g * self.sizes.d_sae + feature_g, score_g > 0
+        sums["mass_cs"].view(-1).scatter_add_(0, at_g, fired.mass_g[known_g])
+        sums["score_cs"].view(-1).scatter_add_(0, at_g, score_g.double())
+        sums["fired_cs"].view(-1).scatter_add_(0, at_g, counts_g.int())
+        self._pairs.add(*(x[counts_g].numpy() for x in (feature_g, label_g, score_g)))
 
     # What came of it; columns as in schema.sql.
 
     def features(self) -> dict[str, Any]:
         """Return a row for every feature, also those that never fire: their values are 0."""
         fired_s = self._sums["fired_s"].numpy()
-        return {
-            "feature": np.arange(self.d_sae),
-            "frequency": fired_s / max(1, self.seen * self.n_patches),
+        found = {
+            "feature": np.arange(self.sizes.d_sae),
+            "frequency": fired_s / max(1, self.seen * self.sizes.n_patches),
             "mean": self._sums["total_s"].numpy() / np.maximum(fired_s, 1),
-            "p99": self.percentiles.result(99),
-            "max": self._sums["top_value_st"][:, 0].numpy(),
+            **dict(zip(QUANTILES, histogram.quantiles(self._sums["count_sb"], list(QUANTILES.values())), strict=True)),
+            "max": self._sums["max_s"].numpy(),
         }
+        if self.sizes.d_embed:
+            score_s = monosemantic.scores(self._part("alike"))
+            found["monosemanticity"] = np.ma.masked_invalid(score_s)
+        return found
+
+    def histogram(self) -> dict[str, Any]:
+        """Return how many values of each feature lie in each bin."""
+        return histogram.rows(self._sums["count_sb"])
 
     def top_examples(self) -> dict[str, Any]:
         """Return the strongest images of each feature; of equal ones the lower index comes first."""
-        value_st = self._sums["top_value_st"].numpy()
-        feature, rank = np.nonzero(value_st > 0)
-        return {
-            "feature": feature,
-            "rank": rank,
-            "example": self._sums["top_example_st"].numpy()[feature, rank],
-            "token": self._sums["map_stp"].numpy().argmax(axis=2)[feature, rank],
-            "value": value_st[feature, rank],
-        }
+        found = ranking.rows(self._part("top"))
+        return {name: found[name] for name in ("feature", "rank", "example", "token", "value", "score")}
 
     def maps(self) -> Tensor:
         """Return uint8 [s, t, p]: the values on the patches of the top images, 255 being the feature's largest."""
-        largest_s = self._sums["top_value_st"][:, 0].clamp(min=torch.finfo(torch.float32).tiny)
-        return (self._sums["map_stp"] / largest_s[:, None, None] * 255).round().to(torch.uint8)
+        return ranking.maps(self._part("top"), self._sums["max_s"])
 
     def top_features(self) -> dict[str, Any]:
         """Return the strongest features of each image; of equal ones the lower number comes first."""
-        example_n, feature_nf, value_nf = (torch.cat(parts).numpy() for parts in zip(*self._images, strict=True))
-        row, rank = np.nonzero(value_nf > 0)
-        return {
-            "example": example_n[row],
-            "rank": rank,
-            "feature": feature_nf[row, rank],
-            "value": value_nf[row, rank],
-        }
+        record_n = np.asarray(self._images.read())
+        return {name: record_n[name] for name in ("example", "rank", "feature", "score")}
+
+    def purity(self) -> Array:
+        """Return by class and feature the share of its `top` images that are of the class, float32 [c, s].
+
+        Of as many as were asked for, so a feature with fewer is less pure than it looks.
+        """
+        label_st = self._sums["top.label_st"].numpy()
+        feature_n, rank_n = np.nonzero(label_st >= 0)
+        count_cs = np.zeros((self.sizes.n_classes, self.sizes.d_sae), dtype=np.float32)
+        np.add.at(count_cs, (label_st[feature_n, rank_n], feature_n), 1)
+        count_cs /= self.sizes.top
+        return count_cs
 
     def class_features(self) -> dict[str, Any]:
         """Return a row for every class and feature that fires on one of its images, over the labelled images.
 
-        `ap` is the average precision as scikit-learn defines it, the sum of (R_n - R_n-1) P_n over the distinct
-        values, images on which the feature does not fire coming last together.
+        They lie in tiles, see `tile`; in a tile by class, then by feature.
         """
-        sums = {name: tensor.numpy() for name, tensor in self._sums.items()}
-        label, feature = np.nonzero(sums["fired_cs"])
+        sums = {name: self._sums[name].numpy() for name in ("images_c", "fired_cs", "score_cs", "mass_cs")}
+        label, feature = _in_tiles(sums["fired_cs"])
         n = sums["images_c"][label]
+        # Of a feature that fires on [CLS] alone there is no mass.
+        mass_s = np.maximum(sums["mass_cs"].sum(axis=0), np.finfo(np.float64).tiny)
+        ap_cs = self._pairs.average_precision(sums["images_c"], sums["fired_cs"])
         return {
             "label": label,
             "feature": feature,
-            "rate": sums["fired_cs"][label, feature] / n,
-            "mean": sums["peak_cs"][label, feature] / n,
-            "share": sums["mass_cs"][label, feature] / sums["mass_cs"].sum(axis=0)[feature],
-            "ap": self._average_precision()[label, feature],
+            "rate": (sums["fired_cs"][label, feature] / n).astype(np.float32),
+            "mean": (sums["score_cs"][label, feature] / n).astype(np.float32),
+            "share": (sums["mass_cs"][label, feature] / mass_s[feature]).astype(np.float32),
+            "ap": ap_cs[label, feature],
+            "purity": self.purity()[label, feature],
         }
-
-    def _average_precision(self) -> np.ndarray[Any, Any]:
-        fired_cs, images_c = self._sums["fired_cs"].numpy(), self._sums["images_c"].numpy()
-        found_cs = np.zeros((self.n_classes, self.d_sae))
-        for pair_n in self._blocks(fired_cs.sum(axis=0)):
-            # Sorted by feature, then class, then falling value: the last of equal values says how many of the class
-            # are at least so strong; the same without the class says how many images are.
-            feature_n, label_n = pair_n["feature"].astype(np.int64), pair_n["label"].astype(np.int64)
-            falling_n = 0xFFFFFFFF - pair_n["value"].view(np.uint32).astype(np.int64)
-            hits_n = _at_least((feature_n * self.n_classes + label_n), falling_n)
-            precision_n = hits_n / _at_least(feature_n, falling_n)
-            np.add.at(found_cs, (label_n, feature_n), precision_n)
-        # The images left over are recalled together at the very end, where the precision is the share of the class.
-        found_cs += (images_c[:, None] - fired_cs) * (images_c[:, None] / max(1, images_c.sum()))
-        found_cs /= np.maximum(images_c, 1)[:, None]
-        return found_cs
-
-    def _blocks(self, pairs_s: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
-        """Yield all pairs of a range of features at a time, so many ranges that a block fits in memory."""
-        if not self._pairs.stat().st_size:
-            return
-        block_s = np.cumsum(pairs_s) // BLOCK
-        stored_n = np.memmap(self._pairs, dtype=_PAIR, mode="r")
-        for block in np.unique(block_s):
-            parts = []
-            for first in range(0, len(stored_n), BLOCK):
-                part_n = np.asarray(stored_n[first : first + BLOCK])
-                parts.append(part_n[block_s[part_n["feature"]] == block])
-            yield np.concatenate(parts)
 
     # Going on after a stop
 
     def state(self) -> dict[str, Tensor]:
-        """Return all it knows, as tensors; what the file of pairs holds is on the disk when this returns."""
-        with self._pairs.open("rb+") as file:
-            os.fsync(file.fileno())
-        example, feature, value = (torch.cat(parts) for parts in zip(*self._images, strict=True))
-        return {
-            **self._sums,
-            **{f"percentiles.{name}": tensor for name, tensor in self.percentiles.state().items()},
-            "images.example": example,
-            "images.feature": feature,
-            "images.value": value,
-            "seen": torch.tensor(self.seen),
-            "pairs": torch.tensor(self._pairs.stat().st_size),
-            "pairs_crc": torch.tensor(self._sum),
-        }
+        """Return all it knows, as tensors; what the files hold is on the disk when this returns."""
+        self._pairs.flush()
+        (pairs, pairs_crc), (images, images_crc) = self._pairs.spill.mark(), self._images.mark()
+        told = {"pairs": pairs, "pairs_crc": pairs_crc, "images": images, "images_crc": images_crc, "seen": self.seen}
+        runs = torch.tensor(self._pairs.runs, dtype=torch.int64)
+        return {**self._sums, **{name: torch.tensor(value) for name, value in told.items()}, "runs": runs}
 
 
-def _crc(path: Path) -> int:
-    """Return the CRC-32 of a file."""
-    found = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found = crc32(block, found)
-    return found
+def _in_tiles(fired_cs: Array) -> tuple[Array, Array]:
+    """Return class and feature, int32, of the pairs that are not 0."""
+    classes, features = tile(*fired_cs.shape)
+    none = np.empty(0, dtype=np.int32)
+    label, feature = [none], [none]
+    for c in range(0, fired_cs.shape[0], classes):
+        for s in range(0, fired_cs.shape[1], features):
+            found = np.nonzero(fired_cs[c : c + classes, s : s + features])
+            label.append((c + found[0]).astype(np.int32))
+            feature.append((s + found[1]).astype(np.int32))
+    return np.concatenate(label), np.concatenate(feature)
 
 
-def _at_least(group_n: np.ndarray[Any, Any], falling_n: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return for each item how many of its group are at least as strong, itself included."""
-    order_n = np.lexsort((falling_n, group_n))
-    group_n, falling_n = group_n[order_n], falling_n[order_n]
-    place_n = np.arange(len(group_n))
-    opens_n = np.r_[True, group_n[1:] != group_n[:-1]]
-    closes_n = np.r_[opens_n[1:] | (falling_n[1:] != falling_n[:-1]), True]
-    first_n = np.maximum.accumulate(np.where(opens_n, place_n, 0))
-    last_n = place_n[closes_n][np.cumsum(closes_n) - closes_n]
-    counts_n = np.empty(len(group_n), dtype=np.int64)
-    counts_n[order_n] = last_n - first_n + 1
-    return counts_n
+@torch.no_grad()
+def feed(
+    tally: Tally,
+    sae: Sae,
+    example_e: Tensor,
+    label_e: Tensor,
+    x_epd: Tensor,
+    score: str = "max",
+    cls_ed: Tensor | None = None,
+    embedding_ed: Tensor | None = None,
+) -> None:
+    """Encode images, as many at a time as fit, and count them; arguments as of `firing` and `Tally.add`."""
+    n_patches = x_epd.shape[1]
+    at_once = max(1, min(DENSE // (n_patches * sae.d_sae), most_images(sae.d_sae, n_patches)))
+    if embedding_ed is not None:
+        at_once = min(at_once, EMBEDDED)
+    for first in range(0, len(x_epd), at_once):
+        part = slice(first, first + at_once)
+        cls, embedding = (None if x is None else x[part] for x in (cls_ed, embedding_ed))
+        fired = firing(sae, x_epd[part], score, cls)
+        tally.add(example_e[part], label_e[part], Firing(*(x.cpu() for x in fired)), embedding)

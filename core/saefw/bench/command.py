@@ -14,6 +14,8 @@ BENCHES = {
     "record": "recording, from memory and from files, and the dry run of a large image set",
     "read": "recordings, in random order and in their own",
     "train": "a training step, beside the product with W_enc",
+    "features": "the pass over features, beside the encoder alone",
+    "tables": "queries on tables as large as those of ImageNet-1K",
 }
 """What each module of this package measures, beside the frame."""
 
