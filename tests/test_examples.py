@@ -20,6 +20,7 @@ from saefw.cli import app
 from saefw.pace import Pace
 from saefw.plugin import BackboneConfig
 from saefw.registry import read
+from saefw.stages.visuals import FIRING
 from saefw.trained import open_sae
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -79,7 +80,7 @@ def test_the_whole_experiment_is_planned(clip: Path, monkeypatch: pytest.MonkeyP
         "decided once sweep is made", "decided once steer is made",
     )  # fmt: skip
 
-    # 197 tokens of 768; float16 on ImageNet, float32 elsewhere. An SAE of 32 x 768 features: W_enc, W_dec, b_enc,
+    # 197 tokens of 768; in float16. An SAE of 32 x 768 features: W_enc, W_dec, b_enc,
     # b_dec and the mean. Tables: 20 maps of 196 patches a feature, 64 sheets of 20 images.
     token, n_features = 768, 24_576
     weights, tables = (2 * token + 1) * n_features + 2 * token, n_features * 20 * 196 + 64 * 20 * 5000
@@ -87,21 +88,22 @@ def test_the_whole_experiment_is_planned(clip: Path, monkeypatch: pytest.MonkeyP
     costs = {name: list(pipeline.costs(registry, desk, plan).values()) for name, plan in plans.items()}
     assert costs["imagenet"] == [(15 * image * 2, "15 images")]
     assert costs["tasks"] == [
-        (n * image * 4, f"{n} images") for n in (100, 18, 204) for _ in ("block 10", "block 11")
+        (n * image * 2, f"{n} images") for n in (100, 18, 204) for _ in ("block 10", "block 11")
     ]  # fmt: skip
     assert costs["sweep"] == [(weights * 4, "100,000,000 tokens")] * 18
     assert costs["visuals"] == [(tables, "")] * 18 and costs["classes"] == [(tables, "")] * 54
     assert costs["probes"] == [(0, "")] * 90 and costs["steer"] == costs["figures"] == []
 
     # A block takes 1 ms an image (11 of 12, then all), an image 20 ms of two cores, a token and feature 1 ns to train
-    # on and 2 ns to count; the splits of the sets are those of the trees.
+    # on and 2 ns to encode, a token 1 us to count; the splits of the sets are those of the trees.
     named = ("imagenet", "caltech", "cub", "flowers")
     last = [f"clip on {name}, layer 10" for name in named]
     rates = {
         "an image of 197 tokens in a block of 768, float32": 1e-3,
         **{f"an image of {name}": 0.02 for name in named},
         **{f"a token and feature of a {use} SAE of 768": 1e-9 for use in ("relu", "topk")},
-        **{f"a token and feature of a {use} SAE of 768, counted": 2e-9 for use in ("relu", "topk")},
+        **{f"a token and feature of a {use} SAE of 768, encoded": 2e-9 for use in ("relu", "topk")},
+        f"a token of {FIRING} features, counted": 1e-6,
         **{f"a sheet, {label}": 0.5 for label in last},
         **{f"a picture, {label}": 0.08 for label in last},
         **{f"30 linear probes on {n} tokens of clip on {name}, layer 11": 7.0 for name, n in TRAIN.items()},
@@ -114,15 +116,15 @@ def test_the_whole_experiment_is_planned(clip: Path, monkeypatch: pytest.MonkeyP
     assert guessed["sweep"] == pytest.approx(18 * n_features * (100_000_000 + 196 * n_valid) * 1e-9)
     # So few images are all among the top ones of some feature, and each is opened once for all SAEs.
     assert guessed["visuals"] == pytest.approx(
-        18 * (n_features * 196 * n_train * 2e-9 + 64 * 0.5) + n_train * (0.02 + 0.08)
+        18 * (196 * n_train * (n_features * 2e-9 + 1e-6) + 64 * 0.5) + n_train * (0.02 + 0.08)
     )
     n_tasks = sum(TRAIN.values())
     assert guessed["classes"] == pytest.approx(
-        18 * (n_features * 196 * n_tasks * 2e-9 + 3 * 64 * 0.5) + n_tasks * (0.02 + 0.08)
+        18 * (196 * n_tasks * (n_features * 2e-9 + 1e-6) + 3 * 64 * 0.5) + n_tasks * (0.02 + 0.08)
     )
     assert guessed["probes"] == 21 and guessed["steer"] == guessed["figures"] == 0
 
-    total = (15 * 2 + 322 * 2 * 4) * image + 18 * weights * 4 + 72 * tables
+    total = (15 * 2 + 322 * 2 * 2) * image + 18 * weights * 4 + 72 * tables
     result = CliRunner().invoke(app, ["run", str(clip), "--dry"])
     assert result.exit_code == 0, result.output
     *_, imagenet, tasks, sweep, visuals, classes, probes, steer, figures, said = result.stdout.splitlines()
