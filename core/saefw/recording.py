@@ -82,7 +82,7 @@ class Recording:
 
         """
         done = 0
-        with Hands(len(self.writers)) as hands:
+        with Hands(len(self.writers), forward.device) as hands:
             for shard in self.shards:
                 acts = {writer.layout.layer: writer.empty(shard) for writer in self.writers}
                 faults: list[tuple[int, str]] = []
@@ -150,11 +150,14 @@ class Recording:
 
 
 class Hands:
-    """Threads that write while others go on; of what is handed to them, one lot is waited for before the next."""
+    """Threads that write while others go on; of what is handed to them, one lot is waited for before the next.
 
-    def __init__(self, n: int) -> None:
+    Where the device is the CPU, they leave its cores to the forward pass and write in its gaps.
+    """
+
+    def __init__(self, n: int, device: str) -> None:
         """Start them: `n`, but no more than there are cores."""
-        self._pool = ThreadPoolExecutor(min(n, cores()))
+        self._pool = _pool(min(n, cores()), device)
         self._lot: list[Future[None]] = []
 
     def take(self, work: Sequence[Callable[[], None]]) -> None:
@@ -183,10 +186,10 @@ def prepared(
 ) -> Generator[Tensor | Broken]:
     """Yield the images in order, prepared by threads that are at most `ahead()` images in front.
 
-    Where the device is the CPU, these threads leave its cores to the forward pass and run in its gaps.
+    Where the device is the CPU, they leave its cores to the forward pass and work in its gaps.
     """
     waiting: deque[Future[Tensor | Broken]] = deque()
-    pool = ThreadPoolExecutor(workers, initializer=_stand_back if device == "cpu" else None)
+    pool = _pool(workers, device)
     try:
         for example in examples:
             waiting.append(pool.submit(_opened, example, backbone))
@@ -196,6 +199,10 @@ def prepared(
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _pool(n: int, device: str) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(n, initializer=_stand_back if device == "cpu" else None)
 
 
 def _stand_back() -> None:
