@@ -6,11 +6,14 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pytest
+from tiny import desk
 from trees import caltech101, cub200, flowers102, imagenet, parquet, png, rows, tree
 
 import saefw_imagenet
 from saefw.errors import UserError
-from saefw.plugin import DatasetConfig, Place
+from saefw.pace import Pace
+from saefw.plugin import DatasetConfig, ImageFiles, Place
+from saefw.stages.record import Record
 from saefw.testing import check_dataset, check_imports
 from saefw_caltech101 import Caltech101
 from saefw_cub200 import Cub200
@@ -195,6 +198,26 @@ def test_imagenet_folders(tmp_path: Path, at: str) -> None:
     assert Counter(split for _, _, split in rows(ImageNet(root=HERE, test=0.25), tmp_path)) == {
         "train": 9, "valid": 3, "test": 3,
     }  # fmt: skip
+
+
+def test_the_time_is_guessed_without_carving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    imagenet(tmp_path / "set")
+
+    def carved(*_: object) -> None:
+        raise AssertionError("of a million images this takes seconds")
+
+    monkeypatch.setattr(saefw_imagenet, "carve", carved)
+    run = desk(tmp_path, {"datasets": {"imagenet": ImageNet(root=HERE)}})
+    stage = Record(backbone="tiny", datasets=["imagenet"], layers=[0])
+    units = list(stage.units(run))
+    assert 0 < stage.duration(units, run, Pace()) < 60
+    assert {stage.work(unit, run) for unit in units} == {"15 images"}
+    dataset = run.dataset(ImageNet(root=HERE))
+    assert isinstance(dataset, ImageFiles)
+    monkeypatch.undo()
+    for i in range(15):
+        assert dataset.unsplit(i)._replace(split=dataset[i].split)[:3] == dataset[i][:3]
+        assert dataset.unsplit(i).load().tobytes() == dataset[i].load().tobytes()
 
 
 def flat(root: Path) -> Path:

@@ -1,7 +1,10 @@
 """The pass that records: what is read, run and written at once, and which tokens are kept."""
 
 import errno
+import os
 import shutil
+import sys
+import threading
 from collections.abc import Iterator
 from functools import partial
 from hashlib import shake_256
@@ -25,7 +28,7 @@ from saefw.blocks import outputs
 from saefw.errors import UserError
 from saefw.originals import opened
 from saefw.plugin import Backbone, Example
-from saefw.recording import Hands, held, stored
+from saefw.recording import Broken, Hands, held, prepared, stored
 from saefw.run import Run
 from saefw.shards import Layout, Writer
 from saefw.stages.probe import ProbeStage
@@ -289,9 +292,33 @@ def test_too_little_room_is_told_before_the_work(tmp_path: Path, monkeypatch: py
         record(run, **wanted)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a priority is that of the whole process")
+def test_threads_stand_back_where_the_forward_pass_needs_the_cores() -> None:
+    vit, tiny = TinyVit().build("cpu"), TinySet(n=9).build(Path())
+    seen: list[int] = []
+
+    def note() -> None:
+        seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    def load(example: Example) -> Image:
+        note()
+        return example.load()
+
+    examples = [tiny[i]._replace(load=partial(load, tiny[i])) for i in range(9)]
+    ours = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    for device, priority in (("cpu", 19), ("cuda:0", ours)):
+        seen.clear()
+        images = [image for image in prepared(examples, vit, 2, lambda: 4, device) if not isinstance(image, Broken)]
+        with Hands(2, device) as hands:
+            hands.take([note, note])
+        assert seen == [priority] * 11
+        assert torch.equal(torch.stack(images), torch.stack([vit.prepare(tiny[i].load()) for i in range(9)]))
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == ours
+
+
 def test_hands_do_it_all_and_tell_of_the_first_fault() -> None:
     done: list[int] = []
-    with Hands(3) as hands:
+    with Hands(3, "cpu") as hands:
         hands.take([partial(done.append, i) for i in range(5)])
         hands.wait()
         assert sorted(done) == list(range(5))
@@ -303,9 +330,9 @@ def test_hands_do_it_all_and_tell_of_the_first_fault() -> None:
         with pytest.raises(UserError, match="it cannot be written"):
             hands.wait()
         hands.wait()
-    with pytest.raises(UserError, match="it cannot be written"), Hands(1) as hands:
+    with pytest.raises(UserError, match="it cannot be written"), Hands(1, "cpu") as hands:
         hands.take([fail])
-    with pytest.raises(KeyboardInterrupt), Hands(1) as hands:
+    with pytest.raises(KeyboardInterrupt), Hands(1, "cpu") as hands:
         hands.take([fail])
         raise KeyboardInterrupt
 

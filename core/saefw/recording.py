@@ -9,6 +9,8 @@ Shapes: b batch, t n_tokens, e examples of a shard, d d_model; `acts_ted` has sh
 import math
 import os
 import shutil
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +32,8 @@ from saefw.shards import Layout, Writer
 WORKERS = 16
 """The most threads that prepare images unless told: Python lets one of them at a time do what is not decoding."""
 
+LAST = 19
+"""The lowest priority of a thread on Linux."""
 
 SPARE = 16 << 20
 """Bytes that are to be free beyond the activations: for tables, and for the index."""
@@ -78,7 +82,7 @@ class Recording:
 
         """
         done = 0
-        with Hands(len(self.writers)) as hands:
+        with Hands(len(self.writers), forward.device) as hands:
             for shard in self.shards:
                 acts = {writer.layout.layer: writer.empty(shard) for writer in self.writers}
                 faults: list[tuple[int, str]] = []
@@ -146,11 +150,14 @@ class Recording:
 
 
 class Hands:
-    """Threads that write while others go on; of what is handed to them, one lot is waited for before the next."""
+    """Threads that write while others go on; of what is handed to them, one lot is waited for before the next.
 
-    def __init__(self, n: int) -> None:
+    Where the device is the CPU, they leave its cores to the forward pass and write in its gaps.
+    """
+
+    def __init__(self, n: int, device: str) -> None:
         """Start them: `n`, but no more than there are cores."""
-        self._pool = ThreadPoolExecutor(min(n, cores()))
+        self._pool = _pool(min(n, cores()), device)
         self._lot: list[Future[None]] = []
 
     def take(self, work: Sequence[Callable[[], None]]) -> None:
@@ -175,11 +182,14 @@ class Hands:
 
 
 def prepared(
-    examples: Iterable[Example], backbone: Backbone, workers: int, ahead: Callable[[], int]
+    examples: Iterable[Example], backbone: Backbone, workers: int, ahead: Callable[[], int], device: str
 ) -> Generator[Tensor | Broken]:
-    """Yield the images in order, prepared by threads that are at most `ahead()` images in front."""
+    """Yield the images in order, prepared by threads that are at most `ahead()` images in front.
+
+    Where the device is the CPU, they leave its cores to the forward pass and work in its gaps.
+    """
     waiting: deque[Future[Tensor | Broken]] = deque()
-    pool = ThreadPoolExecutor(workers)
+    pool = _pool(workers, device)
     try:
         for example in examples:
             waiting.append(pool.submit(_opened, example, backbone))
@@ -189,6 +199,16 @@ def prepared(
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _pool(n: int, device: str) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(n, initializer=_stand_back if device == "cpu" else None)
+
+
+def _stand_back() -> None:
+    """Let other threads go first: those of a matrix product all wait for the one among them that has no core."""
+    if sys.platform == "linux":  # elsewhere a priority is that of the whole process
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LAST)
 
 
 def _opened(example: Example, backbone: Backbone) -> Tensor | Broken:

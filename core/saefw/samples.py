@@ -17,7 +17,7 @@ import torch
 from saefw.acts import Acts
 from saefw.originals import Unreadable, opened
 from saefw.pace import Pace, timed
-from saefw.plugin import BackboneConfig, BackboneInfo, DatasetConfig, Run, Unit
+from saefw.plugin import BackboneConfig, BackboneInfo, DatasetConfig, ImageFiles, Run, Unit
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -105,5 +105,6 @@ def view(recording: Unit, run: Run, index: int) -> "Image":
 
     """
     rows, columns = shape(recording).grid
-    image = opened(run.dataset(cast(DatasetConfig, recording.given["dataset"]))[index])
+    dataset = run.dataset(cast(DatasetConfig, recording.given["dataset"]))
+    image = opened(dataset.unsplit(index) if isinstance(dataset, ImageFiles) else dataset[index])
     return image.convert("RGB").resize((PATCH * columns, PATCH * rows))

@@ -74,7 +74,7 @@ def _models(bench: Bench, model: str, batch_size: int, n: int) -> None:
     photos, names = _photos(bench.folder / model, n), count()
 
     def images() -> Generator[Tensor | Broken]:
-        return prepared(photos, backbone, cores(), lambda: 2 * batch_size)
+        return prepared(photos, backbone, cores(), lambda: 2 * batch_size, "cpu")
 
     def run() -> None:
         for batch in batches:

@@ -190,7 +190,8 @@ class Record(StageConfig):
         forward = Forward(backbone, layers, run.device, self.precision, self.batch_size)
         examples = chain.from_iterable(recording.examples() for recording in missing)
         done = 0
-        with closing(prepared(examples, backbone, self._workers, lambda: 2 * forward.batch_size)) as images:
+        images = prepared(examples, backbone, self._workers, lambda: 2 * forward.batch_size, run.device)
+        with closing(images):
             for units, recording in whole:
                 for n in recording.record(forward, images):
                     yield done + n
