@@ -17,6 +17,7 @@ class Facts(NamedTuple):
     p99_s: NDArray[np.float64]
     rate_sc: NDArray[np.float64]
     share_sc: NDArray[np.float64]
+    ap_sc: NDArray[np.float64]
 
 
 class Name(NamedTuple):
@@ -32,14 +33,16 @@ class Name(NamedTuple):
 def facts(db: DuckDBPyConnection, features: str, classes: str, d_sae: int, n_classes: int) -> Facts:
     """Read them from two visuals units: one for the features' own statistics, one for those of classes."""
     frequency_s, p99_s = np.zeros(d_sae), np.zeros(d_sae)
-    rate_sc, share_sc = np.zeros((d_sae, n_classes)), np.zeros((d_sae, n_classes))
+    of_class = {name: np.zeros((d_sae, n_classes)) for name in ("rate", "share", "ap")}
     told = db.execute("SELECT feature, frequency, p99 FROM feature WHERE unit = ?", [features]).fetchnumpy()
-    rows = db.execute("SELECT feature, label, rate, share FROM class_feature WHERE unit = ?", [classes]).fetchnumpy()
+    rows = db.execute(
+        "SELECT feature, label, rate, share, ap FROM class_feature WHERE unit = ?", [classes]
+    ).fetchnumpy()
     frequency_s[told["feature"]] = np.nan_to_num(np.ma.filled(told["frequency"], 0))
     p99_s[told["feature"]] = np.nan_to_num(np.ma.filled(told["p99"], 0))
-    rate_sc[rows["feature"], rows["label"]] = np.nan_to_num(np.ma.filled(rows["rate"], 0))
-    share_sc[rows["feature"], rows["label"]] = np.nan_to_num(np.ma.filled(rows["share"], 0))
-    return Facts(frequency_s, p99_s, rate_sc, share_sc)
+    for name, table_sc in of_class.items():
+        table_sc[rows["feature"], rows["label"]] = np.nan_to_num(np.ma.filled(rows[name], 0))
+    return Facts(frequency_s, p99_s, of_class["rate"], of_class["share"], of_class["ap"])
 
 
 def names(db: DuckDBPyConnection, unit: str, top: int, grid: tuple[int, int]) -> dict[int, Name]:

@@ -38,14 +38,24 @@ CREATE TABLE class_feature (unit TEXT, sae TEXT, acts TEXT, label SMALLINT, feat
 
 -- Probes and steering. prediction: of test images; margin: top logit minus the second. An edit: place is patches or cls,
 -- role says whose features (own class, other class, by hand), target is that class, chosen_by is how they were chosen
--- (effect, mass, hand) or of which control it is (like features, random directions); norm: L2 norm of the whole change.
--- dose of an edit, amount of each of its features: in units of its p99 with mode set or add, a factor with mode scale.
+-- (effect, mass, ap, single, hand) or of which control it is (like features, random directions), way is how those were
+-- chosen that the control stands beside (of an edit: chosen_by); norm: L2 norm of the whole change; before, after: the
+-- target's probability; others: mean change of all other classes' logits; spread: mean size of that change.
+-- dose of an edit, amount of each of its features: in units of its p99 with mode set or add, a factor with mode scale,
+-- a share with mode ablate.
 CREATE TABLE probe (unit TEXT PRIMARY KEY, acts TEXT, variant TEXT, config JSON);
 CREATE TABLE prediction (unit TEXT, acts TEXT, example INTEGER, predicted SMALLINT, margin REAL);
 CREATE TABLE edit (unit TEXT, sae TEXT, probe TEXT, acts TEXT, edit INTEGER, example INTEGER, place TEXT, role TEXT,
-    chosen_by TEXT, mode TEXT, dose REAL, target SMALLINT, norm REAL);
+    way TEXT, chosen_by TEXT, mode TEXT, dose REAL, target SMALLINT, norm REAL, before REAL, after REAL, others REAL,
+    spread REAL);
 CREATE TABLE edit_feature (unit TEXT, edit INTEGER, feature INTEGER, amount REAL);
 CREATE TABLE edit_logit (unit TEXT, edit INTEGER, label SMALLINT, before REAL, after REAL);
+-- The features of each class, the first ones of each way of choosing; predicted: the change of the class's logit at 1 p99.
+CREATE TABLE choice (unit TEXT, way TEXT, label SMALLINT, rank SMALLINT, feature INTEGER, score DOUBLE, predicted DOUBLE);
+-- What edits did on average, with 95 % bootstrap intervals over n images; measure: logit, probability, flip (of images not
+-- taken for the target before), others, spread; target NULL: all; against: less that control on the same image, or NULL.
+CREATE TABLE outcome (unit TEXT, role TEXT, way TEXT, chosen_by TEXT, against TEXT, dose REAL, target SMALLINT, measure TEXT,
+    n INTEGER, mean DOUBLE, low DOUBLE, high DOUBLE);
 
 CREATE VIEW final AS SELECT unit, name, arg_max(value, step) AS value FROM metric GROUP BY ALL;
 CREATE VIEW pareto AS SELECT s.unit AS sae, s.variant, a.layer, m.nmse, m.l0, m.dead FROM sae s JOIN acts a ON a.unit = s.acts

@@ -2,12 +2,14 @@
 
 An edit changes codes z of some features to z'. What is added to the tokens is scale * (z' - z) @ W_dec and nothing
 else, x' = x + delta: the SAE's error and its bias stay as they are, so an edit that changes no code changes no bit
-(as in saev's demos, and `use_error_term` of SAELens).
+(as in saev's demos, and `use_error_term` of SAELens). Without the error, the tokens are replaced by the SAE's
+reconstruction before anything is edited.
 
-Shapes: b images, t tokens, p edited tokens of an image, f edited features, d d_model, s d_sae, c classes.
+Shapes: b images, t tokens, p edited tokens of an image, f edited features, d d_model, s d_sae, c classes, m classes
+that an image speaks for.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,17 +23,33 @@ MODES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "set": lambda z, amount: amount.expand_as(z),
     "add": lambda z, amount: z + amount,
     "scale": lambda z, amount: z * amount,
+    "ablate": lambda z, amount: z - amount * z,
 }
-"""What becomes of codes z under an amount, by mode. Setting to 0 switches a feature off."""
+"""What becomes of codes z under an amount, by mode. Setting to 0 switches a feature off, as does ablating all (1) of it."""
 
-PLACES = ("patches", "cls")
+FACTORS = ("scale", "ablate")
+"""The modes whose amounts have no unit: a factor, and the share that is taken away."""
+
+
+class Edit(NamedTuple):
+    """What is done to a feature, and where."""
+
+    feature: int
+    mode: str
+    """One of MODES."""
+
+    amount: float | Tensor
+    """In the units of codes, or a factor (FACTORS): a number, or one for each token that may be edited, [p]."""
+
+    patches: Sequence[int] | None = None
+    """Which of the tokens that may be edited, by number; None: all."""
 
 
 class Reading(NamedTuple):
     """Images as the backbone, the SAE and the probe see them before any edit."""
 
     tokens_btd: Tensor
-    """float32 [b, t, d]: what the SAE's block puts out."""
+    """float32 [b, t, d]: what the SAE's block puts out; without the SAE's error, with the reconstruction in place."""
 
     codes: Codes
     """Of the tokens that may be edited, image by image: [b * p, k]."""
@@ -44,7 +62,14 @@ class Steering:
     """A backbone, an SAE on the output of one of its blocks, and a probe on [CLS] of a later one."""
 
     def __init__(
-        self, backbone: Backbone, sae: Sae, probe: Probe, layer: int, probe_layer: int, place: str = "patches"
+        self,
+        backbone: Backbone,
+        sae: Sae,
+        probe: Probe,
+        layer: int,
+        probe_layer: int,
+        place: str = "patches",
+        keep_error: bool = True,
     ) -> None:
         """Put the parts together; all in eval mode and on one device.
 
@@ -55,6 +80,7 @@ class Steering:
             layer: counted from 0.
             probe_layer: counted from 0; only the blocks up to it are run.
             place: the tokens that are edited, `patches` or `cls`.
+            keep_error: add edits to the tokens as they are; if not, to the SAE's reconstruction of them.
 
         Raises:
             UserError: an edit there cannot reach the probe.
@@ -64,7 +90,7 @@ class Steering:
         if not backbone.info.has_cls:
             raise UserError("steer: the backbone has no [CLS], which the probe reads")
         self.backbone, self.sae, self.probe = backbone, sae, probe
-        self.layer, self.probe_layer, self.place = layer, probe_layer, place
+        self.layer, self.probe_layer, self.place, self.keep_error = layer, probe_layer, place, keep_error
         self.edited = slice(0, 1) if place == "cls" else slice(backbone.info.n_prefix, None)
 
     # Before
@@ -78,6 +104,10 @@ class Steering:
     def reading(self, tokens_btd: Tensor) -> Reading:
         """Read the tokens that block `layer` put out, float32 [b, t, d], for instance recorded ones."""
         codes = self.sae.encode(tokens_btd[:, self.edited].flatten(0, 1))
+        if not self.keep_error:
+            tokens_btd = tokens_btd.clone()
+            edited_bpd = tokens_btd[:, self.edited]
+            edited_bpd[:] = self.sae.decode(codes).view_as(edited_bpd)
         return Reading(tokens_btd, codes, self.logits(tokens_btd))
 
     def logits(self, tokens_btd: Tensor) -> Tensor:
@@ -105,35 +135,23 @@ class Steering:
     # After
 
     @torch.no_grad()
-    def edit(
-        self,
-        reading: Reading,
-        edits: Mapping[int, tuple[str, float | Tensor]],
-        patches: Sequence[int] | None = None,
-    ) -> Tensor:
-        """Return the logits [b, c] after an edit of features; `reading` is left as it is.
+    def edit(self, reading: Reading, edits: Sequence[Edit]) -> Tensor:
+        """Return the logits [b, c] after all edits at once; `reading` is left as it is.
 
-        Args:
-            reading: from `read`.
-            edits: by feature, a mode and an amount in the units of codes: a number, or one for each token, [p].
-            patches: which of the tokens to edit, by number; all by default.
-
+        Each starts from the codes as they were read, and their changes add up.
         """
-        features_f = torch.tensor(list(edits), dtype=torch.int64, device=reading.tokens_btd.device)
+        device = reading.tokens_btd.device
+        features_f = torch.tensor([edit.feature for edit in edits], dtype=torch.int64, device=device)
         features_bf = features_f.expand(len(reading.tokens_btd), -1)
         if not edits:
-            return self.after(reading, torch.zeros_like(reading.tokens_btd[:, self.edited]))
+            return reading.logits_bc.clone()
         z_bpf = self.observed(reading, features_bf)
-        changed = [
-            MODES[mode](z_bpf[..., i], torch.as_tensor(amount, dtype=z_bpf.dtype, device=z_bpf.device))
-            for i, (mode, amount) in enumerate(edits.values())
-        ]
-        delta_bpd = self._written(torch.stack(changed, dim=2) - z_bpf, features_bf)
-        if patches is not None:
-            untouched = torch.ones(delta_bpd.shape[1], dtype=torch.bool)
-            untouched[list(patches)] = False
-            delta_bpd[:, untouched.to(delta_bpd.device)] = 0
-        return self.after(reading, delta_bpd)
+        change_bpf = torch.zeros_like(z_bpf)
+        for i, edit in enumerate(edits):
+            amount = torch.as_tensor(edit.amount, dtype=z_bpf.dtype, device=device)
+            where = slice(None) if edit.patches is None else list(edit.patches)
+            change_bpf[:, where, i] = (MODES[edit.mode](z_bpf[..., i], amount) - z_bpf[..., i])[:, where]
+        return self.after(reading, self._written(change_bpf, features_bf))
 
     @torch.no_grad()
     def delta(self, reading: Reading, features_bf: Tensor, amounts_bf: Tensor, mode: str) -> Tensor:
@@ -162,19 +180,25 @@ class Steering:
 
     # Which way is up
 
-    def gradients(self, tokens_btd: Tensor) -> Tensor:
-        """Return the gradient of each class's logit by the edited tokens, summed over them and the images, [c, d].
+    def gradients(self, tokens_btd: Tensor, classes_bm: Tensor) -> Tensor:
+        """Return the gradient of some classes' logits by the edited tokens, summed over those, float64 [b, m, d].
 
-        By linearity that is the gradient by one vector added to all edited tokens of all images.
+        By linearity that is the gradient by one vector added to all edited tokens of an image. One pass back serves
+        all images, each with a class of its own: as many passes as an image speaks for classes.
+
+        Args:
+            tokens_btd: what block `layer` puts out.
+            classes_bm: int64 [b, m], for each image the classes that it speaks for.
+
         """
-        shift_d = torch.zeros_like(tokens_btd[0, 0]).requires_grad_()
+        shift_b1d = torch.zeros_like(tokens_btd[:, :1]).requires_grad_()
         with torch.enable_grad():
-            shifted = [tokens_btd[:, : self.edited.start], tokens_btd[:, self.edited] + shift_d]
+            shifted = [tokens_btd[:, : self.edited.start], tokens_btd[:, self.edited] + shift_b1d]
             if self.edited.stop is not None:
                 shifted.append(tokens_btd[:, self.edited.stop :])
-            logits_c = self.logits(torch.cat(shifted, dim=1)).sum(dim=0)
-            rows = [torch.autograd.grad(logit, shift_d, retain_graph=True)[0] for logit in logits_c]
-        return torch.stack(rows)
+            picked_bm = self.logits(torch.cat(shifted, dim=1)).gather(1, classes_bm)
+            rows = [torch.autograd.grad(x, shift_b1d, retain_graph=True)[0].cpu() for x in picked_bm.sum(dim=0)]
+        return torch.cat(rows, dim=1).double()
 
     def effects(self, gradient_cd: Tensor, p99_s: Tensor) -> Tensor:
         """Predict what each feature does to each class's logit, in logits, float64 [s, c].
@@ -183,7 +207,7 @@ class Steering:
         decoder row (times scale), times p99. So it is the effect of adding the full amount, 1 p99, everywhere.
 
         Args:
-            gradient_cd: the mean of `gradients` over images.
+            gradient_cd: the mean of `gradients` over the images that speak for a class.
             p99_s: each feature's p99, in the units of codes.
 
         """
