@@ -22,9 +22,10 @@ from saefw.errors import escaped
 from saefw.originals import again
 from saefw.plugin import Entry, Run, Unit, UserError, settings
 from saefw.stages.probe import open_probe, task_of
-from saefw.stages.steer import GRADIENT, Steer
+from saefw.stages.steer import Steer
+from saefw.stages.steer_plan import GRADIENT, gradient_form
 from saefw.stages.visuals import MAPS, PICTURES
-from saefw.steering import Reading, Steering
+from saefw.steering import FACTORS, Edit, Reading, Steering
 from saefw.trained import open_sae
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ class Experiment:
             self.acts.layer,
             read.layer,
             self.place,
+            bool(unit.content["keep_error"]),
         )
         self._device = run.device
         self._images = run.dataset(recording.given["dataset"])
@@ -189,14 +191,14 @@ class Experiment:
 
         Args:
             example: which image.
-            edits: by feature, the amount: in units of its p99, or a factor with mode `scale`.
-            mode: `set`, `add` or `scale`.
+            edits: by feature, the amount: in units of its p99, or a factor with mode `scale`, a share with `ablate`.
+            mode: `set`, `add`, `scale` or `ablate`.
             patches: which to edit; null: all.
 
         """
-        amounts = {s: (mode, x if mode == "scale" else x * self.about[s].p99) for s, x in edits.items()}
         some = None if self.place == "cls" else patches
-        return probabilities(self.steering.edit(self.seen(example).reading, amounts, some)[0])
+        asked = [Edit(s, mode, x if mode in FACTORS else x * self.about[s].p99, some) for s, x in edits.items()]
+        return probabilities(self.steering.edit(self.seen(example).reading, asked)[0])
 
     @torch.no_grad()
     def _seen(self, example: int) -> Seen:
@@ -227,7 +229,7 @@ class Experiment:
         ]
 
     def _by_effect(self, folder: Path) -> Ints:
-        form: tensors.Form = {"gradient": (torch.float64, (len(self.classes), self.acts.d_model))}
+        form = gradient_form(len(self.classes), self.acts.d_model)
         try:
             found, _ = tensors.read(folder / GRADIENT)
             tensors.check(found, form)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ROWS = 3
 """Features of a group: of the image's class, of another class, of the image."""
 
-MODES = {"set": "Set to", "add": "Add", "scale": "Multiply"}
+MODES = {"set": "Set to", "add": "Add", "scale": "Multiply", "ablate": "Ablate"}
 
 
 def page(doc: Document, path: Path) -> None:
@@ -361,6 +361,8 @@ class Session:
             return Ways(min(0, low), max(3, high), None, "set to")
         if self.mode == "add":
             return Ways(min(-3, low), max(3, high), 0.0, "add")
+        if self.mode == "ablate":
+            return Ways(min(0, low), max(1, high), 0.0, "less a share of")
         return Ways(min(0, low), max(5, high), 1.0, "multiplied by")
 
     def _facts(self, feature: int) -> Facts:

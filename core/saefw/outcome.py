@@ -56,7 +56,7 @@ class Readout:
 
     def flips(self) -> Floats:
         """Return 1 where an edit made the target of another answer, 0 where not, NaN where it was the target before."""
-        flipped = (self.predicted_after == self._target).astype(np.float64)
+        flipped: Floats = (self.predicted_after == self._target).astype(np.float64)
         flipped[self.predicted_before == self._target] = np.nan
         return flipped
 

@@ -25,7 +25,7 @@ MODES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "scale": lambda z, amount: z * amount,
     "ablate": lambda z, amount: z - amount * z,
 }
-"""What becomes of codes z under an amount, by mode. Setting to 0 switches a feature off, as does ablating all (1) of it."""
+"""What becomes of codes z under an amount, by mode. Setting to 0 switches a feature off, as does ablating 1."""
 
 FACTORS = ("scale", "ablate")
 """The modes whose amounts have no unit: a factor, and the share that is taken away."""

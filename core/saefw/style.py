@@ -42,6 +42,7 @@ STYLE: dict[str, Any] = {
     "legend.frameon": False,
     "lines.linewidth": 1.6,
     "lines.markersize": 5.5,
+    "pdf.fonttype": 42,
     "savefig.dpi": 170,
     "svg.hashsalt": "saefw",
     "text.color": INK,
@@ -69,8 +70,12 @@ def styled() -> Any:
 
 
 def rendered(figure: "Figure") -> dict[str, bytes]:
-    """Return a figure as the bytes of a `png` and an `svg` file, without the time or matplotlib's version in them."""
-    metadata: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
+    """Return a figure as the bytes of `png`, `svg` and `pdf` files, without the time or matplotlib's version in them."""
+    metadata: dict[str, dict[str, Any]] = {
+        "png": {"Software": None},
+        "svg": {"Date": None, "Creator": None},
+        "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    }
     files = {}
     with warnings.catch_warnings():
         # A name in a writing that the font does not have is drawn as boxes; the tables have it as it is.

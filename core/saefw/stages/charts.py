@@ -1,4 +1,4 @@
-"""Charts of the numbers: SAEs, probes, steering.
+"""Charts of the numbers: SAEs and probes.
 
 Each is read off the index alone.
 """
@@ -6,15 +6,12 @@ Each is read off the index alone.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from textwrap import fill
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
 
-from saefw.outcome import KINDS, ROLES, interval
 from saefw.plugin import FigureConfig, Pick, UserError, hookimpl
-from saefw.style import FAINT, PALETTE, WIDTH, ZERO, panels, plain_ticks, shown
+from saefw.style import FAINT, PALETTE, panels, plain_ticks, shown
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -23,14 +20,6 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 Units = Mapping[str, Sequence[Path]]
-
-LOOK: Mapping[str, tuple[str, str, str, str]] = {
-    "effect": ("class features, by predicted effect", "#0072B2", "o", "-"),
-    "mass": ("class features, by mass", "#56B4E9", "s", "-"),
-    "like features": ("control: features of like frequency and norm", "#D55E00", "^", "--"),
-    "random directions": ("control: random directions of like norm", "#707580", "v", ":"),
-}
-"""Of each kind of edit: its name, colour, marker and line."""
 
 MARKERS = "os^Dvp*"
 """Of lines that are more than there are colours; their number shares no factor with that of the colours."""
@@ -171,108 +160,6 @@ class ProbeGrid(FigureConfig):
         )
 
 
-class DoseResponse(FigureConfig):
-    """What an edit does to the logit of its target: class features against both controls, by amount."""
-
-    use: Literal["dose-response"] = "dose-response"
-    revision: ClassVar[int] = 2
-    wants: ClassVar[tuple[str, ...]] = ("steer",)
-
-    classes: int = Field(20, ge=0)
-    """With at most so many classes, a panel shows each by itself, at the largest amount."""
-
-    def draw(self, db: "DuckDBPyConnection", units: Units) -> "Figure":
-        """Draw a row of panels for each steered dataset."""
-        from matplotlib.figure import Figure
-
-        steered = sorted(units["steer"], key=lambda path: path.name)
-        figure = Figure(figsize=(WIDTH, 5.6 * len(steered)))
-        parts = figure.subfigures(len(steered), squeeze=False)[:, 0]
-        for folder, part in zip(steered, parts, strict=True):
-            shifts = _shifts(db, folder.name)
-            names = dict(
-                db.execute(
-                    "SELECT DISTINCT c.label, c.name FROM edit e JOIN class c ON c.unit = e.acts WHERE e.unit = ? "
-                    "ORDER BY 1",
-                    [folder.name],
-                ).fetchall()
-            )
-            targets = sorted(set(shifts["target"].tolist()))
-            ((mode,),) = db.execute("SELECT DISTINCT mode FROM edit WHERE unit = ?", [folder.name]).fetchall()
-            unit = "factor" if mode == "scale" else "amount, as a multiple of each feature’s p99"
-            by_class = 1 < len(targets) <= self.classes
-            ((label,),) = db.execute("SELECT label FROM unit WHERE unit = ?", [folder.name]).fetchall()
-            part.suptitle(fill(shown(label, 160), 90), x=0.012, ha="left", fontsize=9.5)
-            grid = part.add_gridspec(2 if by_class else 1, 2, height_ratios=(1.15, 1) if by_class else None)
-            left = None
-            for column, role in enumerate(reversed(ROLES)):
-                axes = part.add_subplot(grid[0, column], sharey=left)
-                left = left or axes
-                self._by_amount(axes, shifts, role)
-                n = len(set(shifts["example"][shifts["role"] == role].tolist()))
-                whose = "another" if role == ROLES[1] else "the image’s own"
-                axes.set_title(f"target: {whose} class, N = {n:,} images")
-                axes.set_xlabel(unit)
-                if column == 0:
-                    axes.set_ylabel("change of the target’s logit,\nmean and 95 % interval")
-            if by_class:
-                self._by_class(part.add_subplot(grid[1, :]), shifts, targets, names)
-            handles, labels = left.get_legend_handles_labels() if left else ([], [])
-            part.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
-        return figure
-
-    def _by_amount(self, axes: "Axes", shifts: Mapping[str, Array], role: str) -> None:
-        axes.axhline(0, color=ZERO, linewidth=0.8)
-        for kind in KINDS:
-            name, colour, marker, line = LOOK[kind]
-            here = (shifts["role"] == role) & (shifts["chosen_by"] == kind)
-            amounts = sorted(set(shifts["amount"][here].tolist()))
-            of = [shifts["shift"][here & (shifts["amount"] == amount)] for amount in amounts]
-            if not amounts:
-                continue
-            low, high = np.array([interval(values) for values in of]).T
-            axes.plot(amounts, [values.mean() for values in of], color=colour, marker=marker, ls=line, label=name)
-            axes.fill_between(amounts, low, high, color=colour, alpha=0.2, linewidth=0)
-
-    def _by_class(self, axes: "Axes", shifts: Mapping[str, Array], targets: list[int], names: dict[int, str]) -> None:
-        amount = shifts["amount"].max()
-        axes.axhline(0, color=ZERO, linewidth=0.8)
-        counts = []
-        for i, kind in enumerate(KINDS):
-            _, colour, marker, _ = LOOK[kind]
-            here = (shifts["role"] == ROLES[1]) & (shifts["chosen_by"] == kind) & (shifts["amount"] == amount)
-            for x, target in enumerate(targets):
-                values = shifts["shift"][here & (shifts["target"] == target)]
-                if not len(values):
-                    continue
-                counts.append(len(values))
-                low, high = interval(values)
-                place = x + (i - 1.5) * 0.16
-                axes.plot([place, place], [low, high], color=colour, linewidth=2)
-                axes.plot(place, values.mean(), color=colour, marker=marker, markersize=4.5)
-        axes.set_xticks(range(len(targets)), [shown(names.get(target, str(target))) for target in targets])
-        axes.grid(axis="x", visible=False)
-        fewest, most = min(counts), max(counts)
-        n = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-        axes.set(
-            title=f"towards each other class, amount {amount:g}; mean and 95 % interval, {n} images each",
-            xlabel="target", ylabel="change of its logit",
-        )  # fmt: skip
-
-
-def _shifts(db: "DuckDBPyConnection", unit: str) -> dict[str, Array]:
-    """Return a row for each edit of a steer unit: role, chosen_by, amount, target, example, shift of its logit."""
-    found = db.execute(
-        "SELECT e.role, e.chosen_by, e.dose AS amount, e.target, e.example, avg(l.after - l.before) AS shift "
-        "FROM edit e JOIN edit_logit l ON l.unit = e.unit AND l.edit = e.edit AND l.label = e.target WHERE e.unit = ? "
-        "GROUP BY ALL ORDER BY ALL",
-        [unit],
-    ).fetchnumpy()
-    if not len(found["shift"]):
-        raise UserError("nothing was steered")
-    return {name: np.asarray(column) for name, column in found.items()}
-
-
 def _addresses(folders: Sequence[Path]) -> list[str]:
     return [folder.name for folder in folders]
 
@@ -309,5 +196,5 @@ def _words(key: str) -> str:
 
 @hookimpl
 def saefw_figures() -> list[type[FigureConfig]]:
-    """Three: pareto, probe-grid, dose-response."""
-    return [Pareto, ProbeGrid, DoseResponse]
+    """Two: pareto, probe-grid."""
+    return [Pareto, ProbeGrid]

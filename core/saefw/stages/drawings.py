@@ -12,6 +12,7 @@ from pydantic import Field
 
 from saefw import pictures
 from saefw.plugin import FigureConfig, Pick, UserError, hookimpl
+from saefw.stages.sized import Sized
 from saefw.style import FAINT, WIDTH, shown
 from saefw.tensors import number, parsed
 
@@ -106,12 +107,15 @@ class FeatureGrid(FigureConfig):
         return [(feature, "") for (feature,) in strongest]
 
 
-class BeforeAfter(FigureConfig):
+class BeforeAfter(Sized):
     """One steered image: the features that were edited, and what the probe said before and after."""
 
     use: Literal["before-after"] = "before-after"
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
     wants: ClassVar[tuple[str, ...]] = ("steer", "visuals")
+
+    edit: int | None = Field(None, ge=0)
+    """Which stored edit, by its number in the table `edit`; null: the first example."""
 
     images: int = Field(5, gt=0)
     """How many of its strongest images show what a feature stands for."""
@@ -120,18 +124,25 @@ class BeforeAfter(FigureConfig):
     """At most so many classes are shown, the likeliest before or after."""
 
     def draw(self, db: "DuckDBPyConnection", units: Units) -> "Figure":
-        """Draw the first example of the first steered dataset that has one."""
+        """Draw the edit, or the first example, of the first steered dataset that has one.
+
+        Raises:
+            UserError: there is no edit of this number, or it is a random direction.
+
+        """
         for folder in units.get("steer", ()):
-            case = _case(db, folder)
+            case = _case(db, folder, self.edit)
             if case is not None:
                 return self._drawn(db, units, case)
+        if self.edit is not None:
+            raise UserError(f"edit: there is no edit {self.edit} of features")
         return self._nothing()
 
     def _nothing(self) -> "Figure":
         """Say that there is no such example: a result too, and nobody's to mend."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(WIDTH, 1.0))
+        figure = Figure(figsize=(self.width, 1.0))
         figure.text(0.5, 0.5, "No edit turned an image into another class.", ha="center", va="center", color=FAINT)
         return figure
 
@@ -141,7 +152,7 @@ class BeforeAfter(FigureConfig):
 
         tables = [path for path in units.get("visuals", ()) if path.name in case.seen]
         strips = [_strip(db, tables[0], feature, self.images, 72, 5) for feature in case.features] if tables else []
-        figure = Figure(figsize=(WIDTH, 3.0), layout=ConstrainedLayoutEngine(wspace=0.04))
+        figure = Figure(figsize=(self.width, self.height or 3.0), layout=ConstrainedLayoutEngine(wspace=0.04))
         wide = [1.2, 2.1, 1.5] if strips else [1.2, 1.5]
         grid = figure.add_gridspec(1, len(wide), width_ratios=wide)
         _show_image(figure.add_subplot(grid[0]), case, tables)
@@ -157,24 +168,28 @@ class BeforeAfter(FigureConfig):
                 axes.text(0, top - 6, f"feature {feature}, {strip.purity}".rstrip(", "), fontsize=7.5, color=FAINT)
             axes.set_title("the features: their strongest images")
         axes = figure.add_subplot(grid[-1])
-        shown = np.sort(np.argsort(-np.maximum(case.before, case.after), kind="stable")[: self.classes])
-        y = np.arange(len(shown))
-        axes.barh(y - 0.2, case.before[shown], 0.38, color=BEFORE, label="before")
-        axes.barh(y + 0.2, case.after[shown], 0.38, color=AFTER, label="after")
-        axes.set_yticks(y, [case.names[i] for i in shown])
+        likely = np.sort(np.argsort(-np.maximum(case.before, case.after), kind="stable")[: self.classes])
+        y = np.arange(len(likely))
+        axes.barh(y - 0.2, case.before[likely], 0.38, color=BEFORE, label="before")
+        axes.barh(y + 0.2, case.after[likely], 0.38, color=AFTER, label="after")
+        axes.set_yticks(y, [case.names[i] for i in likely])
         axes.invert_yaxis()
         all_kept = len(case.names) == case.n_classes
         said = "probability" if all_kept else f"share among {len(case.names)} of {case.n_classes} classes"
         axes.set(xlim=(0, 1.0), xlabel=said, title="what the probe says")
         axes.grid(axis="y", visible=False)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=7.5)
-        done = {"set": "set to {} × p99", "add": "raised by {} × p99", "scale": "multiplied by {}"}[case.mode]
+        done = {
+            "set": "set to {} × p99",
+            "add": "raised by {} × p99",
+            "scale": "multiplied by {}",
+            "ablate": "less {} of themselves",
+        }[case.mode]
         where = "[CLS]" if case.place == "cls" else "every patch"
         told = f"{len(case.features)} features {done.format(f'{case.amount:g}')} on {where}"
-        figure.suptitle(
-            f"{case.source} → {case.target}: {told}",
-            x=0.01, ha="left", fontsize=10,
-        )  # fmt: skip
+        title = f"{case.source} → {case.target}: {told}" if self.title is None else shown(self.title, 160)
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=10)
         return figure
 
 
@@ -237,8 +252,8 @@ class Case(NamedTuple):
     """The visuals units that say what its features stand for."""
 
 
-def _case(db: "DuckDBPyConnection", folder: Path) -> Case | None:
-    """Return the first example of a steer unit: the one that it names, else the surest by the tables."""
+def _case(db: "DuckDBPyConnection", folder: Path, edit: int | None) -> Case | None:
+    """Return an edit of a steer unit, or its first example: the one that it names, else the surest by the tables."""
     found = db.execute(
         "WITH read AS (SELECT edit, arg_max(label, before) AS was, arg_max(label, after) AS became, "
         "sum(exp(after)) AS total FROM edit_logit WHERE unit = $unit GROUP BY edit) "
@@ -247,10 +262,11 @@ def _case(db: "DuckDBPyConnection", folder: Path) -> Case | None:
         "JOIN edit_logit l ON l.unit = e.unit AND l.edit = e.edit AND l.label = e.target "
         "JOIN example x ON x.unit = e.acts AND x.example = e.example "
         "JOIN class o ON o.unit = e.acts AND o.label = x.label JOIN class t ON t.unit = e.acts AND t.label = e.target "
-        "WHERE e.unit = $unit AND CASE WHEN $edit IS NULL THEN e.chosen_by = 'effect' AND e.role = 'other class' "
-        "AND was = x.label AND became = e.target ELSE e.edit = $edit END "
+        "WHERE e.unit = $unit AND e.chosen_by != 'random directions' AND CASE WHEN $edit IS NULL THEN "
+        "e.chosen_by = e.way AND e.role = 'other class' AND was = x.label AND became = e.target "
+        "ELSE e.edit = $edit END "
         "ORDER BY exp(l.after) / total DESC, e.edit LIMIT 1",
-        {"unit": folder.name, "edit": _first(folder / "first.json")},
+        {"unit": folder.name, "edit": _first(folder / "first.json") if edit is None else edit},
     ).fetchall()
     if not found:
         return None

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -15,9 +15,10 @@ log = logging.getLogger("saefw")
 
 
 class Draw(StageConfig):
-    """Draws figures as PNG and SVG; the same store gives the same bytes."""
+    """Draws figures as PNG, SVG and PDF; the same store gives the same bytes."""
 
     use: Literal["draw"] = "draw"
+    revision: ClassVar[int] = 2
 
     figures: Annotated[list[str], Names("figures")] = Field(min_length=1)
     """The figures to draw."""

@@ -136,8 +136,8 @@ def _write_outcome(
 def _agreements(plan: Plan, rows: list[Found]) -> dict[str, float]:
     """Return how well what was predicted of each class's features agrees with what they did, by way and in all.
 
-    `rank_correlation_<way>`: over the classes, between the predicted effect of its features, summed, and the mean change
-    of its logit at the largest amount; `rank_correlation`: over the classes of all ways together.
+    `rank_correlation_<way>`: over the classes, between the predicted effect of its features, summed, and the mean
+    change of its logit at the largest amount; `rank_correlation`: over the classes of all ways together.
     """
     pairs: dict[str, list[tuple[float, float]]] = {way: [] for way in plan.ways}
     for row in rows:
