@@ -186,7 +186,9 @@ class Experiment:
         usual = [s for s in np.argsort(-most_s, kind="stable") if most_s[s] > 0 and s in self.about]
         return [int(s) for s in usual if self.about[s].frequency < self.unit.content["max_frequency"]]
 
-    def edit(self, example: int, edits: dict[int, float], mode: str, patches: Sequence[int] | None) -> Floats:
+    def edit(
+        self, example: int, edits: dict[int, float], mode: str, patches: Sequence[int] | None, raw: bool = False
+    ) -> Floats:
         """Return the probabilities [c] after an edit.
 
         Args:
@@ -194,10 +196,11 @@ class Experiment:
             edits: by feature, the amount: in units of its p99, or a factor with mode `scale`, a share with `ablate`.
             mode: `set`, `add`, `scale` or `ablate`.
             patches: which to edit; null: all.
+            raw: amounts are in the units of codes.
 
         """
         some = None if self.place == "cls" else patches
-        asked = [Edit(s, mode, x if mode in FACTORS else x * self.about[s].p99, some) for s, x in edits.items()]
+        asked = [Edit(s, mode, x if raw or mode in FACTORS else x * self.about[s].p99, some) for s, x in edits.items()]
         return probabilities(self.steering.edit(self.seen(example).reading, asked)[0])
 
     @torch.no_grad()

@@ -70,7 +70,7 @@ def styled() -> Any:
 
 
 def rendered(figure: "Figure") -> dict[str, bytes]:
-    """Return a figure as the bytes of `png`, `svg` and `pdf` files, without the time or matplotlib's version in them."""
+    """Return a figure as bytes of `png`, `svg` and `pdf` files, without the time or matplotlib's version in them."""
     metadata: dict[str, dict[str, Any]] = {
         "png": {"Software": None},
         "svg": {"Date": None, "Creator": None},

@@ -16,6 +16,7 @@ BENCHES = {
     "train": "a training step, beside the product with W_enc",
     "features": "the pass over features, beside the encoder alone",
     "tables": "queries on tables as large as those of ImageNet-1K",
+    "steer": "edits of features, beside the blocks that they run",
 }
 """What each module of this package measures, beside the frame."""
 

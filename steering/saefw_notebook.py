@@ -1,0 +1,190 @@
+"""An experiment in a notebook: open it, take an image, edit its features, look.
+
+    experiment = open_experiment("registry.yaml")
+    image = experiment.image(experiment.first.example)
+    image.features()
+    image.edit({7: 2.0}).probabilities
+
+What is returned shows itself where a notebook shows the last value of a cell. Shapes: c classes.
+"""
+
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from saefw.pictures import enlarged, png
+from saefw.plugin import UserError
+from saefw.steering import MODES
+from saefw_experiment import Experiment, Floats, choices, opened
+
+SIDE, CLASSES = 224, 10
+"""Pixels of the longer side of an image; classes that are shown of many, the likeliest."""
+
+
+def open_experiment(registry: str | Path = "registry.yaml", dataset: str | None = None) -> "Notebook":
+    """Open a steer unit that is made.
+
+    Args:
+        registry: the file that it was planned from.
+        dataset: the name of its dataset, where several were steered; None: the first.
+
+    Raises:
+        UserError: the registry cannot be read, or nothing is made; the text says what to do.
+
+    """
+    found = {choice.unit.needs[4].given["names"]["dataset"]: choice for choice in reversed(choices(Path(registry)))}
+    if dataset is not None and dataset not in found:
+        raise UserError(f"{registry}: '{dataset}' is not steered (there are: {', '.join(sorted(found))})")
+    return Notebook(opened(list(found.values())[-1] if dataset is None else found[dataset]))
+
+
+class Notebook:
+    """An experiment, by what a notebook asks of it."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        """Show this one."""
+        self.experiment = experiment
+        self.classes = experiment.classes
+        """Names of the classes, by label."""
+        self.examples: list[int] = experiment.test.tolist()
+        """The labelled test images, by number."""
+        self.first = experiment.first
+        """The stored first example, if an edit turned an answer."""
+
+    def image(self, which: int | str) -> "Shot":
+        """Return an image, by its number or by its key.
+
+        Raises:
+            UserError: there is none, or it has no picture to read.
+
+        """
+        keys = self.experiment.keys
+        if isinstance(which, str):
+            if which not in keys:
+                raise UserError(f"image: there is no '{which}' (they are called like '{keys[self.examples[0]]}')")
+            which = keys.index(which)
+        if not 0 <= which < len(keys):
+            raise UserError(f"image: there is no {which} (there are: 0 to {len(keys) - 1})")
+        return Shot(self.experiment, which)
+
+    def features_of(self, name: str, n: int = 10) -> "Features":
+        """Return the features of largest predicted effect on a class.
+
+        Raises:
+            UserError: there is no such class.
+
+        """
+        if name not in self.classes:
+            raise UserError(f"class: there is no '{name}' (there are: {', '.join(self.classes[:20])})")
+        return Features(self.experiment, self.experiment.strong(self.classes.index(name), n))
+
+
+@dataclass(frozen=True)
+class Shot:
+    """An image before any edit; its codes are computed once and kept."""
+
+    experiment: Experiment
+    example: int
+
+    @property
+    def probabilities(self) -> dict[str, float]:
+        """What the probe says, by class."""
+        return _named(self.experiment, self.experiment.seen(self.example).probability_c)
+
+    def features(self, n: int = 10) -> "Features":
+        """Return the features that are strongest in the image."""
+        return Features(self.experiment, self.experiment.firing(self.example)[:n])
+
+    def edit(
+        self,
+        amounts: Mapping[int, float],
+        mode: str = "set",
+        patches: Sequence[int] | None = None,
+        raw: bool = False,
+    ) -> "Edited":
+        """Edit features and run the rest of the backbone.
+
+        Args:
+            amounts: by feature, the amount: in units of its p99; a factor with mode `scale`, a share with `ablate`.
+            mode: `set`, `add`, `scale` or `ablate`.
+            patches: which to edit, row by row from 0; None: all. Edits of [CLS] have none.
+            raw: amounts are in the units of codes.
+
+        Raises:
+            UserError: there is no such mode, feature or patch.
+
+        """
+        experiment, n = self.experiment, len(self.experiment.seen(self.example).edited_ps)
+        if mode not in MODES:
+            raise UserError(f"mode: there is no '{mode}' (there are: {', '.join(MODES)})")
+        for feature in amounts:
+            if feature not in experiment.about:
+                raise UserError(f"feature {feature}: none of this number fires on the training images")
+        for patch in patches or ():
+            if experiment.place == "cls" or not 0 <= patch < n:
+                there = "none: edits are on [CLS]" if experiment.place == "cls" else f"0 to {n - 1}"
+                raise UserError(f"patches: there is no {patch} (there are: {there})")
+        return Edited(self, experiment.edit(self.example, dict(amounts), mode, patches, raw))
+
+    def _repr_png_(self) -> bytes:
+        return png(enlarged(self.experiment.view(self.example), SIDE))
+
+
+@dataclass(frozen=True)
+class Features:
+    """Some features, each with its strongest images."""
+
+    experiment: Experiment
+    numbers: list[int]
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for feature in self.numbers:
+            about = self.experiment.about[feature]
+            name = escape(self.experiment.classes[about.label]) if about.label >= 0 else "no class"
+            images = "".join(f'<img src="{uri}" alt="" height="64"> ' for uri, _ in self.experiment.thumbnails(feature))
+            rows.append(
+                f"<tr><td>{feature}</td><td>{about.n_label} of {self.experiment.top}: {name}</td>"
+                f"<td>{100 * about.frequency:.2g} % of {self.experiment.counted}</td><td>{images}</td></tr>"
+            )
+        head = "<tr><th>feature</th><th>strongest images</th><th>fires on</th><th></th></tr>"
+        return f"<table>{head}{''.join(rows)}</table>"
+
+
+@dataclass(frozen=True)
+class Edited:
+    """An image after an edit."""
+
+    before: Shot
+    probability_c: Floats
+    """float64 [c]."""
+
+    @property
+    def probabilities(self) -> dict[str, float]:
+        """What the probe says, by class."""
+        return _named(self.before.experiment, self.probability_c)
+
+    def _repr_html_(self) -> str:
+        was, now = self.before.probabilities, self.probabilities
+        likely = sorted(was, key=lambda name: -max(was[name], now[name]))[:CLASSES]
+        rows = "".join(
+            f"<tr><td>{escape(name)}</td><td>{_bar(was[name], '#b4b8c1')}</td><td>{_bar(now[name], '#0072B2')}</td></tr>"
+            for name in was
+            if name in likely
+        )
+        shot = b64encode(self.before._repr_png_()).decode()
+        return (
+            f'<img src="data:image/png;base64,{shot}" alt="">'
+            f"<table><tr><th>class</th><th>before</th><th>after</th></tr>{rows}</table>"
+        )
+
+
+def _named(experiment: Experiment, probability_c: Floats) -> dict[str, float]:
+    return dict(zip(experiment.classes, probability_c.tolist(), strict=True))
+
+
+def _bar(share: float, colour: str) -> str:
+    bar = f'<span style="display:inline-block;height:10px;width:{120 * share:.0f}px;background:{colour}"></span>'
+    return f"{bar} {100 * share:.1f} %"
