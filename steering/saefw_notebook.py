@@ -19,6 +19,8 @@ from saefw.plugin import UserError
 from saefw.steering import MODES
 from saefw_experiment import Experiment, Floats, choices, opened
 
+BEFORE, AFTER = "#b4b8c1", "#0072B2"
+
 SIDE, CLASSES = 224, 10
 """Pixels of the longer side of an image; classes that are shown of many, the likeliest."""
 
@@ -170,7 +172,7 @@ class Edited:
         was, now = self.before.probabilities, self.probabilities
         likely = sorted(was, key=lambda name: -max(was[name], now[name]))[:CLASSES]
         rows = "".join(
-            f"<tr><td>{escape(name)}</td><td>{_bar(was[name], '#b4b8c1')}</td><td>{_bar(now[name], '#0072B2')}</td></tr>"
+            f"<tr><td>{escape(name)}</td><td>{_bar(was[name], BEFORE)}</td><td>{_bar(now[name], AFTER)}</td></tr>"
             for name in was
             if name in likely
         )

@@ -16,12 +16,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny import desk
 
-from saefw.outcome import KINDS, ROLES
+from saefw.outcome import KINDS, ROLES, WAYS, found
 from saefw.pictures import png
 from saefw.plugin import FigureConfig, Pick, Run, Unit, UserError
-from saefw.stages.charts import DoseResponse, Pareto, ProbeGrid
+from saefw.stages.charts import Pareto, ProbeGrid
 from saefw.stages.drawings import BeforeAfter, FeatureGrid
 from saefw.stages.figures import Draw
+from saefw.stages.steer_charts import DoseResponse, Effects, Specificity
 from saefw.style import STYLE, rendered, styled
 
 CLASSES = ("cat", "dog & <co>", "eel")
@@ -30,6 +31,8 @@ FIGURES: dict[str, FigureConfig] = {
     "grid": FeatureGrid(rows=3, images=4),
     "probes": ProbeGrid(),
     "doses": DoseResponse(),
+    "effects": Effects(),
+    "specific": Specificity(),
     "case": BeforeAfter(),
 }
 
@@ -94,22 +97,35 @@ def probed(run: Run, acts: Unit, lr: float, weight_decay: float, **more: Any) ->
 
 
 def steered(run: Run, sae: Unit, probe: Unit, seen: Unit, acts: Unit, flips: bool = True, mode: str = "set") -> Unit:
-    """Six images, both roles, all kinds, two amounts; features chosen by effect shift the target by 3 an amount."""
+    """Six images, both roles, all ways and kinds, two amounts; by effect features shift the target by 3 an amount."""
     unit = Unit("steer", {"flips": flips}, (sae, probe, seen), label="steered")
     run.store.begin(unit)
-    example, role, kind, amount = (index.ravel() for index in np.indices((6, 2, 4, 2)))
+    shape = (6, 2, 4, 3, 2)
+    example, role, way, kind, amount = (index.ravel() for index in np.indices(shape))
     edit = np.arange(len(example))
     target = (example + role) % 3
+    ways = np.array(WAYS)[way]
     run.put(
         unit, "edit", sae=sae.address, acts=acts.address, edit=edit, example=example, mode=mode, place="patches",
-        role=np.array(ROLES)[role], chosen_by=np.array(KINDS)[kind], dose=amount + 1.0, target=target,
+        role=np.array(ROLES)[role], way=ways, chosen_by=np.where(kind == 0, ways, np.array(KINDS)[kind]),
+        dose=amount + 1.0, target=target,
     )  # fmt: skip
     run.put(unit, "edit_feature", edit=np.repeat(edit, 2), feature=np.tile([1, 2], len(edit)), amount=1.0)
     label = np.tile(np.arange(3), len(edit))
     before = np.where(label == np.repeat(example % 3, 3), 2.0, 0.0)
-    shift = np.where(kind == 0, (3 if flips else 0.1) * (amount + 1) + example / 100, 0.0)
+    by_effect = (kind == 0) & np.isin(way, [0, 3])
+    shift = np.where(by_effect, (3 if flips else 0.1) * (amount + 1) + example / 100, 0.0)
     after = before + np.where(label == np.repeat(target, 3), np.repeat(shift, 3), 0)
     run.put(unit, "edit_logit", edit=np.repeat(edit, 3), label=label, before=before, after=after)
+    of_class, rank = (index.ravel() for index in np.indices((3, 2)))
+    run.put(unit, "choice", way="single", label=of_class, rank=rank, feature=of_class + rank, score=1.0, predicted=1.0)
+    values = np.zeros((*shape, 5))
+    values[..., 0] = shift.reshape(shape)
+    target_er = (np.arange(6)[:, None] + np.arange(2)) % 3
+    rows = found(values, target_er, WAYS, [1.0, 2.0])
+    run.put(
+        unit, "outcome", **{name: list(x) for name, x in zip(rows[0]._fields, zip(*rows, strict=True), strict=True)}
+    )
     run.keep(unit)
     return unit
 
@@ -150,7 +166,7 @@ def texts(figure: Any) -> str:
     return "\n".join(text.get_text() for text in figure.findobj(Text))
 
 
-def test_the_stage_draws_each_figure_as_png_and_svg(stock: Run) -> None:
+def test_the_stage_draws_each_figure_as_png_svg_and_pdf(stock: Run) -> None:
     stage = Draw(figures=list(FIGURES), of=["sweep", "seen", "probes", "steer"])
     units = list(stage.units(stock))
     assert [unit.label for unit in units] == list(FIGURES)
@@ -158,7 +174,7 @@ def test_the_stage_draws_each_figure_as_png_and_svg(stock: Run) -> None:
         set(stock.made_by("sweep")),
         set(stock.made_by("seen")),
         set(stock.made_by("probes")),
-        set(stock.made_by("steer")),
+        *[set(stock.made_by("steer"))] * 3,
         {*stock.made_by("seen"), *stock.made_by("steer")},
     ]
     stage.make(units, stock)
@@ -170,11 +186,13 @@ def test_the_stage_draws_each_figure_as_png_and_svg(stock: Run) -> None:
             assert len(np.unique(np.asarray(image.convert("L")))) > 20
         svg = (folder / f"{use}.svg").read_text()
         assert "<svg" in svg and "dc:date" not in svg
+        pdf = (folder / f"{use}.pdf").read_bytes()
+        assert pdf.startswith(b"%PDF") and b"CreationDate" not in pdf
         if unit.label in ("pareto", "case"):
             with stock.db() as db, styled():
                 again = rendered(figure.draw(db, folders(stock, "sweep", "seen", "steer")))
             assert again["png"] == (folder / f"{use}.png").read_bytes()
-            assert again["svg"].decode() == svg
+            assert again["svg"].decode() == svg and again["pdf"] == pdf
 
 
 def test_a_figure_without_its_units_is_skipped_with_a_sentence(stock: Run, caplog: pytest.LogCaptureFixture) -> None:
@@ -325,16 +343,47 @@ def test_probe_grid_frames_the_picked_one_and_says_its_test_accuracy(stock: Run)
     assert "-11.0% on test" in texts(worst)
 
 
-def test_dose_response_shows_the_mean_shift_and_its_interval(stock: Run) -> None:
+def test_dose_response_shows_each_feature_on_the_logits_of_three_classes(stock: Run) -> None:
     made = drawn(stock, DoseResponse(), "steer")
-    axes = made.findobj(lambda artist: hasattr(artist, "lines"))[0]
-    effect = next(line for line in axes.lines if str(line.get_label()).startswith("class features, by predicted"))
-    np.testing.assert_allclose(effect.get_xydata(), [[1, 3.025], [2, 6.025]], rtol=1e-6)
-    band = axes.collections[0].get_paths()[0].vertices
-    half = 2.570582 * np.std(np.arange(6) / 100, ddof=1) / np.sqrt(6)  # Student's t, 5 degrees of freedom
-    assert band[:, 1].min() == pytest.approx(3.025 - half, rel=1e-5)
+    axes = made.findobj(lambda artist: hasattr(artist, "get_legend_handles_labels"))
+    panels = [one for one in axes if one.get_xlabel()]
+    assert [one.get_title() for one in panels] == [
+        "feature 0, of cat\nN = 2 images",
+        "feature 1, of dog & <co>\nN = 2 images",
+        "feature 2, of eel\nN = 2 images",
+    ]
+    # Images 2 and 5 are edited towards class 0; their shifts are 3 an amount and a hundredth of their number.
+    lines = {line.get_label(): line.get_xydata().tolist() for line in panels[0].lines}
+    assert lines["logit of cat"] == [[1, pytest.approx(3.035, rel=1e-6)], [2, pytest.approx(6.035, rel=1e-6)]]
+    assert lines["logit of eel"] == [[1, 0], [2, 0]]
+    assert (
+        lines["control: like features, same norm"] == lines["control: random directions, same norm"] == [[1, 0], [2, 0]]
+    )
+
+
+def test_effects_and_specificity_show_the_outcomes(stock: Run) -> None:
+    made = drawn(stock, Effects(amount=1.0), "steer")
+    lines = {line.get_label(): line.get_xydata() for line in made.subfigs[0].axes[0].lines}
+    np.testing.assert_allclose(lines["features of the class"], [[1, 3.025], [2, 6.025]], rtol=1e-6)
+    assert "chosen by predicted effect, amount 1, N = 2 images a class" in texts(made)
+    made = drawn(stock, Specificity(classes=["eel", "cat"], title="Mine", width=3.4), "steer")
     said = texts(made)
-    assert "target: another class, N = 6 images" in said and "2 images each" in said and "control: random" in said
+    assert "Mine" in said and "eel" in said and "dog" not in said and "steered" not in said
+    assert made.get_size_inches()[0] == 3.4 and len(made.subfigs[0].axes) == 4
+
+
+@pytest.mark.parametrize(
+    ("figure", "message"),
+    [
+        (Specificity(classes=["eal"]), "classes: no edit aims at 'eal'; did you mean 'eel'?"),
+        (Effects(amount=3.0), "amount: no edit is by 3 (there are: 1, 2)"),
+        (BeforeAfter(edit=999), "edit: there is no edit 999 of features"),
+    ],
+)
+def test_what_a_figure_does_not_find_is_named(stock: Run, figure: FigureConfig, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        drawn(stock, figure, "seen", "steer")
+    assert str(caught.value) == message
 
 
 def test_before_after_shows_the_surest_turn_or_the_one_that_is_named(stock: Run, tmp_path: Path) -> None:
@@ -348,7 +397,7 @@ def test_before_after_shows_the_surest_turn_or_the_one_that_is_named(stock: Run,
     np.testing.assert_allclose(bars, (powers / powers.sum(axis=1, keepdims=True)).ravel(), rtol=1e-6)
     run = stocked(tmp_path)
     (folder,) = folders(run, "steer")["steer"]
-    (folder / "first.json").write_text(json.dumps({"edit": 8}))
+    (folder / "first.json").write_text(json.dumps({"edit": 24}))
     (folder / "first.png").write_bytes(png(Image.new("RGB", (8, 8), (250, 0, 0))))
     named = drawn(run, BeforeAfter(), "seen", "steer")
     assert "cat → dog & <co>: 2 features set to 1 × p99" in texts(named)

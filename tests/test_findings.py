@@ -101,8 +101,8 @@ def test_the_probe_reads_the_test_split(db: duckdb.DuckDBPyConnection) -> None:
 def test_class_features_move_their_class_more_than_both_controls(db: duckdb.DuckDBPyConnection) -> None:
     """In all ten classes, at every amount from 1 p99 on; the intervals are computed here from the rows themselves."""
     rows = db.execute(
-        "SELECT dose, target, chosen_by, example, after - before FROM edit JOIN edit_logit USING (unit, edit) "
-        "WHERE role = 'other class' AND label = target AND dose >= 1"
+        "SELECT dose, target, chosen_by, example, l.after - l.before FROM edit JOIN edit_logit l USING (unit, edit) "
+        "WHERE role = 'other class' AND label = target AND dose >= 1 AND way = 'effect'"
     ).fetchall()
     ((n_train,),) = db.execute(
         "SELECT count(*) FROM edit e JOIN example x ON x.unit = e.acts AND x.example = e.example WHERE split != 'test'"
@@ -130,13 +130,13 @@ def test_class_features_move_their_class_more_than_both_controls(db: duckdb.Duck
 def test_controls_change_as_much_and_as_often(db: duckdb.DuckDBPyConnection) -> None:
     """Each control has the norm of its edit; features of like frequency are like in frequency, all in all."""
     ((worst,),) = db.execute(
-        "SELECT max(abs(c.norm / e.norm - 1)) FROM edit e JOIN edit c USING (unit, example, role, target, dose) "
-        "WHERE e.chosen_by = 'effect' AND c.chosen_by IN ('like features', 'random directions') AND e.norm > 0"
+        "SELECT max(abs(c.norm / e.norm - 1)) FROM edit e JOIN edit c USING (unit, example, role, target, dose, way) "
+        "WHERE e.chosen_by = e.way AND c.chosen_by IN ('like features', 'random directions') AND e.norm > 0"
     ).fetchall()
     assert worst < 1e-3
     logs = db.execute(
         "SELECT chosen_by, avg(log10(frequency)) FROM edit e JOIN edit_feature f USING (unit, edit) "
-        "JOIN feature s ON s.sae = e.sae AND s.feature = f.feature WHERE chosen_by IN ('effect', 'like features') "
+        "JOIN feature s ON s.sae = e.sae AND s.feature = f.feature WHERE way = 'effect' AND chosen_by IN ('effect', 'like features') "
         "GROUP BY ALL"
     ).fetchall()
     means = dict(logs)

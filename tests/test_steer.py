@@ -11,11 +11,12 @@ from torch import Tensor
 from saefw.blocks import tokens_after
 from saefw.controls import Drawn, balanced, others, strongest
 from saefw.errors import UserError
-from saefw.outcome import KINDS, Readout, first, interval, summary
+from saefw.outcome import KINDS, MEASURES, WAYS, Readout, agreement, bootstrap, first, found, summary
 from saefw.plugin import Backbone, Task
 from saefw.sae import Sae
-from saefw.stages.steer import _kept
-from saefw.steering import MODES, Steering, along, like_norm
+from saefw.stages.steer_edits import kept
+from saefw.stages.steer_plan import spoken_for
+from saefw.steering import MODES, Edit, Steering, along, like_norm
 from saefw_linear import Linear
 from saefw_topk import TopK
 
@@ -34,7 +35,9 @@ def parts(seed: int = 0) -> tuple[Backbone, Sae, Tensor]:
     return TinyVit().build("cpu"), sae.eval().requires_grad_(False), torch.randn(2, 3, 16, 16)
 
 
-def steering(place: str = "patches", probe_layer: int = 2, dtype: torch.dtype = torch.float32) -> Steering:
+def steering(
+    place: str = "patches", probe_layer: int = 2, dtype: torch.dtype = torch.float32, keep_error: bool = True
+) -> Steering:
     backbone, sae, _ = parts()
     probe = Linear().build(Task(16, CLASSES))
     with torch.no_grad():
@@ -42,7 +45,7 @@ def steering(place: str = "patches", probe_layer: int = 2, dtype: torch.dtype = 
         probe.bias.normal_()
         probe.mean.normal_()
     probe = probe.requires_grad_(False)
-    return Steering(backbone.to(dtype), sae.to(dtype), probe.to(dtype), LAYER, probe_layer, place)
+    return Steering(backbone.to(dtype), sae.to(dtype), probe.to(dtype), LAYER, probe_layer, place, keep_error)
 
 
 class Watched(Steering):
@@ -84,13 +87,15 @@ def test_an_edit_that_changes_no_code_changes_no_bit(place: str) -> None:
     features = sorted(set(reading.codes.indices.flatten().tolist()))[:5]
     z_pf = of.observed(reading, torch.tensor([features]))[0]
     for edits in (
-        {feature: ("set", z_pf[:, i]) for i, feature in enumerate(features)},
-        {feature: ("add", 0.0) for feature in features},
-        {feature: ("scale", 1.0) for feature in features},
-        {},
+        [Edit(feature, "set", z_pf[:, i]) for i, feature in enumerate(features)],
+        [Edit(feature, "add", 0.0) for feature in features],
+        [Edit(feature, "scale", 1.0) for feature in features],
+        [Edit(feature, "ablate", 0.0) for feature in features],
+        [Edit(features[0], "set", 9.0, [])],
+        [],
     ):
         assert torch.equal(of.edit(reading, edits), reading.logits_bc), edits
-    assert not torch.equal(of.edit(reading, {features[0]: ("add", 1.0)}), reading.logits_bc)
+    assert not torch.equal(of.edit(reading, [Edit(features[0], "add", 1.0)]), reading.logits_bc)
 
 
 def naive_edit(of: Steering, x_td: Tensor, edits: dict[int, tuple[str, float]], patches: Sequence[int]) -> Tensor:
@@ -102,7 +107,7 @@ def naive_edit(of: Steering, x_td: Tensor, edits: dict[int, tuple[str, float]], 
         codes = sae.dense(x_td[1 + patch][None])[0].double()
         for feature, (mode, amount) in edits.items():
             z = float(codes[feature])
-            changed = {"set": amount, "add": z + amount, "scale": z * amount}[mode]
+            changed = {"set": amount, "add": z + amount, "scale": z * amount, "ablate": z * (1 - amount)}[mode]
             after[1 + patch] += scale * (changed - z) * W_dec[feature]
     return after
 
@@ -113,8 +118,14 @@ def test_the_delta_is_exact_and_on_patches_alone(patches: list[int] | None) -> N
     reading = of.read(images)
     before = reading.tokens_btd.clone()
     firing = reading.codes.indices[0].tolist()
-    edits = {firing[0]: ("set", 2.5), firing[1]: ("add", -0.5), firing[2]: ("scale", 3.0), 30: ("set", 1.0)}
-    logits_bc = of.edit(reading, edits, patches)
+    edits = {
+        firing[0]: ("set", 2.5),
+        firing[1]: ("add", -0.5),
+        firing[2]: ("scale", 3.0),
+        30: ("set", 1.0),
+        29: ("ablate", 0.5),
+    }
+    logits_bc = of.edit(reading, [Edit(feature, *how, patches) for feature, how in edits.items()])
     for i in range(2):
         wanted = naive_edit(of, before[i], edits, range(16) if patches is None else patches)
         torch.testing.assert_close(of.seen[i].double(), wanted, rtol=1e-6, atol=1e-5)
@@ -133,7 +144,7 @@ def test_a_batch_of_edits_is_edit_by_edit(mode: str) -> None:
     features_bf, amounts_bf = reading.codes.indices[[3, 20]], torch.tensor([[1.0, 2.0, -1.0], [0.5, 0.0, 3.0]])
     together = of.after(reading, of.delta(reading, features_bf, amounts_bf, mode))
     for i in range(2):
-        edits = {int(f): (mode, float(a)) for f, a in zip(features_bf[i], amounts_bf[i], strict=True)}
+        edits = [Edit(int(f), mode, float(a)) for f, a in zip(features_bf[i], amounts_bf[i], strict=True)]
         alone = of.edit(of.read(images[i : i + 1]), edits)
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
 
@@ -145,7 +156,7 @@ def test_cls_is_edited_alone() -> None:
     z = of.observed(reading, torch.tensor([[feature], [feature]]))
     assert z.shape == (2, 1, 1)
     moved = reading.tokens_btd[:, 0] + of.sae.scale * (4.0 - z[:, 0]) * of.sae.W_dec[feature]
-    torch.testing.assert_close(of.edit(reading, {feature: ("set", 4.0)}), of.probe(moved))
+    torch.testing.assert_close(of.edit(reading, [Edit(feature, "set", 4.0)]), of.probe(moved))
 
 
 @pytest.mark.parametrize("place", ["patches", "cls"])
@@ -153,10 +164,13 @@ def test_the_predicted_effect_is_the_finite_difference(place: str) -> None:
     of, (_, _, images) = steering(place, dtype=torch.float64), parts()
     reading = of.read(images.double())
     p99_s = torch.linspace(0.5, 2, 32, dtype=torch.float64)
-    effect_sc = of.effects(of.gradients(reading.tokens_btd) / 2, p99_s)
+    classes_bm = torch.tensor([[2, 0, 1], [0, 1, 2]])
+    gradient_cd = torch.zeros(3, 16, dtype=torch.float64)
+    gradient_cd.index_add_(0, classes_bm.flatten(), of.gradients(reading.tokens_btd, classes_bm).flatten(0, 1))
+    effect_sc = of.effects(gradient_cd / 2, p99_s)
     step = 1e-4
     for feature in range(32):
-        up, down = (of.edit(reading, {feature: ("add", float(s * step * p99_s[feature]))}) for s in (1, -1))
+        up, down = (of.edit(reading, [Edit(feature, "add", float(s * step * p99_s[feature]))]) for s in (1, -1))
         slope_c = ((up - down) / (2 * step)).mean(dim=0)
         torch.testing.assert_close(effect_sc[feature], slope_c, rtol=1e-5, atol=1e-7)
 
@@ -264,71 +278,127 @@ def test_fires_are_those_of_the_dense_codes() -> None:
 # What came of it
 
 
-def test_the_interval_is_student_s() -> None:
-    from scipy.stats import ttest_1samp
+def test_the_bootstrap_is_that_of_scipy_and_passes_over_what_is_not_there() -> None:
+    from scipy.stats import bootstrap as theirs
 
-    values = np.random.default_rng(0).normal(1, 2, 17)
-    assert interval(values) == pytest.approx(tuple(ttest_1samp(values, 0).confidence_interval(0.95)))
-    assert interval(values[:1]) == (-np.inf, np.inf)
+    values = np.random.default_rng(0).normal(1, 2, (80, 2))
+    low, high = bootstrap(values, 0)
+    for i in range(2):
+        wanted = theirs((values[:, i],), np.mean, method="percentile", n_resamples=20_000).confidence_interval
+        assert (low[i], high[i]) == pytest.approx(tuple(wanted), abs=0.05)
+    assert np.array_equal(bootstrap(values, 0)[0], low)
+    holes = np.concatenate([values, np.full((40, 2), np.nan)])
+    assert bootstrap(holes, 0)[0] == pytest.approx(low, abs=0.1)
+    none, one = np.full((5, 1), np.nan), np.array([[1.0], [np.nan]])
+    for few in (none, one):
+        assert bootstrap(few, 0) == (np.array([-np.inf]), np.array([np.inf]))
+
+
+def test_agreement_is_spearman_s() -> None:
+    from scipy.stats import spearmanr
+
+    x, y = np.random.default_rng(0).integers(0, 5, (2, 30)).astype(float)
+    assert agreement(x, x + y) == pytest.approx(spearmanr(x, x + y).statistic)
+    assert np.isnan(agreement(x, np.ones(30))) and np.isnan(agreement(x[:2], y[:2]))
+
+
+@pytest.mark.parametrize(("n", "c"), [(20, 3), (40, 100), (3, 1000)])
+def test_every_class_is_spoken_for(n: int, c: int) -> None:
+    whole = spoken_for(range(n), n, c)
+    counts = whole.flatten().bincount(minlength=c)
+    assert counts.min() >= 1 and counts.max() - counts.min() <= 1
+    assert all(len(set(row)) == len(row) for row in whole.tolist())
+    assert torch.equal(spoken_for(range(1, 3), n, c), whole[1:3])
+
+
+def test_without_the_error_the_reconstruction_is_edited() -> None:
+    of, (_, _, images) = steering(keep_error=False), parts()
+    tokens = tokens_after(of.backbone, images, 0)
+    kept_before = tokens.clone()
+    reading = of.reading(tokens)
+    assert torch.equal(tokens, kept_before)
+    wanted = tokens.clone()
+    wanted[:, 1:] = of.sae(tokens[:, 1:].flatten(0, 1)).view(2, 16, 16)
+    torch.testing.assert_close(reading.tokens_btd, wanted)
+    torch.testing.assert_close(reading.logits_bc, of.logits(wanted))
+    feature = int(reading.codes.indices[0, 0])
+    assert torch.equal(of.edit(reading, [Edit(feature, "scale", 1.0)]), reading.logits_bc)
 
 
 def outcome(n: int = 60) -> tuple[Readout, np.ndarray, np.ndarray, np.ndarray]:
-    """Three classes, two amounts: by effect the target's logit rises a lot, by mass only that of class 1."""
+    """Three classes, two ways, two amounts: by the first the target's logit rises a lot, by the second that of 1."""
     rng = np.random.default_rng(0)
     own = np.arange(n) % 3
     target = np.stack([own, (own + 1 + np.arange(n) // 3 % 2) % 3], axis=1)
-    before = rng.normal(0, 0.1, (n, 1, 1, 1, 3)) + 2 * np.eye(3)[own][:, None, None, None]
-    before = np.broadcast_to(before, (n, 2, 4, 2, 3)).astype(np.float32)
-    hit = np.eye(3)[target][:, :, None, None] * np.ones((n, 2, 4, 2, 3))
-    after = before + rng.normal(0, 0.1, before.shape) + hit * np.array([4, 0, 0, 0])[:, None, None] * [[1], [2]]
-    after[:, :, 1] += hit[:, :, 1] * (target == 1)[:, :, None, None]
-    label = np.broadcast_to(np.arange(3), before.shape)
+    shape = (n, 2, 2, 3, 2, 3)
+    before = rng.normal(0, 0.1, (n, 1, 1, 1, 1, 3)) + 2 * np.eye(3)[own][:, None, None, None, None]
+    before = np.broadcast_to(before, shape).astype(np.float32)
+    hit = np.eye(3)[target][:, :, None, None, None] * np.ones(shape)
+    after = before + rng.normal(0, 0.1, shape)
+    after[:, :, 0, 0] += 4 * hit[:, :, 0, 0] * np.array([1, 2])[:, None]
+    after[:, :, 1, 0] += hit[:, :, 1, 0] * (target == 1)[:, :, None, None]
+    label = np.broadcast_to(np.arange(3), shape)
     return Readout(label, before, after.astype(np.float32), target), before, after, target
+
+
+def measured(read: Readout) -> np.ndarray:
+    """The logit and the flips; the other measures are 0."""
+    values = np.zeros((*read.shift_erwka.shape, len(MEASURES)))
+    values[..., 0], values[..., 2] = read.shift_erwka, read.flips()
+    return values
 
 
 def test_the_summary_counts_as_one_would_by_hand() -> None:
     read, before, after, target = outcome()
-    told = summary(read, 1)
-    rows = np.arange(60)
-    shift = (after - before)[rows, 1, :, 1, target[:, 1]]
-    for k, kind in enumerate(KINDS):
-        assert told[f"shift_{kind.replace(' ', '_')}"] == pytest.approx(shift[:, k].mean(), abs=1e-6)
-    flips = (after[rows, 1, 0, 1].argmax(axis=1) == target[:, 1]).mean()
+    rows = found(measured(read), target, WAYS[:2], [1.0, 2.0])
+    told, images = summary(rows, 2.0), np.arange(60)
+    shift = (after - before)[images, 1, :, :, 1, target[:, 1]]
+    for k, name in enumerate(("", "_like_features", "_random_directions")):
+        assert told[f"shift_effect{name}"] == pytest.approx(shift[:, 0, k].mean(), abs=1e-6)
+    flips = (after[images, 1, 0, 0, 1].argmax(axis=1) == target[:, 1]).mean()
     assert told["flip_rate_effect"] == pytest.approx(flips) and flips > 0.9
-    assert told["flip_rate_random_directions"] == 0
-    assert told["classes_above_controls"] == 3
-    assert told["classes_above_controls_by_mass"] == 1
+    assert told["flip_rate_effect_random_directions"] == 0
+    assert told["classes_above_controls_effect"] == 3 and told["classes_above_controls_mass"] == 1
+    of_class = [shift[target[:, 1] == t, 0, 0].mean() for t in range(3)]
+    assert told["tpp_effect"] == pytest.approx(np.mean(of_class), abs=1e-6)
+    (paired,) = [
+        row
+        for row in rows
+        if row[1:7] == ("effect", "effect", "like features", 2.0, 1, "logit") and row.role == "other class"
+    ]
+    ours = (shift[:, 0, 0] - shift[:, 0, 1])[target[:, 1] == 1]
+    assert paired.n == len(ours) and paired.mean == pytest.approx(ours.mean(), abs=1e-6)
+    assert paired.low < paired.mean < paired.high
 
 
 def test_controls_left_out_are_left_out_of_the_summary() -> None:
     read, before, after, target = outcome()
-    whole = summary(read, 1)
-    read.shift_erka[::7, 1, 2, 1] = np.nan
-    told = summary(read, 1)
-    changed = {name for name in told if told[name] != whole[name]}
-    assert changed == {"shift_like_features"}
-    rows = np.flatnonzero(np.arange(60) % 7)
-    shift = (after - before)[rows, 1, 2, 1, target[rows, 1]]
-    assert told["shift_like_features"] == pytest.approx(shift.mean(), abs=1e-6)
-    read.shift_erka[:, 1, 2, 1] = np.nan
-    told = summary(read, 1)
-    assert np.isnan(told["shift_like_features"]) and told["classes_above_controls"] == 0
+    whole = summary(found(measured(read), target, WAYS[:2], [1.0, 2.0]), 2.0)
+    values = measured(read)
+    values[::7, 1, 0, 1, 1] = np.nan
+    told = summary(found(values, target, WAYS[:2], [1.0, 2.0]), 2.0)
+    assert {name for name in told if told[name] != whole[name]} == {"shift_effect_like_features"}
+    images = np.flatnonzero(np.arange(60) % 7)
+    shift = (after - before)[images, 1, 0, 1, 1, target[images, 1]]
+    assert told["shift_effect_like_features"] == pytest.approx(shift.mean(), abs=1e-6)
+    values[:, 1, 0, 1, 1] = np.nan
+    told = summary(found(values, target, WAYS[:2], [1.0, 2.0]), 2.0)
+    assert np.isnan(told["shift_effect_like_features"]) and told["classes_above_controls_effect"] == 0
 
 
 def test_the_first_example_is_clear_then_easily_named_then_small() -> None:
-    read, before, after, target = outcome()
+    read, _, after, target = outcome()
     place = first(read, np.array([0.1, 0.9, 0.5]), np.array([1.0, 1.0]))
     assert place is not None
-    powers = np.exp(after[:, 1, 0])
+    powers = np.exp(after[:, 1, 0, 0])
     sure = powers / powers.sum(axis=-1, keepdims=True)
-    right = before[:, 1, 0, 0].argmax(axis=1) == target[:, 0]
     best = max(
         (float(sure[e, a, 1]), e, a)
         for e in range(60)
         for a in range(2)
-        if right[e] and target[e, 1] == 1 and after[e, 1, 0, a].argmax() == 1
+        if target[e, 1] == 1 and after[e, 1, 0, 0, a].argmax() == 1
     )
-    assert place == (best[1], 1, 0, best[2])
+    assert place == (best[1], 1, 0, 0, best[2])
     assert read.probabilities(place)[1][1] == pytest.approx(best[0], rel=1e-5)
     unmoved = Readout(read.label, read.before, read.before, read.target_er)
     assert first(unmoved, np.ones(3), np.ones(2)) is None
@@ -336,14 +406,15 @@ def test_the_first_example_is_clear_then_easily_named_then_small() -> None:
 
 def test_of_many_classes_the_telling_logits_are_kept() -> None:
     torch.manual_seed(0)
-    before_ec, after_erkac = torch.randn(3, 50), torch.randn(3, 2, 4, 2, 50)
+    grid = (3, 2, 2, len(KINDS), 2)
+    before_ec, after_c = torch.randn(3, 50), torch.randn(*grid, 50)
     target_er = torch.tensor([[1, 2], [3, 3], [40, 41]])
-    label = _kept(before_ec, after_erkac, target_er)
-    for place in np.ndindex(3, 2, 4, 2):
-        kept = label[place][label[place] >= 0].tolist()
+    label = kept(before_ec, after_c, target_er)
+    for place in np.ndindex(*grid):
+        found_here = label[place][label[place] >= 0].tolist()
         wanted = set(before_ec[place[0]].argsort(descending=True)[:5].tolist())
-        wanted |= set(after_erkac[place].argsort(descending=True)[:5].tolist())
+        wanted |= set(after_c[place].argsort(descending=True)[:5].tolist())
         wanted |= {int(target_er[place[0], 0]), int(target_er[place[:2]])}
-        assert kept == sorted(wanted)
-    few = _kept(before_ec[:, :20], after_erkac[..., :20], target_er)
-    assert few.shape == (3, 2, 4, 2, 20) and few[0, 0, 0, 0].tolist() == list(range(20))
+        assert found_here == sorted(wanted)
+    few = kept(before_ec[:, :20], after_c[..., :20], target_er)
+    assert few.shape == (*grid, 20) and few[0, 0, 0, 0, 0].tolist() == list(range(20))

@@ -20,12 +20,13 @@ from saefw.errors import UserError
 from saefw.metrics import Nmse
 from saefw.plugin import NotYet, Run, Unit
 from saefw.run import Watcher
+from saefw.stages import steer
 from saefw.stages.probe import ProbeStage, open_probe, task_of
 from saefw.stages.record import Record
 from saefw.stages.steer import SaePick, Steer
 from saefw.stages.train import Train
 from saefw.stages.visuals import Visuals
-from saefw.steering import Steering
+from saefw.steering import Edit, Steering
 from saefw.trained import open_sae
 from saefw_linear import Linear
 from saefw_topk import TopK
@@ -86,11 +87,11 @@ class Steered:
     def tokens(self, examples: Any) -> Tensor:
         return torch.cat([x for _, x in self.acts.read("all", np.asarray(examples))])
 
-    def features(self, kind: str) -> dict[int, set[int]]:
+    def features(self, kind: str, way: str = "") -> dict[int, set[int]]:
         """By target, the features of its edits, over all images."""
         rows = self.sql(
             "SELECT DISTINCT target, feature FROM edit JOIN edit_feature USING (unit, edit) "
-            f"WHERE unit = $unit AND chosen_by = '{kind}'"
+            f"WHERE unit = $unit AND chosen_by = '{kind}' AND way = '{way or kind}'"
         )
         return {target: {f for t, f in rows if t == target} for target, _ in rows}
 
@@ -122,20 +123,26 @@ def test_the_best_sae_of_the_layer_and_the_surest_of_the_best_probes_are_picked(
 def test_every_image_role_kind_and_amount_is_one_edit(steered: Steered) -> None:
     n = len(steered.test)
     rows = steered.sql(
-        "SELECT edit, example, role, chosen_by, dose, target, place, mode FROM edit WHERE unit = $unit ORDER BY edit"
+        "SELECT edit, example, role, way || chosen_by, dose, target, place, mode FROM edit WHERE unit = $unit ORDER BY edit"
     )
-    assert [row[0] for row in rows] == list(range(n * 2 * 4 * 3))
+    assert [row[0] for row in rows] == list(range(n * 2 * 4 * 3 * 3))
     assert len({row[1:5] for row in rows}) == len(rows)
     assert {row[1] for row in rows} == set(steered.test.tolist())
     assert {row[6:] for row in rows} == {("patches", "set")}
     labels = steered.acts.labels
     assert all((row[5] == labels[row[1]]) == (row[2] == "own class") for row in rows)
-    other = [row[5] for row in rows if row[2:5] == ("other class", "effect", 1.0)]
+    other = [row[5] for row in rows if row[2:5] == ("other class", "effecteffect", 1.0)]
     assert np.ptp(np.bincount(other)) <= 1
     n_logits = steered.sql("SELECT count(*) FROM edit_logit WHERE unit = $unit")[0][0]
     assert n_logits == len(rows) * 3
-    with_features = steered.sql("SELECT chosen_by, count(*) FROM edit JOIN edit_feature USING (unit, edit) GROUP BY 1")
-    assert dict(with_features) == dict.fromkeys(("effect", "mass", "like features"), n * 2 * 3 * 2)
+    with_features = steered.sql(
+        "SELECT way, chosen_by = way, count(*) FROM edit JOIN edit_feature USING (unit, edit) WHERE unit = $unit "
+        "GROUP BY ALL"
+    )
+    f = {"effect": 2, "mass": 2, "ap": 2, "single": 1}
+    assert {row[:2]: row[2] for row in with_features} == {
+        (way, chosen): n * 2 * 3 * f[way] for way in f for chosen in (True, False)
+    }
 
 
 def test_features_by_effect_are_those_of_finite_differences_on_train(steered: Steered) -> None:
@@ -147,7 +154,7 @@ def test_features_by_effect_are_those_of_finite_differences_on_train(steered: St
         # The sample of train images is not known here, so look at the mean over all: its best must be among the best.
         shifts = []
         for feature in range(steered.sae.d_sae):
-            up = steered.engine.edit(reading, {feature: ("add", float(1e-2 * p99[feature]))})
+            up = steered.engine.edit(reading, [Edit(feature, "add", float(1e-2 * p99[feature]))])
             usable = 0 < frequency[feature] < 0.5
             shifts.append(float((up - reading.logits_bc)[:, target].mean()) if usable else -np.inf)
         ranked = np.argsort(shifts)[::-1]
@@ -173,11 +180,11 @@ def test_the_logits_follow_from_the_tables_alone(steered: Steered) -> None:
     rows = steered.sql(
         "SELECT edit, any_value(example), list(feature), list(f.amount) "
         "FROM edit JOIN edit_feature f USING (unit, edit) "
-        "WHERE unit = $unit AND chosen_by IN ('effect', 'mass') GROUP BY edit ORDER BY edit"
+        "WHERE unit = $unit AND chosen_by = way GROUP BY edit ORDER BY edit"
     )
     for edit, example, features, amounts in rows[::17]:
         reading = steered.engine.reading(steered.tokens([example]))
-        edits = {f: ("set", a * float(p99[f])) for f, a in zip(features, amounts, strict=True)}
+        edits = [Edit(f, "set", a * float(p99[f])) for f, a in zip(features, amounts, strict=True)]
         logits = steered.engine.edit(reading, edits)[0]
         told = steered.sql(f"SELECT before, after FROM edit_logit WHERE unit = $unit AND edit = {edit} ORDER BY label")
         np.testing.assert_allclose([row[0] for row in told], reading.logits_bc[0], rtol=1e-4, atol=1e-4)
@@ -186,18 +193,16 @@ def test_the_logits_follow_from_the_tables_alone(steered: Steered) -> None:
 
 def test_controls_share_norm_image_and_target_with_the_edit(steered: Steered) -> None:
     pairs = steered.sql(
-        "SELECT e.norm, c.norm, c.chosen_by, e.norm = m.norm FROM edit e "
-        "JOIN edit c USING (unit, example, role, dose, target) JOIN edit m USING (unit, example, role, dose) "
-        "WHERE unit = $unit AND e.chosen_by = 'effect' AND m.chosen_by = 'mass' "
-        "AND c.chosen_by IN ('like features', 'random directions')"
+        "SELECT e.norm, c.norm, c.chosen_by FROM edit e JOIN edit c USING (unit, example, role, dose, target, way) "
+        "WHERE unit = $unit AND e.chosen_by = e.way AND c.chosen_by != c.way"
     )
-    assert len(pairs) == len(steered.test) * 2 * 3 * 2
-    for norm, control, kind, _ in pairs:
+    assert len(pairs) == len(steered.test) * 2 * 4 * 3 * 2
+    for norm, control, kind in pairs:
         assert norm > 0
         assert control == pytest.approx(norm, rel=1e-4), kind
-    assert not all(row[3] for row in pairs), "the norm of an edit by mass is its own"
-    like, chosen = steered.features("like features"), steered.features("effect")
-    assert all(not like[target] & chosen[target] for target in chosen)
+    for way in ("effect", "mass", "ap", "single"):
+        like, chosen = steered.features("like features", way), steered.features(way)
+        assert all(not like[target] & chosen[target] for target in chosen)
 
 
 @pytest.mark.parametrize(("mode", "amounts"), [("scale", [0.0, 3.0]), ("set", [0.0, 1.0]), ("set", [0.0])])
@@ -219,7 +224,7 @@ def test_controls_have_the_norm_of_the_edit_where_only_what_fires_changes(
     assert redrawn, "or this tests nothing"
     with run.db() as db:
         pairs = db.execute(
-            "SELECT e.norm, c.norm FROM edit e JOIN edit c USING (unit, example, role, dose, target) WHERE unit = ? "
+            "SELECT e.norm, c.norm FROM edit e JOIN edit c USING (unit, example, role, dose, target, way) WHERE unit = ? "
             "AND e.chosen_by = 'effect' AND c.chosen_by IN ('like features', 'random directions')",
             [unit.address],
         ).fetchall()
@@ -241,7 +246,8 @@ def test_a_control_that_nothing_can_give_a_norm_is_left_out_and_counted(steered:
     with run.db() as db:
         rows = db.execute(
             "SELECT e.norm, c.norm FROM edit e LEFT JOIN edit c ON c.unit = e.unit AND c.example = e.example "
-            "AND c.role = e.role AND c.chosen_by = 'like features' WHERE e.unit = ? AND e.chosen_by = 'effect'",
+            "AND c.role = e.role AND c.way = e.way AND c.chosen_by = 'like features' "
+            "WHERE e.unit = ? AND e.chosen_by = e.way",
             [unit.address],
         ).fetchall()
         told = dict(db.execute("SELECT name, value FROM final WHERE unit = ?", [unit.address]).fetchall())
@@ -253,20 +259,61 @@ def test_a_control_that_nothing_can_give_a_norm_is_left_out_and_counted(steered:
     assert missing and min(missing) > 0
     assert all(control == 0 for norm, control in rows if norm == 0)
     assert told["n_controls_left_out"] == len(missing)
-    assert told["n_edits"] == n_edits == n_of_logits == len(rows) * 4 - len(missing)
+    assert told["n_edits"] == n_edits == n_of_logits == len(rows) * 3 - len(missing)
 
 
 def test_metrics_are_those_of_sql(steered: Steered) -> None:
     told = dict(steered.sql("SELECT name, value FROM final WHERE unit = $unit"))
     shifts = steered.sql(
-        "SELECT chosen_by, avg(after - before) FROM edit JOIN edit_logit USING (unit, edit) "
-        "WHERE unit = $unit AND label = target AND role = 'other class' AND dose = 4 GROUP BY 1"
+        "SELECT way, chosen_by, avg(l.after - l.before) FROM edit e JOIN edit_logit l USING (unit, edit) "
+        "WHERE unit = $unit AND label = target AND role = 'other class' AND dose = 4 GROUP BY ALL"
     )
-    for kind, shift in shifts:
-        assert told[f"shift_{kind.replace(' ', '_')}"] == pytest.approx(shift, abs=1e-5)
-    assert told["n_images"] == len(steered.test) and told["n_edits"] == len(steered.test) * 24
-    assert 0 <= told["classes_above_controls"] <= 3
-    assert told["shift_effect"] > max(told["shift_like_features"], told["shift_random_directions"])
+    for way, kind, shift in shifts:
+        name = way if kind == way else f"{way}_{kind.replace(' ', '_')}"
+        assert told[f"shift_{name}"] == pytest.approx(shift, abs=1e-5)
+    assert told["n_images"] == len(steered.test) and told["n_edits"] == len(steered.test) * 72
+    assert 0 <= told["classes_above_controls_effect"] <= 3 and -1 <= told["rank_correlation"] <= 1
+    controls = told["shift_effect_like_features"], told["shift_effect_random_directions"]
+    assert told["shift_effect"] > max(controls)
+
+
+def test_what_is_told_of_an_edit_follows_from_its_logits(steered: Steered) -> None:
+    """With three classes every logit is stored, so the columns of `edit` and the rows of `outcome` are told again."""
+    rows = steered.sql(
+        "SELECT any_value(e.target), any_value(e.before), any_value(e.after), any_value(others), any_value(spread), "
+        "list(l.before ORDER BY label), list(l.after ORDER BY label) FROM edit e JOIN edit_logit l USING (unit, edit) "
+        "WHERE unit = $unit GROUP BY edit"
+    )
+    for target, before, after, others, spread, was, became in rows:
+        x, y = torch.tensor(was), torch.tensor(became)
+        rest = torch.cat([(y - x)[:target], (y - x)[target + 1 :]])
+        wanted = [x.softmax(0)[target], y.softmax(0)[target], rest.mean(), rest.abs().mean()]
+        np.testing.assert_allclose([before, after, others, spread], wanted, rtol=1e-3, atol=1e-4)
+    differ = steered.sql(
+        "WITH told AS (SELECT way, target, avg(spread) AS mean, count(*) AS n FROM edit WHERE unit = $unit "
+        "AND role = 'other class' AND chosen_by = way AND dose = 4 GROUP BY ALL) SELECT o.mean - t.mean, o.n - t.n "
+        "FROM outcome o JOIN told t USING (way, target) WHERE o.unit = $unit AND role = 'other class' AND dose = 4 "
+        "AND chosen_by = way AND against IS NULL AND measure = 'spread'"
+    )
+    assert len(differ) == 12
+    np.testing.assert_allclose(np.array(differ, dtype=float), 0, atol=1e-5)
+
+
+def test_labels_of_test_images_do_not_reach_the_choice(
+    steered: Steered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same images, those of test under other labels: the same features of every class, in the same order."""
+    plain = tiny.TinyImages.__getitem__
+
+    def mislabelled(self: tiny.TinyImages, index: int) -> Any:
+        example = plain(self, index)
+        return example if example.split != "test" else example._replace(label=(example.label + 1) % 3)
+
+    monkeypatch.setattr(tiny.TinyImages, "__getitem__", mislabelled)
+    other = Steered(pipeline(tmp_path))
+    assert not np.array_equal(other.acts.labels[other.test], steered.acts.labels[steered.test])
+    query = "SELECT way, label, rank, feature, score, predicted FROM choice WHERE unit = $unit ORDER BY ALL"
+    assert other.sql(query) == steered.sql(query) and len(steered.sql(query)) > 4 * 3 * 2
 
 
 def test_the_first_example_is_an_edit_of_the_tables(steered: Steered) -> None:
@@ -290,7 +337,7 @@ def tables(folder: Path, order: str = "ALL") -> dict[str, dict[str, Any]]:
     with duckdb.connect() as db:
         return {
             name: db.execute(f"SELECT * EXCLUDE (unit) FROM '{folder}/{name}.parquet' ORDER BY {order}").fetchnumpy()
-            for name in ("edit", "edit_feature", "edit_logit")
+            for name in ("edit", "edit_feature", "edit_logit", "choice")
         }
 
 
@@ -333,13 +380,13 @@ def test_a_run_that_was_stopped_goes_on_and_batches_do_not_matter(
         parts[1].write_bytes(parts[1].read_bytes()[:-1] + bytes([parts[1].read_bytes()[-1] ^ 1]))
     edited: list[slice] = []
     with pytest.MonkeyPatch.context() as patch:
-        edit = Steer._edit
+        edit = steer.edited
 
-        def counted(self: Steer, engine: Any, plan: Any, acts: Any, part: slice, device: str) -> Any:
+        def counted(engine: Any, plan: Any, acts: Any, part: slice, device: str) -> Any:
             edited.append(part)
-            return edit(self, engine, plan, acts, part, device)
+            return edit(engine, plan, acts, part, device)
 
-        patch.setattr(Steer, "_edit", counted)
+        patch.setattr(steer, "edited", counted)
         (unit,) = made(run, "steer", Steer(**SETTINGS, batch_size=5))
     told = f"{parts[1]}: damaged; it is not used, and what it held is made again"
     assert caplog.messages == ([told] if damaged else [])
@@ -358,7 +405,14 @@ def test_a_run_that_was_stopped_goes_on_and_batches_do_not_matter(
 
 def test_same_seed_same_bytes_and_another_seed_other_controls(steered: Steered, tmp_path: Path) -> None:
     twin = Steered(pipeline(copied(steered, tmp_path)))
-    for name in ("edit.parquet", "edit_feature.parquet", "edit_logit.parquet", "metric.parquet", "first.json"):
+    for name in (
+        "edit.parquet",
+        "edit_feature.parquet",
+        "edit_logit.parquet",
+        "outcome.parquet",
+        "metric.parquet",
+        "first.json",
+    ):
         one, two = steered.run.folder(steered.unit) / name, twin.run.folder(twin.unit) / name
         assert one.read_bytes() == two.read_bytes(), name
     (other,) = made(twin.run, "other", Steer(**SETTINGS, seed=1))

@@ -83,7 +83,7 @@ def bench(bench: Bench) -> None:
 
     @torch.no_grad()
     def bare(tokens: Tensor) -> Tensor:
-        return backbone.blocks[-1](tokens)
+        return backbone.tail(tokens, N_BLOCKS - 1)
 
     def batch() -> Tensor:
         return steering.after(many, steering.delta(many, features_bf, amounts_bf, "set")).softmax(dim=1)

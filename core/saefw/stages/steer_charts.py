@@ -29,8 +29,8 @@ Key = tuple[str, str, int, float]
 
 LOOK: Mapping[str, tuple[str, str, str, str]] = {
     "features": ("features of the class", "#0072B2", "o", "-"),
-    "like features": ("control: features of like frequency and norm", "#D55E00", "^", "--"),
-    "random directions": ("control: random directions of like norm", "#707580", "v", ":"),
+    "like features": ("control: like features, same norm", "#D55E00", "^", "--"),
+    "random directions": ("control: random directions, same norm", "#707580", "v", ":"),
 }
 """Of each kind of edit: its name, colour, marker and line."""
 
@@ -173,7 +173,7 @@ class DoseResponse(OfSteering):
             for kind in KINDS[1:]:
                 name, colour, marker, line = LOOK[kind]
                 of = _means(changes.get((target, kind, target), {}))
-                _line(axes, of, colour, marker, line, f"{name}, on the feature’s class", 0.25)
+                _line(axes, of, colour, marker, line, name, 0.25)
             n = max(map(len, changes[target, "single", target].values()))
             for label, (colour, marker, line) in zip(classes, OF_CLASS, strict=False):
                 of = changes.get((target, "single", label), {})
@@ -219,7 +219,7 @@ class OfOutcome(OfSteering):
 
 
 class Effects(OfOutcome):
-    """What edits do to the logit of their target, beside both controls: by amount, and class by class."""
+    """What edits do to the logit of their target, beside both controls, by amount, and class by class."""
 
     use: Literal["effects"] = "effects"
 
@@ -240,7 +240,7 @@ class Effects(OfOutcome):
                 of = {key[3]: told for key, told in found.items() if key[:3] == (way, kind, ALL)}
                 _line(axes, of, colour, marker, line, name, 0.2)
             n = max(int(told[0]) for key, told in found.items() if key[:3] == (way, KINDS[0], ALL))
-            axes.set_title(f"{SAID[way]}, N = {n:,} images")
+            axes.set_title(f"{SAID[way]}\nN = {n:,} images")
             axes.set_xlabel(one.amount)
             if i % columns == 0:
                 axes.set_ylabel("change of the\ntarget’s logit")
