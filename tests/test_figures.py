@@ -347,7 +347,7 @@ def test_dose_response_shows_each_feature_on_the_logits_of_three_classes(stock: 
     made = drawn(stock, DoseResponse(), "steer")
     axes = made.findobj(lambda artist: hasattr(artist, "get_legend_handles_labels"))
     panels = [one for one in axes if one.get_xlabel()]
-    assert [one.get_title() for one in panels] == [
+    assert [one.get_title("left") for one in panels] == [
         "feature 0, of cat\nN = 2 images",
         "feature 1, of dog & <co>\nN = 2 images",
         "feature 2, of eel\nN = 2 images",

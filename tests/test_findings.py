@@ -136,7 +136,7 @@ def test_controls_change_as_much_and_as_often(db: duckdb.DuckDBPyConnection) -> 
     assert worst < 1e-3
     logs = db.execute(
         "SELECT chosen_by, avg(log10(frequency)) FROM edit e JOIN edit_feature f USING (unit, edit) "
-        "JOIN feature s ON s.sae = e.sae AND s.feature = f.feature WHERE way = 'effect' AND chosen_by IN ('effect', 'like features') "
+        "JOIN feature s ON s.sae = e.sae AND s.feature = f.feature WHERE way = 'effect' "
         "GROUP BY ALL"
     ).fetchall()
     means = dict(logs)

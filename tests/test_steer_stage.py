@@ -123,7 +123,8 @@ def test_the_best_sae_of_the_layer_and_the_surest_of_the_best_probes_are_picked(
 def test_every_image_role_kind_and_amount_is_one_edit(steered: Steered) -> None:
     n = len(steered.test)
     rows = steered.sql(
-        "SELECT edit, example, role, way || chosen_by, dose, target, place, mode FROM edit WHERE unit = $unit ORDER BY edit"
+        "SELECT edit, example, role, way || chosen_by, dose, target, place, mode FROM edit WHERE unit = $unit "
+        "ORDER BY edit"
     )
     assert [row[0] for row in rows] == list(range(n * 2 * 4 * 3 * 3))
     assert len({row[1:5] for row in rows}) == len(rows)
@@ -224,8 +225,8 @@ def test_controls_have_the_norm_of_the_edit_where_only_what_fires_changes(
     assert redrawn, "or this tests nothing"
     with run.db() as db:
         pairs = db.execute(
-            "SELECT e.norm, c.norm FROM edit e JOIN edit c USING (unit, example, role, dose, target, way) WHERE unit = ? "
-            "AND e.chosen_by = 'effect' AND c.chosen_by IN ('like features', 'random directions')",
+            "SELECT e.norm, c.norm FROM edit e JOIN edit c USING (unit, example, role, dose, target, way) "
+            "WHERE unit = ? AND e.chosen_by = 'effect' AND c.chosen_by IN ('like features', 'random directions')",
             [unit.address],
         ).fetchall()
         told = dict(db.execute("SELECT name, value FROM final WHERE unit = ?", [unit.address]).fetchall())
