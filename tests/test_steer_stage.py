@@ -20,7 +20,7 @@ from saefw.errors import UserError
 from saefw.metrics import Nmse
 from saefw.plugin import NotYet, Run, Unit
 from saefw.run import Watcher
-from saefw.stages import steer
+from saefw.stages import steer, steer_edits
 from saefw.stages.probe import ProbeStage, open_probe, task_of
 from saefw.stages.record import Record
 from saefw.stages.steer import SaePick, Steer
@@ -381,7 +381,7 @@ def test_a_run_that_was_stopped_goes_on_and_batches_do_not_matter(
         parts[1].write_bytes(parts[1].read_bytes()[:-1] + bytes([parts[1].read_bytes()[-1] ^ 1]))
     edited: list[slice] = []
     with pytest.MonkeyPatch.context() as patch:
-        edit = steer.edited
+        edit = steer_edits.edited
 
         def counted(engine: Any, plan: Any, acts: Any, part: slice, device: str) -> Any:
             edited.append(part)

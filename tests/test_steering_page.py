@@ -17,6 +17,7 @@ from PIL import Image
 from saefw import pipeline, registry
 from saefw.catalog import Catalog
 from saefw.errors import UserError
+from saefw.steering import Edit
 from saefw_experiment import Choice, choices, opened, probabilities
 from saefw_steering import page, server
 
@@ -155,7 +156,7 @@ def test_the_first_example_turns_one_class_into_another(visitor: Visitor) -> Non
     assert [visitor[f"number-target-{i}"].value for i in range(len(rows))] == [first.amount] * len(rows)
     with visitor.choice.run.store.db() as db:
         stored = db.execute(
-            "SELECT label, before, after FROM edit_logit JOIN edit USING (unit, edit) WHERE unit = ? AND example = ? "
+            "SELECT label, l.before, l.after FROM edit_logit l JOIN edit USING (unit, edit) WHERE unit = ? AND example = ? "
             "AND role = 'other class' AND chosen_by = 'effect' AND dose = ? AND target = ? ORDER BY label",
             [visitor.experiment.unit.address, first.example, first.amount, first.target],
         ).fetchnumpy()
@@ -223,8 +224,8 @@ def test_edits_are_those_of_the_engine_on_the_patches_chosen(visitor: Visitor) -
     picture._trigger_event(SelectionGeometry(picture, geometry=corner, final=True))
     chosen = [0, 9, 10, 13, 14]
     feature, example = int(visitor["pick-image-0"].label), int(visitor["image"].value)
-    edits = {feature: ("set", 3.0 * experiment.about[feature].p99)}
-    engine = experiment.steering.edit(experiment.seen(example).reading, edits, chosen)
+    edit = Edit(feature, "set", 3.0 * experiment.about[feature].p99, chosen)
+    engine = experiment.steering.edit(experiment.seen(example).reading, [edit])
     after = visitor.bars()[1]
     np.testing.assert_allclose(after, probabilities(engine[0]), atol=1e-12)
     assert np.abs(after - everywhere).max() > 1e-6

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from saefw.bench.frame import Bench, at_least, at_most
 from saefw.chance import seeded
 from saefw.plugin import Backbone, BackboneInfo, Probe
-from saefw.sae import Sae
+from saefw.sae import Entries, Sae, largest
 from saefw.steering import Edit, Steering
 
 D_MODEL, N_BLOCKS, GRID, PATCH = 768, 12, 14, 16
@@ -60,10 +60,9 @@ class Plain(Backbone):
 class Top(Sae):
     """An SAE of which the K largest features fire."""
 
-    def select(self, pre_ns: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the K largest that are above zero."""
-        top = pre_ns.topk(K, dim=1)
-        return top.indices, top.values.relu()
+    def select(self, pre_ns: Tensor) -> Entries:
+        """Return the K largest of each token."""
+        return largest(pre_ns, K)
 
 
 def bench(bench: Bench) -> None:
