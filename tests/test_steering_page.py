@@ -156,8 +156,8 @@ def test_the_first_example_turns_one_class_into_another(visitor: Visitor) -> Non
     assert [visitor[f"number-target-{i}"].value for i in range(len(rows))] == [first.amount] * len(rows)
     with visitor.choice.run.store.db() as db:
         stored = db.execute(
-            "SELECT label, l.before, l.after FROM edit_logit l JOIN edit USING (unit, edit) WHERE unit = ? AND example = ? "
-            "AND role = 'other class' AND chosen_by = 'effect' AND dose = ? AND target = ? ORDER BY label",
+            "SELECT label, l.before, l.after FROM edit_logit l JOIN edit USING (unit, edit) WHERE unit = ? "
+            "AND example = ? AND role = 'other class' AND chosen_by = 'effect' AND dose = ? AND target = ? ORDER BY label",
             [visitor.experiment.unit.address, first.example, first.amount, first.target],
         ).fetchnumpy()
     for shown, logits in ((before, stored["before"]), (after, stored["after"])):
