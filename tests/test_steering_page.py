@@ -151,13 +151,16 @@ def test_the_first_example_turns_one_class_into_another(visitor: Visitor) -> Non
     before, after = visitor.bars()
     assert [before.argmax(), after.argmax()] == [first.own, first.target]
     # Row by row what is edited is what was stored, and the stage measured what the page shows.
-    rows = [visitor[f"pick-target-{i}"].label for i in range(len(first.features))]
-    assert rows == [str(feature) for feature in first.features]
-    assert [visitor[f"number-target-{i}"].value for i in range(len(rows))] == [first.amount] * len(rows)
+    # A feature of both classes stands in the rows of the image's own.
+    rows = [f"{group}-{i}" for group in ("own", "target", "image") for i in range(3)]
+    edited = {visitor[f"pick-{row}"].label: visitor[f"number-{row}"].value for row in rows}
+    wanted = {str(feature): first.amount for feature in first.features}
+    assert {feature: amount for feature, amount in edited.items() if amount is not None} == wanted
     with visitor.choice.run.store.db() as db:
         stored = db.execute(
             "SELECT label, l.before, l.after FROM edit_logit l JOIN edit USING (unit, edit) WHERE unit = ? "
-            "AND example = ? AND role = 'other class' AND chosen_by = 'effect' AND dose = ? AND target = ? ORDER BY label",
+            "AND example = ? AND role = 'other class' AND chosen_by = 'effect' AND dose = ? AND target = ? "
+            "ORDER BY label",
             [visitor.experiment.unit.address, first.example, first.amount, first.target],
         ).fetchnumpy()
     for shown, logits in ((before, stored["before"]), (after, stored["after"])):
