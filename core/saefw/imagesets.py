@@ -208,14 +208,18 @@ def _walk(root: Path, below: str, others: Counter[str]) -> Iterator[str]:
                 name = entry.name
                 if name[0] == "." or name in JUNK:
                     continue
+                end = name[dot:].lower() if (dot := name.rfind(".")) > 0 else ""
+                # Nearly every entry of a million is this; it is asked for one thing alone.
+                if end in EXTENSIONS and entry.is_file():
+                    yield prefix + name
+                    continue
                 if entry.is_dir():
                     if entry.is_symlink() and Path(path).resolve().is_relative_to(Path(entry.path).resolve()):
                         raise UserError(f"{entry.path}: links to a folder that it lies in")
                     stack.append((f"{prefix}{name}/", entry.path))
                     continue
-                end = name[name.rfind(".") :].lower() if "." in name else ""
                 # Neither a pipe nor a device, which would never end; a link that leads nowhere will be missed.
-                if end in EXTENSIONS and (entry.is_file() or entry.is_symlink()):
+                if end in EXTENSIONS and entry.is_symlink():
                     yield prefix + name
                 else:
                     others[end] += 1

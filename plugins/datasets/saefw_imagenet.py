@@ -92,25 +92,27 @@ class ImageNet(DatasetConfig):
         files = image_files(data, [name for name in ("train", "val") if (data / name).is_dir()])
         # Lists lie beside the images or, as Kaggle packs them, beside the folder ILSVRC.
         lists = [root, data, *([data.parents[2]] if len(data.parents) > 2 else [])]
-        truth: dict[str, str] | None = None
-        of_folder: dict[str, str] = {}
-        """The synset of each folder: of a million images only a thousand folders are looked at."""
-        synsets: list[str] = []
-        for key in files.keys:
-            within, _, name = key.rpartition("/")
-            if synset := of_folder.get(within):
-                synsets.append(synset)
-                continue
-            parts = within.split("/")
+        # Of a million images only a thousand folders are looked at.
+        places = [key.rpartition("/")[0] for key in files.keys]
+        of_place: dict[str, str] = {}
+        truth: dict[str, str] = {}
+        for place in dict.fromkeys(places):
+            parts = place.split("/")
             if len(parts) == 2 and SYNSET.fullmatch(parts[1]):
-                synsets.append(of_folder.setdefault(within, parts[1]))
-            elif within == "val":
-                truth = _truth(lists, data) if truth is None else truth
-                if name.split(".")[0] not in truth:
-                    raise UserError(f"{data / key}: the list of the validation images does not name it")
-                synsets.append(truth[name.split(".")[0]])
+                of_place[place] = parts[1]
+            elif place == "val":
+                of_place[place], truth = "", _truth(lists, data)
             else:
+                key = files.keys[places.index(place)]
                 raise UserError(f"{data / key}: lies in no folder of a synset, as train/n01440764 is")
+
+        def told(key: str) -> str:
+            name = key.removeprefix("val/").split(".")[0]
+            if name not in truth:
+                raise UserError(f"{data / key}: the list of the validation images does not name it")
+            return truth[name]
+
+        synsets = [of_place[place] or told(key) for place, key in zip(places, files.keys, strict=True)]
         wnids = sorted(set(synsets))
         index = {wnid: i for i, wnid in enumerate(wnids)}
         labels = array("q", [index[wnid] for wnid in synsets])
