@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from saefw.bench import frame
+from saefw.bench import frame, read
 from saefw.bench.command import BENCHES
 from saefw.bench.frame import Bench, Bound, Row, at_least, at_most, machine, memory, peak_memory
 from saefw.cli import app
@@ -220,3 +221,24 @@ def test_a_bench_of_features_runs(name: str, size: int, tmp_path: Path) -> None:
         "features": ["ratio >= 0.7"] * 3,
         "tables": ["value <= 200"],
     }[name]
+
+
+@pytest.mark.slow
+def test_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small run of it measures every row."""
+    monkeypatch.setattr(read, "LARGER", 2)
+    shown = called("read", "--size", "250", "--rounds", "1")
+    for d_model in (192, 768):
+        assert re.search(rf"Reading [\d,]+ images, d_model {d_model}, float16, 0.25 GB, batch 4096\n", shown)
+        assert f"shuffled, d_model {d_model}" in shown
+    for row in ("plain, from the cache", "shuffled, from the cache", "in order, as float32", "rows of mapped files"):
+        assert shown.count(row) == 2
+    assert shown.count("pairs of one image") == shown.count("pairs of one token") == 2
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_recording_to_be_read_is_one(tmp_path: Path, full: bool) -> None:
+    acts = read.recording(tmp_path / "acts", 768, 1, full)
+    assert (acts.n_tokens, acts.d_model, acts.n_examples) == (197, 768, read.SHARD_BYTES // (197 * 768 * 2))
+    _, acts_etd = next(acts.read("cls", batch=64))
+    assert acts_etd.shape == (64, 1, 768) and bool(acts_etd.std() > 0.9) is full
