@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -224,16 +223,19 @@ def test_a_bench_of_features_runs(name: str, size: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small run of it measures every row."""
     monkeypatch.setattr(read, "LARGER", 2)
-    shown = called("read", "--size", "250", "--rounds", "1")
-    for d_model in (192, 768):
-        assert re.search(rf"Reading [\d,]+ images, d_model {d_model}, float16, 0.25 GB, batch 4096\n", shown)
-        assert f"shuffled, d_model {d_model}" in shown
-    for row in ("plain, from the cache", "shuffled, from the cache", "in order, as float32", "rows of mapped files"):
-        assert shown.count(row) == 2
-    assert shown.count("pairs of one image") == shown.count("pairs of one token") == 2
+    file = tmp_path / "rows.json"
+    shown = called("read", "--size", "250", "--rounds", "1", "--json", str(file))
+    assert all(f"d_model {d_model}, float16, 0.25 GB, batch 4096\n" in shown for d_model in (192, 768))
+    rows = json.loads(file.read_text())
+    assert all(row["value"] > 0 for row in rows)
+    names = [row["name"] for row in rows]
+    for name in ("plain, from the cache", "shuffled, from the cache", "in order, as float32", "rows of mapped files"):
+        assert names.count(name) == 2
+    for name in ("pairs of one image", "pairs of one token", "shuffled"):
+        assert all(f"{name}, d_model {d_model}" in names for d_model in (192, 768))
 
 
 @pytest.mark.parametrize("full", [True, False])
