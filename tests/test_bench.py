@@ -15,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from saefw.bench import frame
+from saefw.bench import frame, read
 from saefw.bench.command import BENCHES
 from saefw.bench.frame import Bench, Bound, Row, at_least, at_most, machine, memory, peak_memory
 from saefw.cli import app
@@ -220,3 +220,27 @@ def test_a_bench_of_features_runs(name: str, size: int, tmp_path: Path) -> None:
         "features": ["ratio >= 0.7"] * 3,
         "tables": ["value <= 200"],
     }[name]
+
+
+@pytest.mark.slow
+def test_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small run of it measures every row."""
+    monkeypatch.setattr(read, "LARGER", 2)
+    file = tmp_path / "rows.json"
+    shown = called("read", "--size", "250", "--rounds", "1", "--json", str(file))
+    assert all(f"d_model {d_model}, float16, 0.25 GB, batch 4096\n" in shown for d_model in (192, 768))
+    rows = json.loads(file.read_text())
+    assert all(row["value"] > 0 for row in rows)
+    names = [row["name"] for row in rows]
+    for name in ("plain, from the cache", "shuffled, from the cache", "in order, as float32", "rows of mapped files"):
+        assert names.count(name) == 2
+    for name in ("pairs of one image", "pairs of one token", "shuffled"):
+        assert all(f"{name}, d_model {d_model}" in names for d_model in (192, 768))
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_recording_to_be_read_is_one(tmp_path: Path, full: bool) -> None:
+    acts = read.recording(tmp_path / "acts", 768, 1, full)
+    assert (acts.n_tokens, acts.d_model, acts.n_examples) == (197, 768, read.SHARD_BYTES // (197 * 768 * 2))
+    _, acts_etd = next(acts.read("cls", batch=64))
+    assert acts_etd.shape == (64, 1, 768) and bool(acts_etd.std() > 0.9) is full

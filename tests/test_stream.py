@@ -209,6 +209,26 @@ def test_rows_are_those_of_the_file(
     assert np.array_equal(into_nd, data[start:].reshape(100, d)[rows_n])
 
 
+@pytest.mark.skipif(rows._mincore is None, reason="the system does not tell")
+def test_what_the_cache_holds(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    path.write_bytes(bytes(1 << 20))
+    assert rows.held(path), "just written"
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    assert not rows.held(path)
+    rows.read(path, 0, np.arange(256), np.zeros((256, 4096), dtype=np.uint8), cache=False)
+    assert not rows.held(path), "read past it"
+    rows.read(path, 0, np.arange(256), np.zeros((256, 4096), dtype=np.uint8), cache=True)
+    assert rows.held(path)
+
+
+def test_the_cache_of_an_empty_file_is_no_matter(tmp_path: Path) -> None:
+    (tmp_path / "rows").touch()
+    assert rows.held(tmp_path / "rows")
+
+
 @pytest.mark.parametrize("cache", [True, False])
 def test_a_file_that_ends_too_early(tmp_path: Path, cache: bool) -> None:
     path = tmp_path / "rows"

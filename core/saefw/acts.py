@@ -199,6 +199,10 @@ class Acts:
         within_e = examples - self._first[shard_e]
         cuts = np.flatnonzero(np.diff(shard_e)) + 1
 
+        # What is larger pushes itself out of the cache, before it is read again.
+        fits = 2 * sum(shard.bytes for shard in self.shards) < rows.machine_memory()
+        held: dict[int, bool] = {}
+
         def fill(token: int, start: int, stop: int, into_nd: Tensor, cache: bool) -> None:
             into = into_nd.view(torch.uint8).numpy()
             inside = cuts[np.searchsorted(cuts, start, side="right") : np.searchsorted(cuts, stop)]
@@ -207,7 +211,10 @@ class Acts:
                 path, n = self.folder / self.shards[shard].file, self.shards[shard].n
                 row = self._start(shard) + (wanted.start + token) * n * into.shape[1]
                 try:
-                    rows.read(path, row, within_e[first:last], into[first - start : last - start], cache)
+                    if shard not in held:
+                        held[shard] = rows.held(path)
+                    by_cache = held[shard] or (cache and fits)
+                    rows.read(path, row, within_e[first:last], into[first - start : last - start], by_cache)
                 except (OSError, EOFError) as error:
                     raise UserError(f"{path}: cannot be read ({error})") from error
 

@@ -1,12 +1,13 @@
 """Reads rows of a matrix in a file, from the system's cache or past it.
 
-What the cache holds is copied from there. What it does not hold is read past it (O_DIRECT) unless it should stay there:
+What the cache holds is best copied from there. What it does not hold is read past it (O_DIRECT), unless it should stay:
 into memory in large pages a disk writes a piece of a MiB at once, whereas the cache is filled page by page, and in
 random order without the reading ahead that makes up for it.
 
 Shapes: n rows, d bytes of a row; `into_nd` is uint8.
 """
 
+import ctypes
 import mmap
 import os
 import threading
@@ -27,6 +28,13 @@ PAGE = 4096
 """Places and lengths of what is read past the cache are multiples of this."""
 
 
+NEARLY = 0.9
+"""Of a file in the cache: past it the rest would be read faster, but not all."""
+
+LARGE = 2 << 20
+"""Bytes of a large page, on most machines."""
+
+
 class _Scratch(threading.local):
     """Memory of a thread for what is read beside the rows that are wanted."""
 
@@ -41,17 +49,57 @@ class _Scratch(threading.local):
 
 _picked, _direct = _Scratch(), _Scratch()
 
+_copying = threading.Lock()
+"""One thread copies from the cache at a time: it takes most of the memory's speed, and a processor."""
+
+_mincore = getattr(ctypes.CDLL(None), "mincore", None) if hasattr(os, "O_DIRECT") else None
+"""The system's call that tells which pages of a mapped file lie in its cache."""
+
+if _mincore is not None:
+    _mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+
 
 def memory(n_bytes: int) -> Bytes:
     """Return memory, in large pages where the system has them; it is taken as it is written to."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return np.empty(n_bytes, dtype=np.uint8)
-    mapped = mmap.mmap(-1, max(n_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # Whole large pages: else the system may begin between two of them.
+    length = max(1, -(-n_bytes // LARGE)) * LARGE
+    mapped = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         mapped.madvise(mmap.MADV_HUGEPAGE)
     except OSError:  # a kernel without large pages
         pass
     return np.frombuffer(mapped, dtype=np.uint8, count=n_bytes)
+
+
+def machine_memory() -> int:
+    """Return the bytes of memory that the machine has; 0 where the system does not tell."""
+    names = getattr(os, "sysconf_names", {})
+    told = [os.sysconf(name) for name in ("SC_PHYS_PAGES", "SC_PAGE_SIZE") if name in names]
+    return max(0, told[0] * told[1]) if len(told) == 2 else 0
+
+
+def held(path: Path) -> bool:
+    """Whether the system's cache holds nearly all of a file, or the system does not tell.
+
+    To try to read without waiting would tell it too, but begin to fill the cache.
+
+    Raises:
+        OSError: the file cannot be read.
+
+    """
+    if _mincore is None:
+        return True
+    with path.open("rb") as file:
+        try:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError):  # not a file to be mapped, or an empty one
+            return True
+    pages = np.zeros(-(-len(mapped) // mmap.PAGESIZE), dtype=np.uint8)
+    if _mincore(np.frombuffer(mapped, dtype=np.uint8).ctypes.data, len(mapped), pages.ctypes.data):
+        return True
+    return bool((pages & 1).mean() >= NEARLY)
 
 
 def read(path: Path, start: int, rows_n: NDArray[np.int64], into_nd: Bytes, cache: bool) -> None:
@@ -62,7 +110,7 @@ def read(path: Path, start: int, rows_n: NDArray[np.int64], into_nd: Bytes, cach
         start: the byte where row 0 begins.
         rows_n: which, in any order; ascending ones are read fastest.
         into_nd: [n, d], contiguous.
-        cache: whether what is read should stay in the system's cache.
+        cache: whether to read by way of the system's cache, where it then stays.
 
     Raises:
         OSError: the file cannot be read.
@@ -96,27 +144,15 @@ def read(path: Path, start: int, rows_n: NDArray[np.int64], into_nd: Bytes, cach
 
 def _fetch(path: Path, handle: int, start: int, into: Bytes, cache: bool) -> None:
     """Fill memory from a byte of a file on."""
-    done = 0
-    if not cache and hasattr(os, "RWF_NOWAIT") and hasattr(os, "O_DIRECT"):
-        done = _at_hand(handle, start, into)
-        if done < len(into):
-            done += _past_the_cache(path, start + done, into[done:])
-    while done < len(into):
-        n = os.preadv(handle, [into[done:].data], start + done)
-        if not n:
-            raise EOFError(f"ends before byte {start + len(into)}")
-        done += n
-
-
-def _at_hand(handle: int, start: int, into: Bytes) -> int:
-    """Read what the cache holds from a byte on; return how many bytes it is."""
-    done = 0
-    try:
-        while done < len(into) and (n := os.preadv(handle, [into[done:].data], start + done, os.RWF_NOWAIT)):
+    done = 0 if cache or not hasattr(os, "O_DIRECT") else _past_the_cache(path, start, into)
+    if done == len(into):
+        return
+    with _copying:
+        while done < len(into):
+            n = os.preadv(handle, [into[done:].data], start + done)
+            if not n:
+                raise EOFError(f"ends before byte {start + len(into)}")
             done += n
-    except OSError:  # it holds no more, or the file system cannot tell
-        pass
-    return done
 
 
 def _past_the_cache(path: Path, start: int, into: Bytes) -> int:

@@ -107,10 +107,10 @@ class Stream:
         self._reading: dict[int, list[Future[None]]] = {}
         """Segments that are being read into their places."""
 
-        self._now: tuple[int, Tensor] | None = None
+        self._now: tuple[int, Indices] | None = None
         """The phase, and the rows of the buffer in the order in which it draws them."""
 
-        self._ahead: tuple[int, Future[Tensor]] | None = None
+        self._ahead: tuple[int, Future[Indices]] | None = None
         """The same of the next phase."""
 
         self._orders: dict[int, _Epoch] = {}
@@ -134,14 +134,16 @@ class Stream:
             phase = int(np.searchsorted(starts, vector, side="right")) - 1
             rows_n = self._rows(epoch * self._n_phases + phase)
             some_n = rows_n[vector - int(starts[phase]) :][: self.batch_size - filled]
-            torch.index_select(self._buffer(), 0, some_n, out=x_nd[filled : filled + len(some_n)])
+            # Not by torch, whose threads would wait for those that read. `clip` lets it write in place.
+            into = x_nd[filled : filled + len(some_n)].view(torch.uint8).numpy()
+            np.take(self._buffer().view(torch.uint8).numpy(), some_n, axis=0, out=into, mode="clip")
             filled += len(some_n)
         self.position += 1
         return x_nd
 
     # Phases and segments are counted over all epochs; what the order of an epoch lists, within it.
 
-    def _rows(self, phase: int) -> Tensor:
+    def _rows(self, phase: int) -> Indices:
         """Return the rows of the buffer in the order in which a phase draws them, once its segments are there."""
         if self._now is None or self._now[0] != phase:
             self._now = None
@@ -200,7 +202,7 @@ class Stream:
             self._buffer_nd = torch.from_numpy(memory(n_bytes)).view(self.dtype).view(-1, self.d_model)
         return self._buffer_nd
 
-    def _drawn(self, phase: int, order: _Epoch) -> Tensor:
+    def _drawn(self, phase: int, order: _Epoch) -> Indices:
         """Return the rows of the buffer in the order in which a phase draws them."""
         epoch, within = divmod(phase, self._n_phases)
         segments, before = self._segments(phase), self._shuffles
@@ -212,7 +214,7 @@ class Stream:
             for i, start, stop in zip(segments, starts.tolist(), stops.tolist(), strict=True)
         ]
         rng = np.random.default_rng([self.seed, epoch, 3, within + 1])
-        return torch.from_numpy(rng.permutation(np.concatenate(rows)))
+        return rng.permutation(np.concatenate(rows))
 
     def _shuffled(self, order: _Epoch, segment: int) -> Indices:
         """Return the order in which a segment's vectors are drawn."""
