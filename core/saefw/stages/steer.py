@@ -24,6 +24,7 @@ from saefw.blocks import resolve
 from saefw.care import write_atomically
 from saefw.controls import Ints
 from saefw.facts import Name, facts, names
+from saefw.live import acts_of
 from saefw.originals import again
 from saefw.outcome import KINDS, ROLES, Readout, first, summary
 from saefw.plugin import DatasetConfig, Knob, Names, Pace, Pick, Run, StageConfig, Unit, UserError, hookimpl
@@ -196,9 +197,11 @@ class Steer(StageConfig):
             n_edited = min(counts["test"], self.n_examples or counts["test"])
             n_passes = n_edited * (1 + len(ROLES) * len(KINDS) * len(self.amounts))
             # Back through a block takes about as long as forth; weights have no gradient.
-            n_passes += min(counts["train"], self.n_effect) * (1 + n_classes)
+            n_effect = min(counts["train"], self.n_effect)
+            n_passes += n_effect * (1 + n_classes)
             n_blocks = probe.needs[0].content["layer"] - sae.needs[0].content["layer"]
             total += n_passes * n_blocks * samples.block(pace, samples.shape(recording), run.device)
+            total += samples.reading(pace, recording, run, n_edited + n_effect)
         return total
 
     # Making it
@@ -215,8 +218,8 @@ class Steer(StageConfig):
 
     def _steer(self, unit: Unit, run: Run) -> None:
         sae, probe, _, _, recording = unit.needs
-        acts = Acts(run.folder(recording))
-        read = Acts(run.folder(probe.needs[0]))
+        acts = acts_of(recording, run)
+        read = acts_of(probe.needs[0], run)
         steering = Steering(
             recording.given["backbone"].build(run.device),
             open_sae(sae.given["sae"], run.folder(sae), run.device),
