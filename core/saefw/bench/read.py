@@ -18,7 +18,6 @@ from torch import Tensor
 from saefw import live
 from saefw.acts import Acts
 from saefw.bench.frame import Bench, at_least, at_most, memory
-from saefw.live import number, pairs
 from saefw.rows import memory as pages
 from saefw.shards import DTYPES, INDEX, Layout, Shard, shard_name
 from saefw.stream import BUFFER_MB, Stream
@@ -182,10 +181,10 @@ def mixing(d_model: int, buffer_mb: int, larger: int) -> tuple[float, float]:
     n_examples = larger * (buffer_mb << 20) // (n_tokens * d_model * dtype.itemsize)
 
     def fill(token: int, start: int, stop: int, into_nd: Tensor, cache: bool) -> None:
-        number(into_nd, token, np.arange(start, stop))
+        live.number(into_nd, token, np.arange(start, stop))
 
     stream = Stream(fill, (n_tokens, n_examples, d_model), dtype, BATCH, 0, buffer_mb)
-    return pairs(stream, stream.n_vectors // BATCH, n_examples, n_tokens)
+    return live.pairs(stream, stream.n_vectors // BATCH, n_examples, n_tokens)
 
 
 def _memory(bench: Bench) -> None:
