@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from saefw import pictures, pipeline, registry, tensors
-from saefw.acts import Acts
 from saefw.catalog import Catalog
 from saefw.controls import strongest
 from saefw.errors import escaped
+from saefw.live import acts_of
 from saefw.originals import again
 from saefw.plugin import Entry, Run, Unit, UserError, settings
 from saefw.stages.probe import open_probe, task_of
@@ -140,8 +140,8 @@ class Experiment:
         sae, probe, _, classes, recording = unit.needs
         run.check(unit, sae, probe)  # what is small; a recording may be a terabyte
         self.unit, self._looks = unit, run.folder(classes)
-        self.acts = Acts(run.folder(recording))
-        read = Acts(run.folder(probe.needs[0]))
+        self.acts = acts_of(recording, run)
+        read = acts_of(probe.needs[0], run)
         self.counted = "images" if sae.content["tokens"] == "cls" else "patches"
         self.place, self.mode = str(unit.content["place"]), str(unit.content["mode"])
         self.amounts = [float(amount) for amount in unit.content["amounts"]]

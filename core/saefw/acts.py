@@ -56,9 +56,12 @@ class Acts:
         self.folder = folder
         try:
             index = files.parsed((folder / INDEX).read_text())
-            self.shards = [shard_of(shard) for shard in index.pop("shards")]
+            shards = index.pop("shards")
+            self.live = shards is None
+            """Whether it has no activations, which a backbone then gives: see `saefw.live`."""
+            self.shards = [shard_of(shard) for shard in shards or []]
             self.layout = Layout(**{**index, "grid": tuple(index["grid"]), "prefix": tuple(index["prefix"])})
-            _check(self.layout, self.shards)
+            _check(self.layout, None if self.live else self.shards)
             for shard in self.shards:
                 if (folder / shard.file).stat().st_size != shard.bytes:
                     raise ValueError(f"{shard.file} is not {shard.bytes} bytes long")
@@ -195,7 +198,7 @@ class Acts:
             raise UserError(f"{self.folder}: there are no {tokens} of the examples asked for")
 
         # Neighbours in one shard are read together.
-        shard_e = np.searchsorted(self._first, examples, side="right") - 1
+        shard_e = self._shards_of(examples)
         within_e = examples - self._first[shard_e]
         cuts = np.flatnonzero(np.diff(shard_e)) + 1
 
@@ -245,10 +248,16 @@ class Acts:
 
     def _pieces(self, examples: Indices) -> Iterator[tuple[int, Indices, Indices]]:
         """Yield each shard that holds some of the examples, their places among them, and their places in it."""
-        shard_e = np.searchsorted(self._first, examples, side="right") - 1
+        shard_e = self._shards_of(examples)
         for shard in np.unique(shard_e):
             at = np.flatnonzero(shard_e == shard)
             yield int(shard), at, examples[at] - self._first[shard]
+
+    def _shards_of(self, examples: Indices) -> Indices:
+        """Return in which shard each example lies."""
+        if self.live:
+            raise UserError(f"{self.folder}: keeps no activations (it was recorded with live: true)")
+        return np.searchsorted(self._first, examples, side="right") - 1
 
     def _start(self, shard: int) -> int:
         """Return where the activations of a shard begin in its file, which was checked once."""
@@ -270,7 +279,7 @@ class Acts:
         return self._open[shard]
 
 
-def _check(layout: Layout, shards: list[Shard]) -> None:
+def _check(layout: Layout, shards: list[Shard] | None) -> None:
     """Refuse, with a ValueError, a layout that no recording has, and shards that are not one after the other."""
     files.number(layout.n_examples, 0, 2**31 - 1, "n_examples")
     files.number(layout.d_model, 1, 2**31 - 1, "d_model")
@@ -287,6 +296,8 @@ def _check(layout: Layout, shards: list[Shard]) -> None:
         raise ValueError(f"n_tokens is {layout.n_tokens}, for {layout.n_prefix} and {n_patches} patches")
     if layout.dtype not in DTYPES:
         raise ValueError(f"dtype is {layout.dtype}")
+    if shards is None:
+        return
     first = 0
     for i, shard in enumerate(shards):
         # By its name alone a file elsewhere could be meant.

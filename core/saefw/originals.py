@@ -52,6 +52,16 @@ def again(dataset: Dataset, index: int, key: str) -> "Image":
         UserError: it cannot be read any more (Unreadable), or the dataset has another image in its place, or none.
 
     """
+    return opened(listed(dataset, index, key))
+
+
+def listed(dataset: Dataset, index: int, key: str) -> Example:
+    """Return an image that was recorded, by its number and its key then, not yet loaded.
+
+    Raises:
+        UserError: the dataset has another image in its place, or none.
+
+    """
     example = dataset[index] if index < len(dataset) else None
     if example is None or example.key != key:
         now = f"is {example.key!r}" if example else "is not there"
@@ -59,4 +69,4 @@ def again(dataset: Dataset, index: int, key: str) -> "Image":
             f"image {index} of the dataset was {key!r} when it was recorded and {now} now; put the images back as they "
             f"were, or record them anew in another store"
         )
-    return opened(example)
+    return example

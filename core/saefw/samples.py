@@ -18,6 +18,7 @@ from saefw.acts import Acts
 from saefw.originals import Unreadable, opened
 from saefw.pace import Pace, timed
 from saefw.plugin import BackboneConfig, BackboneInfo, DatasetConfig, ImageFiles, Run, Unit
+from saefw.recording import WORKERS, cores
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -71,6 +72,20 @@ def _block(n_tokens: int, d_model: int, device: str, precision: str) -> float:
             return float(layer(x_btd)[0, 0, 0])
 
     return timed(run) / n
+
+
+def passing(pace: Pace, recording: Unit, run: Run, n: int, workers: int) -> float:
+    """Return the seconds of preparing so many images and running them up to the recorded block."""
+    precision, n_blocks = recording.content.get("precision", "float32"), 1 + int(recording.content["layer"])
+    computing = n * n_blocks * block(pace, shape(recording), run.device, precision)
+    preparing = n * picture(pace, recording, run) / min(workers, cores())
+    # On a CPU both share its cores; a GPU computes while they prepare.
+    return computing + preparing if run.device == "cpu" else max(computing, preparing)
+
+
+def reading(pace: Pace, recording: Unit, run: Run, n: int) -> float:
+    """Return the seconds of reading the activations of so many images: none, unless the recording is live."""
+    return passing(pace, recording, run, n, WORKERS) if recording.content.get("live") else 0.0
 
 
 def picture(pace: Pace, recording: Unit, run: Run) -> float:

@@ -5,7 +5,8 @@ CREATE TABLE metric (unit TEXT, name TEXT, step BIGINT, value DOUBLE);
 
 -- Recording. layer counts blocks from 0; tokens: all, cls, patches, or how many patches of an image; prefix: the tokens
 -- before the patches, in order, as `cls` or `cls, register, register`; mean_norm: mean L2 norm of a train patch;
--- offset_ratio: ||mean|| / ||standard deviations|| of these patches; both of [CLS] where that alone is recorded.
+-- offset_ratio: ||mean|| / ||standard deviations|| of these patches; both of [CLS] where that alone is recorded. A live
+-- recording has no shards.
 CREATE TABLE acts (unit TEXT PRIMARY KEY, backbone TEXT, dataset TEXT, layer SMALLINT, tokens TEXT, d_model INTEGER,
     grid_h SMALLINT, grid_w SMALLINT, n_examples INTEGER, n_tokens SMALLINT, prefix TEXT, dtype TEXT, mean_norm REAL,
     offset_ratio DOUBLE);

@@ -4,7 +4,7 @@ A recording's folder holds `acts.json` (its `Layout` and the list of its shards)
 A shard is a safetensors file of one tensor, `acts`, token-major: one token of many images lies in one piece, so that
 the blocks read for training do not hold many patches of one image, and all [CLS] of a shard are one read. Beside each
 shard lies `moments-00000.safetensors`: its checksum, that of what the dataset says of its images, and its share of the
-statistics; it is written last, and says that the shard is complete.
+statistics; it is written last, and says that the shard is complete. A live recording has all this but the shards.
 
 Shapes: t n_tokens, e examples, d d_model, n vectors; `acts_ted` has shape [t, e, d].
 """
@@ -157,7 +157,7 @@ class Examples(Protocol):
 class Writer:
     """Writes a recording shard by shard; what an interrupted run left complete is kept."""
 
-    def __init__(self, folder: Path, layout: Layout, examples: Examples, shard_bytes: int) -> None:
+    def __init__(self, folder: Path, layout: Layout, examples: Examples, shard_bytes: int, live: bool = False) -> None:
         """Look what is there already.
 
         Args:
@@ -166,9 +166,10 @@ class Writer:
             examples: of the dataset, all of them, asked for when they are needed; the statistics are of those of
                 split train.
             shard_bytes: a shard holds as many whole examples as fit, at least one.
+            live: whether the shards themselves are left out, and only what is known of them is written.
 
         """
-        self.folder, self.layout, self.examples = folder, layout, examples
+        self.folder, self.layout, self.examples, self.live = folder, layout, examples, live
         self.per_shard = max(1, shard_bytes // layout.example_bytes)
         self.n_shards = -(-layout.n_examples // self.per_shard)
         self._done: dict[int, tuple[Shard, dict[str, Moments]]] = {}
@@ -202,7 +203,7 @@ class Writer:
         return torch.empty(shape, dtype=DTYPES[self.layout.dtype])
 
     def write(self, shard: int, acts_ted: Tensor, broken: Sequence[tuple[int, str]] = ()) -> None:
-        """Write a shard, shaped as `empty` gives it; the file is there whole or not at all.
+        """Write a shard, shaped as `empty` gives it, unless live; the file is there whole or not at all.
 
         Args:
             shard: which.
@@ -212,20 +213,27 @@ class Writer:
         """
         file, span = shard_name(shard), self.span(shard)
         acts_ted = acts_ted.contiguous()
-        header, data = _header(acts_ted), acts_ted.view(torch.uint8).numpy().data
-        digest = sha256(header)
-        digest.update(data)
-        entry = Shard(file, span.start, len(span), len(header) + data.nbytes, digest.hexdigest(), broken)
+        if self.live:
+            entry = Shard(file, span.start, len(span), 0, "", broken)
+        else:
+            header, data = _header(acts_ted), acts_ted.view(torch.uint8).numpy().data
+            digest = sha256(header)
+            digest.update(data)
+            entry = Shard(file, span.start, len(span), len(header) + data.nbytes, digest.hexdigest(), broken)
         train_e = np.array([self.examples[example].split == "train" for example in span], dtype=bool)
         train_e[[example - span.start for example, _ in broken]] = False
         moments = self._moments(acts_ted, train_e)
-        write_atomically(self.folder / file, header, data)
+        if not self.live:
+            write_atomically(self.folder / file, header, data)
         tensors = {f"{kind}.{key}": x for kind, each in moments.items() for key, x in each.tensors().items()}
         sealed.write(self.folder / _moments_name(shard), tensors, {**entry._asdict(), IMAGES: self._images(span)})
         self._done[shard] = entry, moments
 
     def finish(self) -> tuple[list[Shard], dict[str, Moments]]:
-        """Write the statistics and the list of shards, once none is missing; return the shards, and moments by kind."""
+        """Write the statistics and the list of shards, once none is missing; return the shards, and moments by kind.
+
+        Live there are none.
+        """
         from safetensors.torch import save
 
         totals = {kind: Moments.none(self.layout.d_model) for kind in KINDS}
@@ -234,8 +242,9 @@ class Writer:
                 totals[kind].merge(moments)
         tensors = {f"{kind}.{key}": x for kind, total in totals.items() for key, x in stats_of(total).items()}
         write_atomically(self.folder / STATS, save(tensors))
-        shards = [self._done[i][0] for i in range(self.n_shards)]
-        text = json.dumps({**asdict(self.layout), "shards": [shard._asdict() for shard in shards]}, indent=1)
+        shards = [] if self.live else [self._done[i][0] for i in range(self.n_shards)]
+        listed = None if self.live else [shard._asdict() for shard in shards]
+        text = json.dumps({**asdict(self.layout), "shards": listed}, indent=1)
         write_atomically(self.folder / INDEX, text.encode())
         # A run interrupted at another shard size may have left more files than there are shards now.
         ours = {name(i) for i in range(self.n_shards) for name in (shard_name, _moments_name)}
@@ -267,7 +276,7 @@ class Writer:
         if not all(example in span for example, _ in entry.broken):
             return None
         try:
-            if path.stat().st_size != entry.bytes or checksum(path) != entry.sha256:
+            if not self.live and (path.stat().st_size != entry.bytes or checksum(path) != entry.sha256):
                 return None
         except OSError:
             return None

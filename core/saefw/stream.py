@@ -65,7 +65,14 @@ class Stream:
     """
 
     def __init__(
-        self, fill: Fill, shape: tuple[int, int, int], dtype: torch.dtype, batch_size: int, seed: int, buffer_mb: int
+        self,
+        fill: Fill,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        batch_size: int,
+        seed: int,
+        buffer_mb: int,
+        block: int | None = None,
     ) -> None:
         """Begin at batch 0 of epoch 0; nothing is read yet.
 
@@ -76,6 +83,7 @@ class Stream:
             batch_size: vectors a batch, 1 or larger.
             seed: zero or larger.
             buffer_mb: MiB of the buffer; at least two blocks are held.
+            block: examples of a block, but for the last; None: equally many in all, BLOCK_BYTES at least.
 
         """
         self.position = 0
@@ -87,9 +95,14 @@ class Stream:
         self.n_vectors = self._n_tokens * self._n_examples
         vector_bytes = self.d_model * dtype.itemsize
         in_buffer = (buffer_mb << 20) // vector_bytes
-        self._n_ranges = max(1, self._n_examples * vector_bytes // BLOCK_BYTES)
-        self._range_starts = np.arange(self._n_ranges + 1) * self._n_examples // self._n_ranges
-        n_blocks, block = self._n_tokens * self._n_ranges, -(-self._n_examples // self._n_ranges)
+        if block is None:
+            self._n_ranges = max(1, self._n_examples * vector_bytes // BLOCK_BYTES)
+            self._range_starts = np.arange(self._n_ranges + 1) * self._n_examples // self._n_ranges
+            block = -(-self._n_examples // self._n_ranges)
+        else:
+            self._n_ranges = -(-self._n_examples // block)
+            self._range_starts = np.minimum(np.arange(self._n_ranges + 1) * block, self._n_examples)
+        n_blocks = self._n_tokens * self._n_ranges
         if self.n_vectors <= in_buffer:
             self._n_slots = self._n_segments = 1
             self._capacity = self.n_vectors

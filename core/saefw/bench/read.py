@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saefw import live
 from saefw.acts import Acts
 from saefw.bench.frame import Bench, at_least, at_most, memory
 from saefw.rows import memory as pages
@@ -59,6 +60,11 @@ def bench(bench: Bench) -> None:
         image, token = mixing(d_model, BUFFER_MB, LARGER)
         bench.row(f"pairs of one image, d_model {d_model}", image, "times", bound=at_most(1.5, "value"))
         bench.row(f"pairs of one token, d_model {d_model}", token, "times", bound=at_most(1.5, "value"))
+        n_tokens, dtype = SIDE**2, DTYPES[DTYPE]
+        n_examples = LARGER * (BUFFER_MB << 20) // (n_tokens * d_model * dtype.itemsize)
+        image, token = live.mixing((n_tokens, n_examples, d_model), dtype, BATCH, 0, BUFFER_MB, live.MIXED)
+        bench.row(f"live, pairs of one image, d_model {d_model}", image, "times")
+        bench.row(f"live, pairs of one token, d_model {d_model}", token, "times", bound=at_most(1.5, "value"))
     bench.part(f"Memory beyond that after imports, while {LARGER} GB are read (files with holes), not counting files")
     _memory(bench)
 
@@ -175,19 +181,10 @@ def mixing(d_model: int, buffer_mb: int, larger: int) -> tuple[float, float]:
     n_examples = larger * (buffer_mb << 20) // (n_tokens * d_model * dtype.itemsize)
 
     def fill(token: int, start: int, stop: int, into_nd: Tensor, cache: bool) -> None:
-        numbers_n2 = into_nd.view(torch.int32)[:, :2]
-        numbers_n2[:, 0] = token
-        numbers_n2[:, 1] = torch.arange(start, stop)
+        live.number(into_nd, token, np.arange(start, stop))
 
     stream = Stream(fill, (n_tokens, n_examples, d_model), dtype, BATCH, 0, buffer_mb)
-    n_batches, same = stream.n_vectors // BATCH, np.zeros(2)
-    for _ in range(n_batches):
-        for i, numbers_n in enumerate(next(stream).view(torch.int32)[:, :2].T.numpy()):
-            counts = np.bincount(numbers_n)
-            same[i] += (counts * (counts - 1)).sum()
-    by_chance = n_batches * BATCH * (BATCH - 1) * np.array([n_examples - 1, n_tokens - 1]) / (stream.n_vectors - 1)
-    token, image = same / by_chance
-    return float(image), float(token)
+    return live.pairs(stream, stream.n_vectors // BATCH, n_examples, n_tokens)
 
 
 def _memory(bench: Bench) -> None:

@@ -22,6 +22,7 @@ from saefw import tensors as files
 from saefw.acts import Acts
 from saefw.blocks import resolve
 from saefw.care import write_atomically
+from saefw.live import acts_of
 from saefw.pace import ENOUGH
 from saefw.plugin import (
     DatasetConfig,
@@ -112,6 +113,7 @@ class ProbeStage(StageConfig):
             n = min(samples.sizes(acts, run)["train"], BATCH)
             what = f"{len(group)} {members[0].use} probes on {n} tokens of {acts.label}"
             total += pace(what, partial(_fit_seconds, kind, members, task, n, run.device))
+            total += samples.reading(pace, acts, run, samples.sizes(acts, run).total())
         return total
 
     def make(self, units: Sequence[Unit], run: Run) -> None:
@@ -125,7 +127,7 @@ class ProbeStage(StageConfig):
             self._fit(run, acts, kind, group)
 
     def _fit(self, run: Run, acts: Unit, kind: type[ProbeConfig], units: Sequence[Unit]) -> None:
-        recording = Acts(run.folder(acts))
+        recording = acts_of(acts, run)
         task = task_of(recording)
         _tellable(acts, task.classes)
         splits = {split: labelled(recording, split, acts.label, run.device) for split in ("train", "valid", "test")}

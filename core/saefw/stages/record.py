@@ -71,6 +71,12 @@ class Record(StageConfig):
     broken: Annotated[Literal["fatal", "skip"], Late] = "fatal"
     """What an image that cannot be read is: fatal, or left out (zeros in its place), and in the table `broken`."""
 
+    live: Annotated[bool, Late] = False
+    """Keep statistics and tables alone, and no activations: whatever reads them runs the images through the backbone.
+
+    For those who have no room for them; docs/formats.md says what that costs.
+    """
+
     batch_size: Annotated[int | None, Knob] = Field(default=None, gt=0)
     """Images in one forward pass; null: 64 on a CPU, what is fastest on a GPU. Halved where memory runs out."""
 
@@ -94,7 +100,9 @@ class Record(StageConfig):
 
         """
         units: dict[Unit, None] = {}
-        late = {name: value for name, value in self.content().items() if name in ("precision", "broken", "seed")}
+        late = {
+            name: value for name, value in self.content().items() if name in ("precision", "broken", "seed", "live")
+        }
         for backbone in run.family("backbones", [self.backbone]):
             model = cast(BackboneConfig, backbone.entry)
             info = model.describe()
@@ -121,7 +129,9 @@ class Record(StageConfig):
         return units
 
     def disk(self, unit: Unit, run: Run) -> int:
-        """Return the bytes of the unit's activations."""
+        """Return the bytes of the unit's activations, if they are kept."""
+        if self.live:
+            return 0
         n_examples = len(_dataset(unit, run))
         return n_examples * _layout(unit, n_examples).example_bytes
 
@@ -133,11 +143,8 @@ class Record(StageConfig):
         """Return the seconds of one pass a (backbone, dataset) up to its last layer, images prepared by the workers."""
         total = 0.0
         for group in chain.from_iterable(_passes(units)):
-            n, n_blocks = len(_dataset(group[0], run)), 1 + max(unit.content["layer"] for unit in group)
-            computing = n * n_blocks * samples.block(pace, samples.shape(group[0]), run.device, self.precision)
-            preparing = n * samples.picture(pace, group[0], run) / min(self._workers, cores())
-            # On a CPU both share its cores; a GPU computes while they prepare.
-            total += computing + preparing if run.device == "cpu" else max(computing, preparing)
+            last = max(group, key=lambda unit: int(unit.content["layer"]))
+            total += samples.passing(pace, last, run, len(_dataset(last, run)), self._workers)
         return total
 
     def make(self, units: Sequence[Unit], run: Run) -> None:
@@ -152,7 +159,7 @@ class Record(StageConfig):
         """
         passes = [[(group, self._opened(group, run)) for group in groups] for groups in _passes(units)]
         recordings = [recording for whole in passes for _, recording in whole]
-        check_room(run.store.root, sum(recording.disk for recording in recordings))
+        check_room(run.store.root, 0 if self.live else sum(recording.disk for recording in recordings))
         total = sum(len(recording.dataset) for recording in recordings)
         done = total - sum(recording.missing for recording in recordings)
         run.progress(done, total, "images")
@@ -170,7 +177,9 @@ class Record(StageConfig):
         dataset, name = _dataset(units[0], run), units[0].given["names"]["dataset"]
         check_names(name, dataset)
         shard_bytes = int(self.shard_mb * 2**20)
-        writers = [Writer(run.folder(unit), _layout(unit, len(dataset)), dataset, shard_bytes) for unit in units]
+        writers = [
+            Writer(run.folder(unit), _layout(unit, len(dataset)), dataset, shard_bytes, self.live) for unit in units
+        ]
         if other := {shard for writer in writers for shard in writer.other}:
             log.warning(
                 "%s: %d of %d shards hold other images than the dataset has now; they are recorded again",
@@ -274,16 +283,17 @@ def _describe(unit: Unit, writer: Writer, columns: Mapping[str, list[Any]], clas
         mean_norm=most.norms / most.n if most.n else float("nan"),
         offset_ratio=most.offset_ratio if most.n else float("nan"),
     )
-    run.put(
-        unit,
-        "shard",
-        shard=list(range(len(shards))),
-        file=[shard.file for shard in shards],
-        first_example=[shard.first for shard in shards],
-        n_examples=[shard.n for shard in shards],
-        bytes=[shard.bytes for shard in shards],
-        sha256=[shard.sha256 for shard in shards],
-    )
+    if shards:
+        run.put(
+            unit,
+            "shard",
+            shard=list(range(len(shards))),
+            file=[shard.file for shard in shards],
+            first_example=[shard.first for shard in shards],
+            n_examples=[shard.n for shard in shards],
+            bytes=[shard.bytes for shard in shards],
+            sha256=[shard.sha256 for shard in shards],
+        )
     run.put(unit, "example", **columns)
     if broken:
         keys = [columns["key"][i] for i in broken]

@@ -12,8 +12,8 @@ import torch
 from pydantic import Field
 
 from saefw import samples, sealed
-from saefw.acts import Acts
 from saefw.blocks import resolve
+from saefw.live import acts_of
 from saefw.outcome import KINDS, ROLES
 from saefw.plugin import DatasetConfig, Knob, Names, Pace, Pick, Run, StageConfig, Unit, UserError, hookimpl
 from saefw.shards import check_tokens
@@ -196,6 +196,7 @@ class Steer(StageConfig):
             n_passes += n_effect * (1 + spoken_for([0], max(1, n_effect), n_classes).shape[1])
             n_blocks = probe.needs[0].content["layer"] - sae.needs[0].content["layer"]
             total += n_passes * n_blocks * samples.block(pace, samples.shape(recording), run.device)
+            total += samples.reading(pace, recording, run, n_edited + n_effect)
         return total
 
     # Making it
@@ -212,8 +213,8 @@ class Steer(StageConfig):
 
     def _steer(self, unit: Unit, run: Run) -> None:
         sae, probe, _, _, recording = unit.needs
-        acts = Acts(run.folder(recording))
-        read = Acts(run.folder(probe.needs[0]))
+        acts = acts_of(recording, run)
+        read = acts_of(probe.needs[0], run)
         steering = Steering(
             recording.given["backbone"].build(run.device),
             open_sae(sae.given["sae"], run.folder(sae), run.device),

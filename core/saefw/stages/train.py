@@ -17,6 +17,7 @@ from torch import Tensor
 from saefw import peers, samples
 from saefw.acts import Acts, Stats
 from saefw.blocks import resolve
+from saefw.live import Live, acts_of
 from saefw.metrics import L0, L0P95, Cosine, Dead, Dense, Dense1, ExplainedVariance, L0Median, Nmse, coherence, measure
 from saefw.plugin import (
     BackboneConfig,
@@ -34,9 +35,9 @@ from saefw.plugin import (
     timed,
 )
 from saefw.sae import Sae
-from saefw.shards import check_tokens
+from saefw.shards import DTYPES, check_tokens
 from saefw.start import SAMPLE, start
-from saefw.stream import Stream
+from saefw.stream import BUFFER_MB, Stream
 from saefw.trained import write_sae
 from saefw.training import CHECKPOINT, Training
 from saefw.unit import canonical
@@ -166,7 +167,18 @@ class Train(StageConfig):
             what = f"a token and feature of a {config.use} SAE of {info.d_model}"
             each = pace(what, partial(_step, config, info.d_model, self.batch_size, run.device))
             total += each * config.width(info.d_model) * (self.n_tokens + n_valid)
+        for acts, n in counts.items():
+            total += samples.reading(pace, acts, run, self._images(acts, n["train"]) + n["valid"])
         return total
+
+    def _images(self, recording: Unit, n_train: int) -> int:
+        """Return how many images bring the tokens to train on; no more than there are, if the buffer holds them all."""
+        info, held = samples.shape(recording), recording.content["tokens"]
+        n_patches = held if isinstance(held, int) else info.grid[0] * info.grid[1]
+        n_tokens = 1 if self.tokens == "cls" else n_patches
+        vector_bytes = info.d_model * DTYPES[recording.content["dtype"]].itemsize
+        needed = math.ceil(self.n_tokens / n_tokens)
+        return min(needed, n_train) if n_train * n_tokens * vector_bytes <= BUFFER_MB << 20 else needed
 
     def make(self, units: Sequence[Unit], run: Run) -> None:
         """Train the units of each recording together, one after the other recording.
@@ -186,7 +198,7 @@ class Train(StageConfig):
 
     def _train(self, run: Run, recording: Unit, units: Sequence[Unit], part: tuple[int, int]) -> list[str]:
         """Train units on one recording, keep those that end well, and return what is to be said of the others."""
-        acts = Acts(run.folder(recording))
+        acts = acts_of(recording, run)
         if not len(acts.of_split("valid")):
             raise UserError(
                 f"{recording.label}: no image is in the valid split, on which SAEs are measured; give the dataset one"
@@ -214,7 +226,13 @@ class Train(StageConfig):
 
         # A stop can leave some a checkpoint ahead of others: the stream starts with the last, the rest join in turn.
         first = min(training.step for training in trainings)
-        stream = acts.shuffled(self.tokens, acts.of_split("train"), self.batch_size, self.seed)
+        train = acts.of_split("train")
+        if isinstance(acts, Live) and not first:
+            image, token = acts.mixing(self.tokens, train, self.batch_size, self.seed)
+            for training in trainings:
+                if not training.step:
+                    run.log(training.unit, 0, same_image=image, same_token=token)
+        stream = acts.shuffled(self.tokens, train, self.batch_size, self.seed)
         stream.seek(first)
         try:
             self._steps(run, trainings, stream, range(first, n_steps), valid_nd, dead_after, part, failed)

@@ -24,6 +24,7 @@ from saefw import tensors as files
 from saefw.acts import Acts
 from saefw.care import write_atomically, writing
 from saefw.firing import grouped
+from saefw.live import acts_of
 from saefw.plugin import (
     Backbone,
     BackboneInfo,
@@ -182,6 +183,7 @@ class Visuals(StageConfig):
             )
             # As many of the images as so many draws with replacement would show.
             shown = [-n * math.expm1(-_d_sae(unit.needs[0]) * self.top / n) if n else 0.0 for unit in group]
+            total += samples.reading(pace, recording, run, n)
             total += picture * (max(shown) if max(shown) <= PNGS else sum(shown))
             counted = pace(f"a token of {FIRING} features, counted", _count_seconds)
             for unit in group:
@@ -202,7 +204,7 @@ class Visuals(StageConfig):
 
         """
         for (recording, tokens), group in _groups(units).items():
-            acts = Acts(run.folder(recording))
+            acts = acts_of(recording, run)
             examples = acts.of_split(self.split)
             if not len(examples):
                 raise UserError(f"{recording.label}: no image is in the {self.split} split, on which features are seen")
