@@ -22,7 +22,6 @@ from pydantic import ValidationError
 from tiny import TinyBackbone, TinySet, TinyVit, desk
 from torch import Tensor
 
-from saefw import recording
 from saefw.acts import Acts
 from saefw.blocks import outputs
 from saefw.errors import UserError
@@ -279,12 +278,12 @@ def test_too_little_room_is_told_before_the_work(tmp_path: Path, monkeypatch: py
     BUILT.clear()
     wanted = {"backbone": "vit", "datasets": ["tiny", "more"], "layers": [0, 1]}
     with monkeypatch.context() as patch:
-        free = recording.SPARE + needed - 1
+        free = needed - 1
         patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, free))
         with pytest.raises(UserError) as told:
             record(run, **wanted)
         assert str(told.value) == (
-            f"{run.store.root}: about 7.51e-05 GB are to be recorded, and 0.0169 GB are free on its disk; make room, "
+            f"{run.store.root}: {needed:,} bytes are to be recorded, and {free:,} are free on its disk; make room, "
             "put the store elsewhere, or record fewer layers or tokens"
         )
         assert BUILT == []

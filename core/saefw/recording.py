@@ -35,9 +35,6 @@ WORKERS = 16
 LAST = 19
 """The lowest priority of a thread on Linux."""
 
-SPARE = 16 << 20
-"""Bytes that are to be free beyond the activations: for tables, and for the index."""
-
 
 class Broken(NamedTuple):
     """Stands for an image that cannot be read."""
@@ -272,14 +269,14 @@ def check_room(folder: Path, n_bytes: int) -> None:
     """Refuse, before any work, to record what the disk has no room for.
 
     Raises:
-        UserError: so many bytes, and a little more, are not free where the folder lies.
+        UserError: so many bytes are not free where the folder lies.
 
     """
     free = shutil.disk_usage(folder).free
-    if n_bytes + SPARE > free:
+    if n_bytes > free:
         raise UserError(
-            f"{folder}: about {n_bytes / 1e9:.3g} GB are to be recorded, and {free / 1e9:.3g} GB are free on "
-            "its disk; make room, put the store elsewhere, or record fewer layers or tokens"
+            f"{folder}: {n_bytes:,} bytes are to be recorded, and {free:,} are free on its disk; make "
+            "room, put the store elsewhere, or record fewer layers or tokens"
         )
 
 
