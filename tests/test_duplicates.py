@@ -80,5 +80,6 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     found = CliRunner().invoke(app, ["check", str(path), "--duplicates"])
     assert (found.exit_code, found.stderr) == (
         1,
+        f"{path}:4:29: datasets.ours.root: {tmp_path / 'image'} is not there; what needs it cannot be made here\n"
         f"{path}:4:3: datasets.ours: {tmp_path / 'image'}: there is no such folder; did you mean 'images'?\n",
     )

@@ -112,7 +112,7 @@ def test_shards_of_another_size_hold_the_same_activations(made: Path, tmp_path: 
         one, two = Acts(stores[0].root / "record" / address), Acts(folder)
         assert len(one.shards) == 1 < len(two.shards)
         for (_, a), (_, b) in zip(one.read("all"), two.read("all"), strict=True):
-            torch.testing.assert_close(a, b)
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)  # the next number in float16
 
 
 def test_a_store_can_be_moved(made: Path, tmp_path: Path) -> None:
