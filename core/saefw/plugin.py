@@ -40,6 +40,7 @@ __all__ = [
     "FigureConfig",
     "Files",
     "ImageFiles",
+    "KeptConfig",
     "Knob",
     "Late",
     "Metric",
@@ -351,6 +352,24 @@ class SaeConfig(Entry):
 
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be built")
+
+
+class KeptConfig(SaeConfig):
+    """An SAE variant whose sparsity is a number: so many features are kept."""
+
+    k: int = Field(32, gt=0)
+    """Features that may fire on one token."""
+
+    def fitting(self, d_model: int) -> int:
+        """Return d_sae, for a model of this width.
+
+        Raises:
+            UserError: that is less than k.
+
+        """
+        if self.k > (d_sae := self.width(d_model)):
+            raise UserError(f"{self.content()['use']}: k is {self.k}, but there are {d_sae} features")
+        return d_sae
 
 
 class PenalisedConfig(SaeConfig):

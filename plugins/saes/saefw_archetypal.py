@@ -9,17 +9,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from saefw.plugin import SaeConfig, UserError, hookimpl
+from saefw.plugin import KeptConfig, SaeConfig, hookimpl
 from saefw.sae import Entries, Sae, largest
 
 
-class Archetypal(SaeConfig):
+class Archetypal(KeptConfig):
     """TopK whose dictionary stays near the data, so that it is much the same on every seed (Fel et al., 2025)."""
 
     use: Literal["archetypal"] = "archetypal"
-
-    k: int = Field(32, gt=0)
-    """Features that may fire on one token."""
 
     candidates: int = Field(1024, gt=1)
     """Training tokens, a random sample, whose convex combinations the rows of the dictionary are."""
@@ -34,10 +31,7 @@ class Archetypal(SaeConfig):
             UserError: there are fewer than k features.
 
         """
-        d_sae = self.width(d_model)
-        if self.k > d_sae:
-            raise UserError(f"archetypal: k is {self.k}, but there are {d_sae} features")
-        return ArchetypalSae(d_model, d_sae, self)
+        return ArchetypalSae(d_model, self.fitting(d_model), self)
 
 
 class ArchetypalSae(Sae):

@@ -8,11 +8,11 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from saefw.plugin import SaeConfig, UserError, hookimpl
+from saefw.plugin import KeptConfig, SaeConfig, hookimpl
 from saefw.sae import Entries, Sae, Threshold
 
 
-class BatchTopK(SaeConfig):
+class BatchTopK(KeptConfig):
     """Keeps the k n largest features of a batch of n tokens (Bussmann et al., BatchTopK sparse autoencoders, 2024)."""
 
     use: Literal["batchtopk"] = "batchtopk"
@@ -27,10 +27,7 @@ class BatchTopK(SaeConfig):
             UserError: there are fewer than k features.
 
         """
-        d_sae = self.width(d_model)
-        if self.k > d_sae:
-            raise UserError(f"batchtopk: k is {self.k}, but there are {d_sae} features")
-        return BatchTopKSae(d_model, d_sae, self.k)
+        return BatchTopKSae(d_model, self.fitting(d_model), self.k)
 
 
 class BatchTopKSae(Sae):

@@ -10,11 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from saefw.plugin import SaeConfig, UserError, hookimpl
+from saefw.plugin import KeptConfig, SaeConfig, UserError, hookimpl
 from saefw.sae import Entries, Sae, Threshold, largest
 
 
-class Matryoshka(SaeConfig):
+class Matryoshka(KeptConfig):
     """Prefixes that rebuild alone (Bussmann et al., Learning multi-level features with Matryoshka SAEs, 2025)."""
 
     use: Literal["matryoshka"] = "matryoshka"
@@ -38,9 +38,7 @@ class Matryoshka(SaeConfig):
             UserError: there are fewer than k features, or the prefixes do not grow.
 
         """
-        d_sae = self.width(d_model)
-        if self.k > d_sae:
-            raise UserError(f"matryoshka: k is {self.k}, but there are {d_sae} features")
+        d_sae = self.fitting(d_model)
         ends = [*(round(share * d_sae) for share in self.prefixes), d_sae]
         if any(stop <= start for start, stop in pairwise([0, *ends])):
             raise UserError(

@@ -5,20 +5,16 @@ Shapes: n tokens, d d_model, s d_sae.
 
 from typing import Literal
 
-from pydantic import Field
 from torch import Tensor
 
-from saefw.plugin import SaeConfig, UserError, hookimpl
+from saefw.plugin import KeptConfig, SaeConfig, hookimpl
 from saefw.sae import Entries, Sae, largest
 
 
-class TopK(SaeConfig):
+class TopK(KeptConfig):
     """Keeps the k largest features of each token (Gao et al., Scaling and evaluating sparse autoencoders, 2024)."""
 
     use: Literal["topk"] = "topk"
-
-    k: int = Field(32, gt=0)
-    """Features that may fire on one token."""
 
     def build(self, d_model: int) -> "TopKSae":
         """Return a fresh one with these settings.
@@ -27,10 +23,7 @@ class TopK(SaeConfig):
             UserError: there are fewer than k features.
 
         """
-        d_sae = self.width(d_model)
-        if self.k > d_sae:
-            raise UserError(f"topk: k is {self.k}, but there are {d_sae} features")
-        return TopKSae(d_model, d_sae, self.k)
+        return TopKSae(d_model, self.fitting(d_model), self.k)
 
 
 class TopKSae(Sae):
