@@ -19,7 +19,7 @@ from pathlib import Path
 
 import duckdb
 
-from saefw.care import MADE, PART, REFUSED, Damage, damages, found, writing
+from saefw.care import MADE, PART, PASSING, REFUSED, Damage, damages, found, writing
 from saefw.errors import UserError
 from saefw.unit import canonical
 
@@ -179,7 +179,7 @@ class Index:
     def _passes(self, error: duckdb.Error) -> bool:
         """Whether an error says nothing of the index that was copied."""
         return (
-            isinstance(error, duckdb.InterruptException | duckdb.OutOfMemoryException)
+            isinstance(error, PASSING)
             or any(os.strerror(number) in str(error) for number in REFUSED)
             or (isinstance(error, DISK) and self.whole())
         )
@@ -280,13 +280,13 @@ class Index:
             raise
 
     def whole(self) -> bool:
-        """Whether every block of the index that holds rows can be read."""
+        """Whether every block of the index that holds rows can be read, as far as memory and Ctrl-C let one see."""
         try:
             with duckdb.connect(local(self.root / INDEX), read_only=True) as db:
                 for table in types():
                     db.execute(f'SELECT max(hash(COLUMNS(*))) FROM "{table}"').fetchall()
-        except duckdb.Error:
-            return False
+        except duckdb.Error as error:
+            return isinstance(error, PASSING)
         return True
 
     def drop(self) -> None:

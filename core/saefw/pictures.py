@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from saefw.care import PASSING, Unread
 from saefw.errors import UserError, escaped
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ def read(path: Path, examples: Sequence[int]) -> dict[int, "Image"]:
                 [str(path), [int(example) for example in examples]],
             ).fetchall()
         return {example: opened(data) for example, data in rows}
+    except PASSING as error:
+        raise Unread(path, error) from error
     except (duckdb.Error, ValueError) as error:
         raise UserError(f"{path}: cannot be read; delete {path.parent} to make it again") from error
 
