@@ -92,7 +92,9 @@ def test_the_whole_experiment_is_planned(clip: Path, monkeypatch: pytest.MonkeyP
     ]  # fmt: skip
     assert costs["sweep"] == [(weights * 4, "100,000,000 tokens")] * 18
     assert costs["visuals"] == [(tables, "")] * 18 and costs["classes"] == [(tables, "")] * 54
-    assert costs["probes"] == [(0, "")] * 90 and costs["steer"] == costs["figures"] == []
+    assert costs["probes"] == [(0, "")] * 90
+    # As of any SAE that may be picked: it is read by one probe of each set, and 5 figures are drawn of that.
+    assert costs["steer"] == [(0, "")] * 3 and costs["figures"] == [(0, "")] * 5
 
     # A block takes 1 ms an image (11 of 12, then all), an image 20 ms of two cores, a token and feature 1 ns to train
     # on and 2 ns to encode, a token 1 us to count; the splits of the sets are those of the trees.
@@ -106,6 +108,7 @@ def test_the_whole_experiment_is_planned(clip: Path, monkeypatch: pytest.MonkeyP
         f"a token of {FIRING} features, counted": 1e-6,
         **{f"a sheet, {label}": 0.5 for label in last},
         **{f"a picture, {label}": 0.08 for label in last},
+        "a figure": 0.25,
         **{f"30 linear probes on {n} tokens of clip on {name}, layer 11": 7.0 for name, n in TRAIN.items()},
     }
     monkeypatch.setattr("saefw.stages.record.cores", lambda: 2)
@@ -122,7 +125,14 @@ def test_the_whole_experiment_is_planned(clip: Path, monkeypatch: pytest.MonkeyP
     assert guessed["classes"] == pytest.approx(
         18 * (196 * n_tasks * (n_features * 2e-9 + 1e-6) + 3 * 64 * 0.5) + n_tasks * (0.02 + 0.08)
     )
-    assert guessed["probes"] == 21 and guessed["steer"] == guessed["figures"] == 0
+    # A test image is read, then edited in 2 roles by 4 ways, with its two controls, at 5 amounts: one block each time.
+    # A train image is read, then each of up to 32 logits is followed back.
+    n_test, n_passes = {"caltech": 50, "cub": 9, "flowers": 102}, 1 + 2 * 4 * 3 * 5
+    speaks = {"caltech": 2, "cub": 3, "flowers": 32}
+    assert guessed["steer"] == pytest.approx(
+        1e-3 * sum(n_test[name] * n_passes + n * (1 + speaks[name]) for name, n in TRAIN.items())
+    )
+    assert guessed["probes"] == 21 and guessed["figures"] == 5 * 0.25
 
     total = (15 * 2 + 322 * 2 * 2) * image + 18 * weights * 4 + 72 * tables
     result = CliRunner().invoke(app, ["run", str(clip), "--dry"])
@@ -135,12 +145,10 @@ def test_the_whole_experiment_is_planned(clip: Path, monkeypatch: pytest.MonkeyP
     ]:  # fmt: skip
         assert re.fullmatch(rf"{name} +{count} +[\d.]+ [kMG]B +{time} *", line), line
     assert re.fullmatch(rf"probes +90 +{time} *", probes)
-    assert (steer.split(), figures.split()) == (
-        ["steer", *"decided once sweep is made".split()], ["figures", *"decided once steer is made".split()],
-    )  # fmt: skip
+    assert re.fullmatch(rf"steer +3 +{time} +decided once sweep is made", steer)
+    assert re.fullmatch(rf"figures +5 +{time} +decided once steer is made", figures)
     assert re.fullmatch(
-        rf"187 units to make, about {total / 1e9:.1f} GB, about {time} on \w+; 0 kept. "
-        "Those decided later are not counted.",
+        rf"195 units to make, about {total / 1e9:.1f} GB, about {time} on \w+; 0 kept.",
         said,
     )
     assert not (clip.parents[1] / "runs").exists()

@@ -677,6 +677,7 @@ CUTS = (
     (20, f"{HEADER}invalid header length"),
     (0, f"{HEADER}header too small"),
 )
+NOTHING = "Expecting value: line 1 column 1 (char 0)"
 DAMAGES = {
     CONFIG: (
         (20, "Unterminated string starting at: line 2 column 10 (char 11)"),

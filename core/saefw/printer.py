@@ -178,7 +178,7 @@ class Printer(Observer):
 
         Args:
             plans: of all stages.
-            costs: of all missing units.
+            costs: of all missing and likely units.
             seconds: by stage, nan where nothing is known; none if nothing is known at all.
             device: on which it takes so long.
 
@@ -196,11 +196,12 @@ class Printer(Observer):
                     size(costs[unit].disk) if unit in missing else "",
                 )
         self.console.print(shown)
-        to_make, kept = sum(len(plan.missing) for plan in plans), sum(len(plan.kept) for plan in plans)
+        to_make, kept = sum(map(_to_make, plans)), sum(len(plan.kept) for plan in plans)
         if to_make:
             self.say("")
             self._stages(plans, costs, seconds)
-        open_ended = " Those decided later are not counted." if any(plan.reason for plan in plans) else ""
+        later = [plan for plan in plans if plan.reason]
+        open_ended = " Those decided later are not counted." if any(not plan.likely for plan in later) else ""
         need = f", about {size(sum(cost.disk for cost in costs.values())) or 'little disk'}" if to_make else ""
         known = {name: n for name, n in seconds.items() if not math.isnan(n)}
         if known:
@@ -214,8 +215,8 @@ class Printer(Observer):
         """List what each stage needs in all."""
         shown = table("stage", "to make>", "disk>", "time>", "")
         for plan in plans:
-            disk = size(sum(costs[unit].disk for unit in plan.missing))
-            count = "" if plan.reason else f"{len(plan.missing):,}"
+            disk = size(sum(costs[unit].disk for unit in (*plan.missing, *plan.likely)))
+            count = f"{_to_make(plan):,}" if plan.likely or not plan.reason else ""
             shown.add_row(plan.name, count, disk, roughly(seconds.get(plan.name, math.nan)), plan.reason)
         self.console.print(shown)
 
@@ -382,6 +383,11 @@ def called() -> str:
     """Return how the command line is called from here: by its name where the shell finds it, else by its path."""
     path = Path(sys.argv[0])
     return str(short(path.absolute())) if path.name == "saefw" and not shutil.which("saefw") else "saefw"
+
+
+def _to_make(plan: StagePlan) -> int:
+    """Return how many units a stage makes, as far as that is known."""
+    return len(plan.missing) + len(plan.likely)
 
 
 def _count(n: int, word: str) -> str:
