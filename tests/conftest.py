@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of as many processes as there are cores; also for what it starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 @atexit.register
 def _hush() -> None:
     """Close stderr when all is said.

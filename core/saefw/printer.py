@@ -51,7 +51,9 @@ class Printer(Observer):
         self._live: Live | None = None
         self._bar: Bar | None = None
         self._line_at = time.monotonic()
-        self._measured: dict[str, dict[str, float]] = {}
+        self._measured: dict[Unit, dict[str, float]] = {}
+        self._news: dict[Unit, None] = {}
+        """Units measured since the last line of progress that tells of them."""
         self._stage: StagePlan | None = None
         self._width = 0
         self._waits: set[str] = set()
@@ -87,7 +89,7 @@ class Printer(Observer):
         """End a stage."""
         self.close()
         self.made += len(made)
-        self._measured.clear()
+        self._measured, self._news = {}, {}
         if made:
             text = Text(f"{plan.name:<{self._width}}  ", style="bold")
             text.append(f"{len(made):,} made", style="green")
@@ -99,9 +101,10 @@ class Printer(Observer):
     @hookimpl
     def saefw_logged(self, unit: Unit, step: int, values: Mapping[str, float]) -> None:
         """Remember what was measured last."""
-        self._measured.setdefault(unit.address, {}).update(values)
-        if self._bar and self._live:
-            self._bar.note = f"{numbers(values)}: {unit.label}"
+        # A new one each time: another thread draws it.
+        self._measured = {**self._measured, unit: {**self._measured.get(unit, {}), **values}}
+        if not values.keys().isdisjoint(MEASURES):
+            self._news[unit] = None
 
     @hookimpl
     def saefw_progressed(self, stage: str, done: int, total: int, what: str) -> None:
@@ -114,19 +117,18 @@ class Printer(Observer):
         if not self.console.is_terminal and time.monotonic() - self._line_at >= EVERY:
             self._line_at = time.monotonic()
             self.say(bar.text())
+            for unit in list(self._news)[:FEW]:
+                self.say(self._row(unit, self._measured[unit]))
+            self._news.clear()
 
     @hookimpl
     def saefw_kept(self, unit: Unit, folder: Path, seconds: float) -> None:
         """Name a unit that was made, if they are few."""
-        measured = self._measured.pop(unit.address, {})
+        measured = self._measured.get(unit, {})
+        self._measured = {other: values for other, values in self._measured.items() if other != unit}
+        self._news.pop(unit, None)
         if seconds and self._stage and len(self._stage.missing) <= FEW:
-            row = grid(2, ratios=(1, 1))
-            told = {name: measured[name] for name in MEASURES if name in measured}
-            row.add_row(
-                Cut(f"  {unit.label}"),
-                Text(numbers(told), style="dim", overflow="ellipsis", no_wrap=True),
-            )
-            self.say(row)
+            self.say(self._row(unit, measured))
 
     # After
 
@@ -239,6 +241,21 @@ class Printer(Observer):
 
     # Inside
 
+    def __rich__(self) -> RenderableType:
+        """The bar, and a line for each unit in the making: what was measured of it last."""
+        rows = [self._row(unit, values) for unit, values in list(self._measured.items())[:FEW]]
+        if len(self._measured) > FEW:
+            rows.append(Text(f"  and {len(self._measured) - FEW} more", style="dim"))
+        return Group(*([self._bar] if self._bar else []), *rows)
+
+    @staticmethod
+    def _row(unit: Unit, measured: Mapping[str, float]) -> RenderableType:
+        """A line for a unit: its name and what was measured of it."""
+        row = grid(2, ratios=(1, 1))
+        told = {name: measured[name] for name in MEASURES if name in measured} or dict(list(measured.items())[:3])
+        row.add_row(Cut(f"  {unit.label}"), Text(numbers(told), style="dim", overflow="ellipsis", no_wrap=True))
+        return row
+
     @property
     def _name(self) -> str:
         return self._stage.name if self._stage else ""
@@ -249,10 +266,8 @@ class Printer(Observer):
             return
         if self._live is None:
             # Refreshed by its own thread, so that a stage that reports rarely still shows that time goes on.
-            self._live = Live(bar, console=self.console, transient=True, refresh_per_second=8)
+            self._live = Live(self, console=self.console, transient=True, refresh_per_second=8)
             self._live.start()
-        else:
-            self._live.update(bar)
 
 
 class Cut:
@@ -281,7 +296,7 @@ class Bar:
 
     def __init__(self, stage: str, done: int, total: int, what: str) -> None:
         """Start the clock at what was done already."""
-        self.stage, self.total, self.what, self.note = stage, total, what, ""
+        self.stage, self.total, self.what = stage, total, what
         self.done = self._first = done
         self._start = time.monotonic()
 
@@ -308,7 +323,7 @@ class Bar:
         return f"{self.stage}: {self.done:,} of {self.total:,} {self.what}{share}, {self.times()}".removesuffix(", ")
 
     def __rich__(self) -> RenderableType:
-        """A line for a terminal, and below it what was measured last."""
+        """A line for a terminal."""
         line = Table.grid(padding=(0, 1), expand=True)
         line.add_column(no_wrap=True)
         line.add_column(ratio=1)
@@ -317,9 +332,7 @@ class Bar:
         right = ", ".join(filter(None, [count, self.times()]))
         bar = ProgressBar(self.total or None, self.done, pulse=not self.total)
         line.add_row(Text(self.stage, style="bold"), bar, right)
-        return (
-            Group(line, Text(f"  {self.note}", style="dim", overflow="ellipsis", no_wrap=True)) if self.note else line
-        )
+        return line
 
 
 def numbers(values: Mapping[str, float]) -> str:
