@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of as many processes as there are cores; also for what it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
