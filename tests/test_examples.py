@@ -81,9 +81,9 @@ def test_the_whole_experiment_is_planned(clip: Path, monkeypatch: pytest.MonkeyP
     )  # fmt: skip
 
     # 197 tokens of 768; in float16. An SAE of 32 x 768 features: W_enc, W_dec, b_enc,
-    # b_dec and the mean. Tables: 20 maps of 196 patches a feature, 64 sheets of 20 images.
+    # b_dec, the mean and the scale. Tables: 20 maps of 196 patches a feature, 64 sheets of 20 images.
     token, n_features = 768, 24_576
-    weights, tables = (2 * token + 1) * n_features + 2 * token, n_features * 20 * 196 + 64 * 20 * 5000
+    weights, tables = (2 * token + 1) * n_features + 2 * token + 1, n_features * 20 * 196 + 64 * 20 * 5000
     image = 197 * token
     costs = {name: list(pipeline.costs(registry, desk, plan).values()) for name, plan in plans.items()}
     assert costs["imagenet"] == [(15 * image * 2, "15 images")]
