@@ -41,12 +41,13 @@ figures: {{front: {{use: pareto}}}}
 stages:
   acts: {{use: record, backbone: vit, datasets: [images], layers: [1, -1], dtype: float32, shard_mb: 0.02}}
   sweep: {{use: train, acts: acts, layers: [1], saes: [relu, topk], n_tokens: 2_000, batch_size: 100}}
-  visuals: {{use: visuals, saes: sweep, acts: acts, top: 2, n_features: 1}}
+  visuals: {{use: visuals, saes: sweep, acts: acts, top: 2}}
+  sheets: {{use: sheets, visuals: visuals, features: {{n: 1}}}}
   probes: {{use: probe, acts: acts, probes: [linear]}}
   steer: {{use: steer, saes: sweep, probes: probes, visuals: visuals, n_features: 1, amounts: [1]}}
   figures: {{use: draw, figures: [front], of: [sweep]}}
 """
-N_UNITS = 2 + 2 + 2 + 1 + 1 + 1
+N_UNITS = 2 + 2 + 2 + 2 + 1 + 1 + 1
 
 KEPT = "what is kept stays, and the next run goes on from there"
 FULL = re.compile(rf"(?P<file>\S+): No space left on device; {KEPT}\n")

@@ -42,7 +42,7 @@ FLOORS = (
     ),
     ("detection", "sae", "shards", "store"),
     ("acts", "firing", "pace", "run"),
-    ("plugin", "ranking"),
+    ("choice", "plugin", "ranking"),
     ("blocks", "hookspecs", "metrics", "originals", "start", "tally", "trained"),
     (
         "catalog",
@@ -60,7 +60,7 @@ FLOORS = (
     ),
     ("recording",),
     ("live", "samples"),
-    ("registry", "stages", "stages.probe", "stages.record", "stages.sheets", "stages.sized", "stages.train"),
+    ("registry", "stages", "stages.probe", "stages.record", "stages.sized", "stages.train"),
     (
         "pipeline",
         "stages.charts",
@@ -70,7 +70,7 @@ FLOORS = (
         "stages.steer_plan",
         "stages.visuals",
     ),
-    ("gc", "stages.steer_edits", "stages.steer_tables", "tables"),
+    ("gc", "stages.sheets", "stages.steer_edits", "stages.steer_tables", "tables"),
     ("stages.steer",),
     ("printer",),
     ("bench.frame", "verify"),

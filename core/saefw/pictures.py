@@ -15,6 +15,7 @@ from saefw.care import PASSING, Unread
 from saefw.errors import UserError, escaped
 
 if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
     from PIL.Image import Image
     from PIL.ImageFont import FreeTypeFont
 
@@ -28,9 +29,8 @@ COLOURS, FAINTEST = "inferno", 0.4
 equal steps of a value look equally large, also to who sees no red or green, or in print without colour."""
 
 COVER = 0.6
-"""A patch of value v (1: the feature's largest) hides v to this power of the grey picture below it: so steps stay nearly
-equal from the grey on."""
-
+"""A patch of value v (1: the feature's largest) hides v to this power of the grey picture below it: the steps from the
+grey on stay nearly equal."""
 
 READ = 64
 """Pictures read from a file at a time."""
@@ -137,6 +137,14 @@ def enlarged(view: "Image", side: int) -> "Image":
     scale = side / max(view.size)
     width, height = (max(1, round(length * scale)) for length in view.size)
     return view.convert("RGB").resize((width, height), Resampling.BICUBIC if scale > 1 else Resampling.LANCZOS)
+
+
+def grid(db: "DuckDBPyConnection", unit: str) -> tuple[int, int]:
+    """Return the patches, rows and columns, of the images that a visuals unit looked at."""
+    ((rows, columns),) = db.execute(
+        "SELECT a.grid_h, a.grid_w FROM acts a JOIN need n ON n.needs = a.unit WHERE n.unit = ?", [unit]
+    ).fetchall()
+    return rows, columns
 
 
 def on_grid(map_p: Bytes, grid: tuple[int, int]) -> Bytes | None:
