@@ -60,7 +60,7 @@ FLOORS = (
     ),
     ("recording",),
     ("live", "samples"),
-    ("registry", "stages", "stages.probe", "stages.record", "stages.sized", "stages.train"),
+    ("registry", "stages", "stages.probe", "stages.record", "stages.train"),
     (
         "pipeline",
         "stages.charts",

@@ -4,7 +4,7 @@ Shapes: s d_sae.
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from duckdb import DuckDBPyConnection
@@ -15,6 +15,9 @@ from saefw.entry import Entry
 from saefw.errors import UserError
 from saefw.run import Pick
 from saefw.wording import got, or_listed
+
+PUREST = Pick(highest="n_pure")
+"""The SAE with most features whose top images are of one class."""
 
 
 class Choice(Entry):
@@ -131,5 +134,19 @@ def picked(db: DuckDBPyConnection, pick: Pick, whose: str, units: list[str]) -> 
     return unit, label, metrics[unit, label]
 
 
-PUREST = Pick(highest="n_pure")
-"""The SAE with most features whose top images are of one class."""
+class Best(NamedTuple):
+    """The class that a feature detects best."""
+
+    name: str
+    ap: float
+    """Its average precision."""
+
+
+def best_classes(db: DuckDBPyConnection, unit: str) -> dict[int, Best]:
+    """Return by feature the class that it detects best, from the tables of a visuals unit; of equal ones the first."""
+    rows = db.execute(
+        "SELECT DISTINCT ON (p.feature) p.feature, c.name, p.ap FROM class_feature p JOIN class c ON c.unit = p.acts "
+        "AND c.label = p.label WHERE p.unit = ? ORDER BY p.feature, p.ap DESC, p.label",
+        [unit],
+    ).fetchall()
+    return {feature: Best(name, ap) for feature, name, ap in rows}

@@ -19,7 +19,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, FAINT, RULE, ZERO = "#1d1f24", "#707580", "#e3e5ea", "#a9adb6"
 
 WIDTH = 7.2
-"""Of every figure, in inches: as wide as a README shows without scaling much."""
+"""Of a figure, in inches, unless its entry says another: as wide as a README shows without scaling much."""
 
 STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
@@ -93,13 +93,13 @@ def shown(name: str, most: int = 30) -> str:
     return text if len(text) <= most else text[: most - 1].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
 
 
-def panels(n: int, height: float) -> "tuple[Figure, list[Axes]]":
-    """Return a figure with n panels, two in a row; a single one takes the whole width."""
+def panels(n: int, height: float, width: float) -> "tuple[Figure, list[Axes]]":
+    """Return a figure with n panels, two in a row where it is wide; a single one takes the whole width."""
     from matplotlib.figure import Figure
 
-    columns = min(n, 2)
+    columns = min(n, 2 if width > 5 else 1)
     rows = -(-n // columns)
-    figure = Figure(figsize=(WIDTH, height * rows))
+    figure = Figure(figsize=(width, height * rows))
     grid = figure.add_gridspec(rows, columns)
     return figure, [figure.add_subplot(grid[divmod(i, columns)]) for i in range(n)]
 

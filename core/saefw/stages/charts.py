@@ -46,7 +46,7 @@ class Pareto(FigureConfig):
         if not rows:
             raise UserError("no SAE has both nmse and l0")
         recordings = list(dict.fromkeys((row[0], row[1]) for row in sorted(rows, key=lambda row: (row[2], row[1]))))
-        figure, all_axes = panels(len(recordings), height=3.6)
+        figure, all_axes = panels(len(recordings), 3.6, self.width)
         for (acts, label), axes in zip(recordings, all_axes, strict=True):
             whole = [row for row in rows if row[0] == acts]
             # A logarithmic axis has no place for them.
@@ -101,7 +101,7 @@ class ProbeGrid(FigureConfig):
         if not rows:
             raise UserError("no probe was measured")
         recordings = list(dict.fromkeys((row[0], row[1]) for row in rows))
-        figure, all_axes = panels(len(recordings), height=3.3)
+        figure, all_axes = panels(len(recordings), 3.3, self.width)
         for (acts, label), axes in zip(recordings, all_axes, strict=True):
             self._panel(axes, label, [(json.loads(row[2]), row[3]) for row in rows if row[0] == acts])
         return figure

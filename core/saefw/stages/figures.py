@@ -3,13 +3,17 @@
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from textwrap import fill
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from saefw.care import write_atomically
 from saefw.plugin import FigureConfig, Names, Pace, Run, StageConfig, Unit, UserError, hookimpl, timed
-from saefw.style import panels, rendered, styled
+from saefw.style import WIDTH, panels, rendered, shown, styled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger("saefw")
 
@@ -68,7 +72,7 @@ class Draw(StageConfig):
                 figure: FigureConfig = unit.given["figure"]
                 try:
                     with styled():
-                        files = rendered(figure.draw(db, folders))
+                        files = rendered(sized(figure, figure.draw(db, folders)))
                 except UserError as error:
                     failed.append(f"figure '{unit.label}' cannot be drawn: {error}")
                     continue
@@ -80,9 +84,17 @@ class Draw(StageConfig):
             raise UserError("\n".join(failed))
 
 
+def sized(entry: FigureConfig, figure: "Figure") -> "Figure":
+    """Return a figure in the size and with the title that its entry sets."""
+    figure.set_size_inches(entry.width, entry.height or figure.get_figheight())
+    if entry.title is not None:
+        figure.suptitle(fill(shown(entry.title, 160), int(12.5 * entry.width)), x=0.012, ha="left")
+    return figure
+
+
 def _figure_seconds() -> float:
     with styled():
-        return timed(lambda: rendered(panels(2, 3.0)[0]))
+        return timed(lambda: rendered(panels(2, 3.0, WIDTH)[0]))
 
 
 @hookimpl

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from saefw import pictures, samples, sealed
 from saefw.care import settle, writing
-from saefw.choice import Choice, picked
+from saefw.choice import Best, Choice, best_classes, picked
 from saefw.originals import Unreadable
 from saefw.pictures import Tile
 from saefw.plugin import Names, NotYet, Pace, Pick, Run, StageConfig, Unit, UserError, hookimpl, timed
@@ -165,10 +165,9 @@ class Told(NamedTuple):
     largest: float
     """Of its values."""
 
-    best: str
-    """The class that it detects best; empty without classes."""
+    best: Best | None
+    """The class that it detects best."""
 
-    ap: float
     images: list[tuple[int, str]]
     """Its images, from the strongest on: each with what is written below it, its class or its name."""
 
@@ -190,18 +189,15 @@ def _told(db: "DuckDBPyConnection", unit: str, features: Sequence[int]) -> dict[
         asked,
     ).fetchall():
         images.setdefault(feature, []).append(tuple(image))
-    told = {}
-    for feature, frequency, largest, best, ap in db.execute(
-        f"SELECT feature, any_value(f.frequency), any_value(f.max), arg_max(c.name, p.ap), max(p.ap) FROM feature f "
-        f"{some} LEFT JOIN class_feature p USING (unit, feature) LEFT JOIN class c ON c.unit = f.acts AND "
-        "c.label = p.label WHERE unit = $unit GROUP BY feature",
-        asked,
+    told, classes = {}, best_classes(db, unit)
+    for feature, frequency, largest in db.execute(
+        f"SELECT feature, frequency, max FROM feature {some} WHERE unit = $unit", asked
     ).fetchall():
         ours = images.get(feature, [])
         names = [name for _, _, name in ours if name is not None]
         commonest = max(dict.fromkeys(names), key=names.count, default="")
         captions = [(example, key if name is None else name) for example, key, name in ours]
-        told[feature] = Told(frequency, largest, best or "", ap or 0.0, captions, commonest, names.count(commonest))
+        told[feature] = Told(frequency, largest, classes.get(feature), captions, commonest, names.count(commonest))
     return told
 
 
@@ -210,7 +206,7 @@ def _sheet(feature: int, told: Told, tiles: Sequence[Tile], tokens: str, side: i
     if told.commonest:
         said.append(f"{told.n_commonest} of {len(told.images)} images: {told.commonest}")
     if told.best:
-        said.append(f"detects {told.best} with average precision {told.ap:.2f}")
+        said.append(f"detects {told.best.name} with average precision {told.best.ap:.2f}")
     largest = told.largest if tokens == "patches" else None
     return pictures.sheet(
         tiles, f"Feature {feature}", " · ".join(said), columns=min(8, max(4, len(tiles))), side=side, largest=largest
@@ -288,7 +284,7 @@ def _sheet_seconds(recording: Unit, run: Run, images: int, side: int) -> float:
         return math.nan
     map_hw = np.random.default_rng(0).integers(0, 256, samples.shape(recording).grid, dtype=np.uint8)
     data = pictures.png(view)
-    told = Told(0.1, 1.0, "class", 0.5, [(0, "caption")] * images, "class", images)
+    told = Told(0.1, 1.0, Best("class", 0.5), [(0, "caption")] * images, "class", images)
 
     def draw() -> bytes:
         tiles = [Tile(pictures.opened(data), map_hw, "caption") for _ in range(images)]

@@ -13,7 +13,6 @@ from pydantic import Field
 
 from saefw.outcome import KINDS, ROLES, WAYS, bootstrap
 from saefw.plugin import FigureConfig, UserError, hookimpl
-from saefw.stages.sized import Sized
 from saefw.style import FAINT, PALETTE, ZERO, shown
 from saefw.wording import or_listed
 
@@ -73,7 +72,7 @@ class Steered(NamedTuple):
         return {"scale": "factor", "ablate": "share taken away"}.get(self.mode, "amount, × p99 of each feature")
 
 
-class OfSteering(Sized):
+class OfSteering(FigureConfig):
     """A chart with a part for each steered dataset."""
 
     wants: ClassVar[tuple[str, ...]] = ("steer",)
@@ -90,9 +89,8 @@ class OfSteering(Sized):
         figure = Figure(figsize=(self.width, self.height or sum(heights)))
         parts = figure.subfigures(len(steered), squeeze=False, height_ratios=heights)[:, 0]
         for one, part in zip(steered, parts, strict=True):
-            title = shown(one.label if self.title is None else self.title, 160)
-            if title:
-                part.suptitle(fill(title, int(12.5 * self.width)), x=0.012, ha="left", fontsize=9.5)
+            if self.title is None:
+                part.suptitle(fill(shown(one.label, 160), int(12.5 * self.width)), x=0.012, ha="left", fontsize=9.5)
             self.fill(db, one, part)
             handles: dict[str, Any] = {}
             for axes in part.axes:
