@@ -65,6 +65,7 @@ FLOORS = (
         "pipeline",
         "stages.charts",
         "stages.drawings",
+        "stages.feature_charts",
         "stages.figures",
         "stages.steer_charts",
         "stages.steer_plan",
