@@ -183,7 +183,7 @@ def shades() -> Bytes:
     grey_g1 = np.linspace(0, 1, 256)[:, None]
     colour_v13 = colormaps[COLOURS](FAINTEST + (1 - FAINTEST) * value_v11[..., 0])[..., :3]
     # Dark strokes stay dark and bright ones bright under the colour, so that what lies there can be read.
-    on_vg3 = colour_v13 * (0.62 + 0.38 * grey_g1) + 0.25 * grey_g1 * (1 - colour_v13)
+    on_vg3 = colour_v13 * (0.75 + 0.25 * grey_g1) + 0.25 * grey_g1 * (1 - colour_v13)
     cover_v11 = value_v11**COVER
     shown_vg3 = (0.10 + 0.42 * grey_g1) * (1 - cover_v11) + on_vg3 * cover_v11
     found: Bytes = (shown_vg3.clip(0, 1) * 255).round().astype(np.uint8)

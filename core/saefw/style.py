@@ -5,12 +5,14 @@ Importing it draws in nothing of matplotlib.
 
 import warnings
 from io import BytesIO
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from saefw.errors import escaped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -84,6 +86,7 @@ def rendered(figure: "Figure") -> dict[str, bytes]:
             file = BytesIO()
             figure.savefig(file, format=kind, metadata=told)
             files[kind] = file.getvalue()
+            figure.set_layout_engine("none")  # laid out once, alike in all of them
     return files
 
 
@@ -91,6 +94,11 @@ def shown(name: str, most: int = 30) -> str:
     """Return a name as figures write it: in one line, nothing in it obeyed, cut so that the axes keep their room."""
     text = escaped(name)
     return text if len(text) <= most else text[: most - 1].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def wrapped(text: str, width: float) -> str:
+    """Return a title with its lines broken so that they fit into a figure of a width in inches."""
+    return "\n".join(fill(line, int(12.5 * width)) for line in text.split("\n"))
 
 
 def panels(n: int, height: float, width: float) -> "tuple[Figure, list[Axes]]":
@@ -104,12 +112,12 @@ def panels(n: int, height: float, width: float) -> "tuple[Figure, list[Axes]]":
     return figure, [figure.add_subplot(grid[divmod(i, columns)]) for i in range(n)]
 
 
-def plain_ticks(axes: "Axes") -> None:
-    """Label both logarithmic axes with plain numbers, and the places between the powers where there are few."""
+def plain_ticks(*axes: "Axis") -> None:
+    """Label logarithmic axes with plain numbers: the powers of ten and, where they are few, 2 and 5 times these."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    for axis in (axes.xaxis, axes.yaxis):
+    for axis in axes:
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.set_minor_formatter(NullFormatter())

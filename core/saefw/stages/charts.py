@@ -70,8 +70,10 @@ class Pareto(FigureConfig):
                     )  # fmt: skip
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
-            plain_ticks(axes)
             axes.margins(x=0.12, y=0.12)
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter("")
+            plain_ticks(axes.yaxis)
             n = next((f", N = {row[8]:,.0f} valid tokens" for row in here if row[8]), "")
             axes.set(
                 xlabel="L0: features that fire on a token, mean", ylabel=f"normalised MSE{n}", title=shown(label, 100)

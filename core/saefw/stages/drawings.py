@@ -13,7 +13,7 @@ from pydantic import Field
 from saefw import pictures
 from saefw.choice import PUREST, Choice, best_classes, picked
 from saefw.plugin import FigureConfig, Pick, UserError, hookimpl
-from saefw.style import FAINT, shown
+from saefw.style import FAINT, WIDTH, shown
 from saefw.tensors import number, parsed
 from saefw.wording import or_listed
 
@@ -62,22 +62,25 @@ class FeatureGrid(FigureConfig):
         strips = [_strip(db, folder, feature, self.images, side, gap) for feature, _ in chosen]
         height, width = len(chosen) * (side + gap), left + max(strip.image.shape[1] for strip in strips)
         lit = any(strip.largest is not None for strip in strips)
-        scale = self.width / width
-        figure = Figure(figsize=(self.width, (height + 30 * lit) * scale + 0.58))
+        size, bottom = self.width / WIDTH, height + 30 * lit
+        figure = Figure(figsize=(self.width, bottom * self.width / width + 0.58))
         axes = figure.add_subplot()
-        axes.set(xlim=(0, width), ylim=(height + 30 * lit, 0), aspect="equal")
+        axes.set(xlim=(0, width), ylim=(bottom, 0), aspect="equal")
         axes.axis("off")
         if lit:
             axes.imshow(pictures.bar()[None], extent=(left, left + 180, height + 22, height + 8), aspect="equal")
-            axes.text(left + 188, height + 15, "0 to the feature’s largest value", fontsize=7, va="center", color=FAINT)
+            meant = "from 0 to the feature’s largest value, in SAE units"
+            axes.text(left + 188, height + 15, meant, fontsize=7 * size, va="center", color=FAINT)
         for i, ((feature, name), strip) in enumerate(zip(chosen, strips, strict=True)):
             top = i * (side + gap)
             axes.imshow(strip.image, extent=(left, left + strip.image.shape[1], top + side, top))
-            axes.text(0, top + 0.33 * side, name or f"feature {feature}", fontsize=9.5, va="center")
+            axes.text(0, top + 0.27 * side, name or f"feature {feature}", fontsize=9.5 * size, va="center")
             said = [f"feature {feature}"] if name else []
             said += [strip.purity] if strip.purity else []
-            said += [f"up to {strip.largest:.3g} SAE units"] if strip.largest is not None else []
-            axes.text(0, top + 0.68 * side, "\n".join(said), fontsize=7, va="center", color=FAINT, linespacing=1.4)
+            said += [f"up to {strip.largest:.3g}"] if strip.largest is not None else []
+            axes.text(
+                0, top + 0.67 * side, "\n".join(said), fontsize=7 * size, va="center", color=FAINT, linespacing=1.35
+            )
         told = f"{measured['n_live']:.0f} features that fire here"
         if "n_pure" in measured:
             told = f"{measured['n_pure']:.0f} of {told} are pure (at least 80 % of their top images of one class)"

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from saefw.choice import PUREST, Choice, best_classes, picked
 from saefw.plugin import FigureConfig, Pick, UserError, hookimpl
-from saefw.style import FAINT, INK, PALETTE, ZERO, shown
+from saefw.style import FAINT, INK, PALETTE, ZERO, plain_ticks, shown, wrapped
 from saefw.wording import or_listed
 
 if TYPE_CHECKING:
@@ -66,20 +66,22 @@ class FeatureDistributions(OfFeatures):
             raise UserError(f"no feature of {label} fires")
         feature_n, frequency_n, value_n = (np.array(column) for column in zip(*firing, strict=True))
         best = best_classes(db, unit)
-        figure = Figure(figsize=(self.width, 0.62 * self.width))
+        figure = Figure(figsize=(self.width, max(3.6, 0.6 * self.width)))
         grid = figure.add_gridspec(2, 2, width_ratios=(4, 1), height_ratios=(1, 3))
         axes = figure.add_subplot(grid[1, 0])
-        axes.set(xscale="log", yscale="log")
         above, beside = figure.add_subplot(grid[0, 0], sharex=axes), figure.add_subplot(grid[1, 1], sharey=axes)
         look: dict[str, Any] = {"color": PALETTE[0]}
         if best:
             look = {"c": [best[s].ap if s in best else 0 for s in feature_n.tolist()], "vmin": 0, "vmax": 1}
+        axes.set(xscale="log", yscale="log")
         # As pixels, also in SVG and PDF: there may be tens of thousands.
         points = axes.scatter(frequency_n, value_n, s=9, linewidths=0, rasterized=True, **look)
         if best:
-            where = axes.inset_axes((0.03, 0.07, 0.3, 0.03))
+            corner = figure.add_subplot(grid[0, 1])
+            corner.axis("off")
+            where = corner.inset_axes((0, 0.3, 1, 0.14))
             figure.colorbar(points, cax=where, orientation="horizontal", ticks=[0, 0.5, 1])
-            where.set_title("average precision, best class", fontsize=7, pad=3)
+            where.set_title("average precision,\nbest class", fontsize=7, pad=3)
             where.tick_params(labelsize=7, length=0)
         for values, side, line in ((frequency_n, above, "axvline"), (value_n, beside, "axhline")):
             bins: Any = np.geomspace(values.min() / 1.05, values.max() * 1.05, 31)
@@ -89,15 +91,19 @@ class FeatureDistributions(OfFeatures):
             )  # fmt: skip
             for one in (side, axes):
                 getattr(one, line)(np.median(values), color=PALETTE[1], linewidth=1)
+        plain_ticks(axes.xaxis, axes.yaxis)
         above.tick_params(labelbottom=False)
         beside.tick_params(labelleft=False)
         above.set_ylabel("features")
         beside.set_xlabel("features")
-        above.set_title(f"median frequency {np.median(frequency_n):.3g}, median value {np.median(value_n):.3g}")
-        axes.set(xlabel="frequency: share of tokens on which it fires", ylabel="mean positive value, SAE units")
+        axes.set(xlabel="frequency: share of tokens", ylabel="mean positive value, SAE units")
         figure.suptitle(
-            f"{label}\n{len(firing):,} of {len(rows):,} features fire on the images looked at", x=0.012, ha="left",
-            fontsize=9,
+            wrapped(
+                f"{label}\n{len(firing):,} of {len(rows):,} features fire; medians: frequency "
+                f"{np.median(frequency_n):.2g}, value {np.median(value_n):.2g}",
+                self.width,
+            ),
+            x=0.012, ha="left", fontsize=9,
         )  # fmt: skip
         return figure
 
@@ -142,11 +148,15 @@ class ActivationHistograms(OfFeatures):
             self._panel(axes, spread.get(feature), told[feature])
         for axes in all_axes[len(chosen) :]:
             axes.axis("off")
-        all_axes[0].set_xscale("log", base=2)
-        figure.supxlabel("positive values, SAE units", fontsize=8.5)
+        all_axes[0].set_xscale("log")
+        plain_ticks(all_axes[0].xaxis)
+        figure.supxlabel("positive value, SAE units", x=0.012, ha="left", fontsize=7.5)
         figure.suptitle(
-            f"{label}\npositive values of {len(chosen)} features: feature · class that it detects best", x=0.012,
-            ha="left", fontsize=9,
+            wrapped(
+                f"{label}\ndensity of the positive values of {len(chosen)} features: number · class it detects best",
+                self.width,
+            ),
+            x=0.012, ha="left", fontsize=9,
         )  # fmt: skip
         figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower right", ncols=3, fontsize=7.5)
         return figure
@@ -161,10 +171,12 @@ class ActivationHistograms(OfFeatures):
             axes.text(0.5, 0.5, "never fires", transform=axes.transAxes, ha="center", fontsize=7, color=FAINT)
             return
         low, high, n = bins
-        axes.bar(low, n, high - low, align="edge", color=PALETTE[0], alpha=0.6, linewidth=0)
-        axes.text(
-            0.98, 0.95, f"N = {n.sum():,}", transform=axes.transAxes, ha="right", va="top", fontsize=6, color=FAINT
-        )
+        edges = np.union1d(low, high)  # bins between them may be empty
+        # By octave: the steps of an octave are equal, so on this axis they are not.
+        density = np.zeros(len(edges) - 1)
+        density[np.searchsorted(edges, low)] = n / np.log2(high / low)
+        axes.stairs(density, edges, fill=True, color=PALETTE[0], alpha=0.6)
+        axes.set_title(f"N = {n.sum():,}", loc="right", fontsize=6, pad=3, color=FAINT)
 
 
 class ClassCoverage(OfFeatures):
@@ -182,16 +194,17 @@ class ClassCoverage(OfFeatures):
         """Draw a line for each SAE, and a bar for each class of the one that is picked."""
         from matplotlib.figure import Figure
 
-        unit, _ = self.pick(db, units)
+        unit, label = self.pick(db, units)
         found = {path.name: self._best(db, path.name) for path in units["visuals"]}
         if not found[unit]:
             raise UserError("no image has a class")
         wide = self.width > 5
         n_bars = min(BARS, len(found[unit]))
-        figure = Figure(figsize=(self.width, max(3.0, 0.17 * n_bars + 1.0) if wide else 3.0 + 0.17 * n_bars + 0.8))
+        figure = Figure(figsize=(self.width, max(3.4, 0.17 * n_bars + 1.6) if wide else 0.17 * n_bars + 4.8))
         lines, bars = figure.subplots(1, 2) if wide else figure.subplots(2, 1, height_ratios=(3.0, 0.17 * n_bars + 0.8))
         self._lines(lines, {address: of for address, of in found.items() if of}, unit, _labels(db, list(found)))
-        self._bars(bars, found[unit])
+        self._bars(bars, found[unit], label)
+        figure.legend(loc="outside lower left", ncols=2 if wide else 1, fontsize=7)
         return figure
 
     def _best(self, db: "DuckDBPyConnection", unit: str) -> dict[str, tuple[float, int]]:
@@ -220,7 +233,7 @@ class ClassCoverage(OfFeatures):
         for i, address in enumerate(sorted(found, key=lambda address: (-covered[address], labels[address]))):
             ap_c = np.sort([ap for ap, _ in found[address].values()])
             n = len(ap_c)
-            share = f"{covered[address]} of {n}: {shown(labels[address], 34)}"
+            share = f"{covered[address]} of {n}: {shown(labels[address], 48)}"
             axes.step(
                 [0, *ap_c, 1], np.array([n, *range(n - 1, -1, -1), 0]) / n, where="post",
                 color=PALETTE[i] if i < LINES else ZERO, linewidth=2.4 if address == unit else 1.2,
@@ -229,13 +242,13 @@ class ClassCoverage(OfFeatures):
         axes.axvline(self.threshold, color=FAINT, linewidth=0.8, linestyle="--")
         axes.set(
             xlim=(0, 1), ylim=(0, 1.02), xlabel="average precision of the best feature",
-            ylabel="share of classes above it", title=f"classes above {self.threshold:g}, by SAE",
+            ylabel="share of classes above it",
+            title=f"every SAE: classes whose best\nfeature is above {self.threshold:g}",
         )  # fmt: skip
-        axes.legend(loc="lower left", fontsize=6.5)
 
-    def _bars(self, axes: "Axes", best: Mapping[str, tuple[float, int]]) -> None:
+    def _bars(self, axes: "Axes", best: Mapping[str, tuple[float, int]], label: str) -> None:
         names = list(best)
-        title = f"{len(names)} classes, and their best features"
+        title = f"{len(names)} classes and their best features"
         if len(names) > BARS:
             title = f"the {BARS // 2} best and the {BARS // 2} worst detected of {len(names):,} classes"
             names = [*names[: BARS // 2], *names[-BARS // 2 :]]
@@ -249,7 +262,7 @@ class ClassCoverage(OfFeatures):
         axes.invert_yaxis()
         axes.axvline(self.threshold, color=FAINT, linewidth=0.8, linestyle="--")
         axes.grid(axis="y", visible=False)
-        axes.set(xlim=(0, 1), xlabel="average precision", title=title)
+        axes.set(xlim=(0, 1), xlabel="average precision of the best feature", title=f"{shown(label, 48)}\n{title}")
 
 
 def _labels(db: "DuckDBPyConnection", units: list[str]) -> dict[str, str]:

@@ -3,14 +3,13 @@
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from saefw.care import write_atomically
 from saefw.plugin import FigureConfig, Names, Pace, Run, StageConfig, Unit, UserError, hookimpl, timed
-from saefw.style import WIDTH, panels, rendered, shown, styled
+from saefw.style import WIDTH, panels, rendered, shown, styled, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -88,7 +87,7 @@ def sized(entry: FigureConfig, figure: "Figure") -> "Figure":
     """Return a figure in the size and with the title that its entry sets."""
     figure.set_size_inches(entry.width, entry.height or figure.get_figheight())
     if entry.title is not None:
-        figure.suptitle(fill(shown(entry.title, 160), int(12.5 * entry.width)), x=0.012, ha="left")
+        figure.suptitle(wrapped(shown(entry.title, 160), entry.width), x=0.012, ha="left", fontsize=9.5)
     return figure
 
 

@@ -5,7 +5,6 @@ Each is read off the index alone.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from textwrap import fill
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -13,7 +12,7 @@ from pydantic import Field
 
 from saefw.outcome import KINDS, ROLES, WAYS, bootstrap
 from saefw.plugin import FigureConfig, UserError, hookimpl
-from saefw.style import FAINT, PALETTE, ZERO, shown
+from saefw.style import FAINT, PALETTE, ZERO, shown, wrapped
 from saefw.wording import or_listed
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ class OfSteering(FigureConfig):
         parts = figure.subfigures(len(steered), squeeze=False, height_ratios=heights)[:, 0]
         for one, part in zip(steered, parts, strict=True):
             if self.title is None:
-                part.suptitle(fill(shown(one.label, 160), int(12.5 * self.width)), x=0.012, ha="left", fontsize=9.5)
+                part.suptitle(wrapped(shown(one.label, 160), self.width), x=0.012, ha="left", fontsize=9.5)
             self.fill(db, one, part)
             handles: dict[str, Any] = {}
             for axes in part.axes:
