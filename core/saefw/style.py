@@ -8,7 +8,7 @@ from io import BytesIO
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from saefw.errors import escaped
+from saefw.errors import UserError, escaped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +72,12 @@ def styled() -> Any:
 
 
 def rendered(figure: "Figure") -> dict[str, bytes]:
-    """Return a figure as bytes of `png`, `svg` and `pdf` files, without the time or matplotlib's version in them."""
+    """Return a figure as bytes of `png`, `svg` and `pdf` files, without the time or matplotlib's version in them.
+
+    Raises:
+        UserError: it is too small for what it shows.
+
+    """
     metadata: dict[str, dict[str, Any]] = {
         "png": {"Software": None},
         "svg": {"Date": None, "Creator": None},
@@ -82,9 +87,14 @@ def rendered(figure: "Figure") -> dict[str, bytes]:
     with warnings.catch_warnings():
         # A name in a writing that the font does not have is drawn as boxes; the tables have it as it is.
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
+        warnings.filterwarnings("error", "constrained_layout not applied", UserWarning)
         for kind, told in metadata.items():
             file = BytesIO()
-            figure.savefig(file, format=kind, metadata=told)
+            try:
+                figure.savefig(file, format=kind, metadata=told)
+            except UserWarning as warning:
+                width, height = figure.get_size_inches()
+                raise UserError(f"{width:g} by {height:g} inches are too few for what it shows") from warning
             files[kind] = file.getvalue()
             figure.set_layout_engine("none")  # laid out once, alike in all of them
     return files
