@@ -75,7 +75,7 @@ FLOORS = (
     ("stages.steer",),
     ("printer",),
     ("bench.frame", "verify"),
-    ("bench.features", "bench.read", "bench.record", "bench.steer", "bench.tables", "bench.train"),
+    ("bench.features", "bench.pictures", "bench.read", "bench.record", "bench.steer", "bench.tables", "bench.train"),
     ("bench.command",),
     ("cli",),
     ("__main__",),

@@ -150,6 +150,7 @@ class ActivationHistograms(OfFeatures):
             axes.axis("off")
         all_axes[0].set_xscale("log")
         plain_ticks(all_axes[0].xaxis)
+        all_axes[0].minorticks_off()  # of all: they share it
         figure.supxlabel("positive value, SAE units", x=0.012, ha="left", fontsize=7.5)
         figure.suptitle(
             wrapped(
