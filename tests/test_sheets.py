@@ -184,7 +184,7 @@ def test_an_sae_of_cls_has_no_bar(looked: tuple[Run, list[Unit]]) -> None:
     run, _ = looked
     run.listed("looks at cls", made(run, tokens="cls")[:1])
     run.enter("sheets")
-    stage = Sheets(visuals="looks at cls", features={"n": 1})  # type: ignore[arg-type]
+    stage = Sheets(visuals="looks at cls", features={"n": 1})
     units = list(stage.units(run))
     stage.make(units, run)
     (path,) = sheet_files(run, units[0]).values()
