@@ -262,7 +262,7 @@ def test_a_damaged_unit_that_nobody_asks_for(place: Place, file: str, why: str) 
     garbage(path)
     (place.store.root / "saefw.duckdb").unlink()
     text = REGISTRY.replace("saes: [relu, topk]", "saes: [relu]")
-    (place.base / "registry.yaml").write_text(re.sub(r"  (visuals|steer|figures): \{.*\n", "", text))
+    (place.base / "registry.yaml").write_text(re.sub(r"  (visuals|sheets|steer|figures): \{.*\n", "", text))
     said = place()
     assert (said.exit_code, said.err) == (
         0, f"{path}: damaged ({why}); its unit is left out of the index; `saefw verify --mend` sets it back\n",
