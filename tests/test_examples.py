@@ -73,17 +73,17 @@ def test_the_whole_experiment_is_planned(clip: Path, monkeypatch: pytest.MonkeyP
     desk = pipeline.desk(registry, catalog)
     plans = {plan.name: plan for plan in pipeline.plan(registry, catalog, run=desk)}
     assert {name: len(plan.units) for name, plan in plans.items()} == {
-        "imagenet": 1, "tasks": 3 * 2, "sweep": 3 * 4 + 3 * 2, "visuals": 18, "sheets": 18, "classes": 18 * 3, "probes": 6 * 5 * 3,
-        "steer": 0, "figures": 0,
+        "imagenet": 1, "tasks": 3 * 2, "sweep": 3 * 4 + 3 * 2, "visuals": 18, "sheets": 18, "classes": 18 * 3,
+        "probes": 6 * 5 * 3, "steer": 0, "figures": 0,
     }  # fmt: skip
     assert (plans["steer"].reason, plans["figures"].reason) == (
         "decided once sweep is made", "decided once steer is made",
     )  # fmt: skip
 
     # 197 tokens of 768; in float16. An SAE of 32 x 768 features: W_enc, W_dec, b_enc,
-    # b_dec and the mean. Tables: 20 maps of 196 patches a feature. 64 sheets of 20 images.
+    # b_dec, the mean and the scale. Tables: 20 maps of 196 patches a feature. 64 sheets of 20 images.
     token, n_features = 768, 24_576
-    weights, tables = (2 * token + 1) * n_features + 2 * token, n_features * 20 * 196
+    weights, tables = (2 * token + 1) * n_features + 2 * token + 1, n_features * 20 * 196
     drawn = 64 * 20 * 5000
     image = 197 * token
     costs = {name: list(pipeline.costs(registry, desk, plan).values()) for name, plan in plans.items()}
@@ -94,7 +94,9 @@ def test_the_whole_experiment_is_planned(clip: Path, monkeypatch: pytest.MonkeyP
     assert costs["sweep"] == [(weights * 4, "100,000,000 tokens")] * 18
     assert costs["visuals"] == [(tables, "")] * 18 and costs["classes"] == [(tables, "")] * 54
     assert costs["sheets"] == [(drawn, "")] * 18
-    assert costs["probes"] == [(0, "")] * 90 and costs["steer"] == costs["figures"] == []
+    assert costs["probes"] == [(0, "")] * 90
+    # As of any SAE that may be picked: it is read by one probe of each set, and 5 figures are drawn of that.
+    assert costs["steer"] == [(0, "")] * 3 and costs["figures"] == [(0, "")] * 5
 
     # A block takes 1 ms an image (11 of 12, then all), an image 20 ms of two cores, a token and feature 1 ns to train
     # on and 2 ns to encode, a token 1 us to count; the splits of the sets are those of the trees.
@@ -125,8 +127,15 @@ def test_the_whole_experiment_is_planned(clip: Path, monkeypatch: pytest.MonkeyP
     assert guessed["classes"] == pytest.approx(
         18 * (196 * n_tasks * (n_features * 2e-9 + 1e-6)) + n_tasks * (0.02 + 0.08)
     )
+    # A test image is read, then edited in 2 roles by 4 ways, with its two controls, at 5 amounts: one block each time.
+    # A train image is read, then each of up to 32 logits is followed back.
+    n_test, n_passes = {"caltech": 50, "cub": 9, "flowers": 102}, 1 + 2 * 4 * 3 * 5
+    speaks = {"caltech": 2, "cub": 3, "flowers": 32}
+    assert guessed["steer"] == pytest.approx(
+        1e-3 * sum(n_test[name] * n_passes + n * (1 + speaks[name]) for name, n in TRAIN.items())
+    )
     assert guessed["sheets"] == 18 * 64 * 0.5
-    assert guessed["probes"] == 21 and guessed["steer"] == guessed["figures"] == 0
+    assert guessed["probes"] == 21 and guessed["figures"] == 5 * 0.25
 
     total = (15 * 2 + 322 * 2 * 2) * image + 18 * weights * 4 + 72 * tables + 18 * drawn
     result = CliRunner().invoke(app, ["run", str(clip), "--dry"])
@@ -142,8 +151,7 @@ def test_the_whole_experiment_is_planned(clip: Path, monkeypatch: pytest.MonkeyP
     assert re.fullmatch(rf"steer +3 +{time} +decided once sweep is made", steer)
     assert re.fullmatch(rf"figures +5 +{time} +decided once steer is made", figures)
     assert re.fullmatch(
-        rf"205 units to make, about {total / 1e9:.3g} GB, about {time} on \w+; 0 kept. "
-        "Those decided later are not counted.",
+        rf"213 units to make, about {total / 1e9:.3g} GB, about {time} on \w+; 0 kept.",
         said,
     )
     assert not (clip.parents[1] / "runs").exists()

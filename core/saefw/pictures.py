@@ -92,6 +92,8 @@ def each(path: Path, examples: Sequence[int]) -> Iterator[tuple[int, "Image"]]:
             while rows := found.fetchmany(READ):
                 for example, data in rows:
                     yield example, opened(data)
+    except PASSING as error:
+        raise Unread(path, error) from error
     except (duckdb.Error, ValueError) as error:
         raise UserError(f"{path}: cannot be read; delete {path.parent} to make it again") from error
 
