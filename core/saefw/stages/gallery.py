@@ -291,11 +291,12 @@ def _size(one: Seen, site: Path) -> list[int]:
 
 
 def _colours() -> list[str]:
-    """Return the colours of patches from off to brightest, of even steps for the eye: matplotlib's inferno."""
+    """Return the colours of patches from faint to brightest, even steps for the eye: matplotlib's inferno, not its
+    darkest, which nobody would see on a dark image."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
-    return [to_hex(colour) for colour in colormaps["inferno"](np.arange(256))]
+    return [to_hex(colour) for colour in colormaps["inferno"](np.linspace(0.2, 1, 256))]
 
 
 def _said_seconds() -> float:
