@@ -25,7 +25,7 @@ from saefw.choice import picked
 from saefw.originals import Unreadable
 from saefw.plugin import Names, NotYet, Pace, Pick, Run, StageConfig, Unit, hookimpl, timed
 from saefw.recording import cores
-from saefw.stages.gallery_data import SCRIPTS, SHARD, Tables, features, neighbours, packed, query, rounded, script
+from saefw.stages.gallery_data import SCRIPTS, SHARD, Tables, features, index, neighbours, packed, script
 from saefw.trained import open_sae
 from saefw.unit import canonical
 
@@ -157,9 +157,7 @@ class Gallery(StageConfig):
         """Read what a visuals unit found, and choose the features that show images."""
         acts, folder = Acts(run.folder(seen.needs[1])), run.folder(seen)
         tables = Tables.read(folder, acts.labels)
-        best = query(folder / "class_feature.parquet", "SELECT feature, max(ap) AS ap FROM table GROUP BY feature")
-        ap_s = np.zeros(tables.d_sae)
-        ap_s[best["feature"]] = best["ap"]
+        ap_s = tables.best()
         alive = np.flatnonzero(tables.features["frequency"] > 0)
         order = np.lexsort((alive, -tables.features["frequency"][alive], -ap_s[alive]))
         chosen_s = np.zeros(tables.d_sae, dtype=bool)
@@ -213,11 +211,7 @@ class Gallery(StageConfig):
             one.tables, one.chosen_s, near, one.acts.keys, one.on_patches, into,
             lambda n: run.progress(n, one.tables.d_sae, "features"),
         )  # fmt: skip
-        label_s, most_s = one.tables.commonest()
-        numbers = {name: rounded(column) for name, column in one.tables.features.items() if not np.isnan(column).all()}
-        told = {"numbers": numbers, "ap": rounded(one.ap_s), "label": label_s.tolist(), "most": most_s.tolist()}
-        shown = np.where(one.chosen_s, np.diff(one.tables.starts_s), 0).tolist()
-        script(into / "index.js", str(number), {**told, "shown": shown, "found": found})
+        script(into / "index.js", str(number), index(one.tables, one.ap_s, one.chosen_s, found))
         return {
             "label": escaped(one.unit.label),
             "classes": [escaped(name) for name in one.acts.classes] if (one.acts.labels >= 0).any() else [],
@@ -291,8 +285,10 @@ def _size(one: Seen, site: Path) -> list[int]:
 
 
 def _colours() -> list[str]:
-    """Return the colours of patches from faint to brightest, even steps for the eye: matplotlib's inferno, not its
-    darkest, which nobody would see on a dark image."""
+    """Return the colours of patches from faint to brightest, in even steps for the eye: matplotlib's inferno.
+
+    Without its darkest, which nobody would see on a dark image.
+    """
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 

@@ -40,6 +40,9 @@ NEAR = 8
 CLASSES, FOUND, DETECTORS = 8, 3, 16
 """Classes on the page of a feature; classes by which it is found, and features of a class that are found by it."""
 
+MEASURES = ("ap", "rate", "share")
+"""What is said of a feature and a class."""
+
 ROWS = 1024
 """Features whose cosines with all others are held at a time."""
 
@@ -94,6 +97,13 @@ class Tables(NamedTuple):
         label_s[pair_g[order] // n_classes] = pair_g[order] % n_classes
         most_s[pair_g[order] // n_classes] = count_g[order]
         return label_s, most_s
+
+    def best(self) -> Array:
+        """Return the average precision of each feature as a detector of the class that it detects best; 0: of none."""
+        rows = query(self.folder / "class_feature.parquet", "SELECT feature, max(ap) AS ap FROM table GROUP BY feature")
+        ap_s = np.zeros(self.d_sae)
+        ap_s[rows["feature"]] = rows["ap"]
+        return ap_s
 
 
 def query(path: Path, text: str, values: Sequence[Any] = ()) -> dict[str, Array]:
@@ -158,7 +168,7 @@ def classes(folder: Path, first: int, last: int) -> dict[str, Array]:
     """
     return query(
         folder / "class_feature.parquet",
-        "SELECT * FROM (SELECT feature, label, rate, share, ap, purity, "
+        "SELECT * FROM (SELECT feature, label, ap, rate, share, "
         "row_number() OVER (PARTITION BY feature ORDER BY ap DESC, label) AS by_feature, "
         "row_number() OVER (PARTITION BY label ORDER BY ap DESC, feature) AS by_class "
         "FROM table WHERE feature >= ? AND feature < ?) WHERE by_feature <= ? OR by_class <= ? "
@@ -261,9 +271,6 @@ def features(
     return searched({name: np.concatenate([rows[name] for rows in found]) for name in found[0]})
 
 
-MEASURES = ("ap", "rate", "share", "purity")
-
-
 def _images(tables: Tables, feature: int, keys: Sequence[str], on_patches: bool) -> dict[str, Any]:
     """Return the images of a feature, and its maps of them."""
     mine = slice(*tables.starts_s[feature : feature + 2].tolist())
@@ -279,3 +286,24 @@ def _images(tables: Tables, feature: int, keys: Sequence[str], on_patches: bool)
     if on_patches:
         told["maps"] = packed(pictures.maps(tables.folder / "maps.safetensors", feature)[: len(examples)])
     return told
+
+
+def index(tables: Tables, ap_s: Array, chosen_s: Array, found: dict[str, list[Any]]) -> dict[str, Any]:
+    """Return what is said of all features at once: what they are listed, sorted and found by.
+
+    Args:
+        tables: what there is to say.
+        ap_s: how well each detects the class that it detects best.
+        chosen_s: bool: which features show images.
+        found: as from `features`.
+
+    """
+    label_s, most_s = tables.commonest()
+    return {
+        "numbers": {name: rounded(column) for name, column in tables.features.items() if not np.isnan(column).all()},
+        "ap": rounded(ap_s),
+        "label": label_s.tolist(),
+        "most": most_s.tolist(),
+        "shown": np.where(chosen_s, np.diff(tables.starts_s), 0).tolist(),
+        "found": found,
+    }
