@@ -1,10 +1,12 @@
 """A real Chromium, steered by its own protocol over two pipes."""
 
 import base64
+import fcntl
 import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -125,13 +127,16 @@ def browser(folder: Path) -> Iterator[Browser]:
     ]
     if os.geteuid() == 0:  # its sandbox is not for root
         options.append("--no-sandbox")
+    # The browser reads from file 3 and writes to file 4.
+    reads, writes = (fcntl.fcntl(pipe, fcntl.F_DUPFD, 10) for pipe in (ours[0], theirs[1]))
+    become = f"import os, sys; os.dup2({reads}, 3); os.dup2({writes}, 4); os.execv(sys.argv[1], sys.argv[1:])"
     process = subprocess.Popen(
-        ["sh", "-c", f'exec "$@" 3<&{ours[0]} 4>&{theirs[1]}', "sh", path, *options, f"--user-data-dir={folder}"],
-        pass_fds=(ours[0], theirs[1]),
+        [sys.executable, "-c", become, path, *options, f"--user-data-dir={folder}"],
+        pass_fds=(reads, writes),
         stderr=subprocess.DEVNULL,
     )
-    os.close(ours[0])
-    os.close(theirs[1])
+    for pipe in (ours[0], theirs[1], reads, writes):
+        os.close(pipe)
     watch = Timer(PATIENCE, process.kill)
     watch.start()
     try:
