@@ -133,7 +133,7 @@ def seen(run: Run, stage: str) -> tuple[Path, tuple[Unit, ...]]:
 def test_scripts_say_what_the_tables_say(run: Run) -> None:
     site, units = seen(run, "gallery")
     told = taken(site / "data/gallery.js")
-    assert [sae["label"] for sae in told["saes"]] == [unit.label for unit in units] and len(units) == 2
+    assert [sae["name"] for sae in told["saes"]] == [unit.label for unit in units] and len(units) == 2
     assert len(told["colours"]) == 256
     for number, unit in enumerate(units):
         folder, acts = run.folder(unit), Acts(run.folder(unit.needs[1]))

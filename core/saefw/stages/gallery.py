@@ -213,7 +213,7 @@ class Gallery(StageConfig):
         )  # fmt: skip
         script(into / "index.js", str(number), index(one.tables, one.ap_s, one.chosen_s, found))
         return {
-            "label": escaped(one.unit.label),
+            "name": escaped(one.unit.label),
             "classes": [escaped(name) for name in one.acts.classes] if (one.acts.labels >= 0).any() else [],
             "grid": list(one.acts.grid) if one.on_patches else None,
             "images": one.views,

@@ -29,7 +29,7 @@ async function show() {
     controls(sae, state);
     showList(sae, state, seen.features);
     showMap(sae, state, seen.features);
-    document.title = `Features of ${sae.label}`;
+    document.title = `Features of ${sae.name}`;
     if (!was) scrollTo(0, left);
     drawList();
   }
@@ -122,11 +122,11 @@ function pressed(event) {
 
 async function start() {
   await openGallery();
-  byId("saes").replaceChildren(...gallery.saes.map((sae) => element("option", { value: sae.number }, sae.label)));
+  byId("saes").replaceChildren(...gallery.saes.map((sae) => element("option", { value: sae.number }, sae.name)));
   const several = gallery.saes.length > 1;
   byId("saes").hidden = !several;
   byId("only").hidden = several;
-  byId("only").textContent = gallery.saes[0].label;
+  byId("only").textContent = gallery.saes[0].name;
   if (matchMedia("(max-width: 800px)").matches) byId("filters").open = false;
   listen();
   lit(cover);
