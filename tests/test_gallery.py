@@ -4,7 +4,7 @@ import base64
 import json
 import re
 import zlib
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 
 from saefw import pipeline, registry
@@ -22,6 +23,7 @@ from saefw.catalog import Catalog
 from saefw.errors import NotYet, UserError, escaped
 from saefw.pace import Pace
 from saefw.plugin import Pick, Run, Unit
+from saefw.printer import Printer
 from saefw.stages import gallery_data
 from saefw.stages.gallery import PAGE, Gallery
 from saefw.stages.gallery_data import CLASSES, DETECTORS, FOUND, NEAR, SHARD, neighbours, searched
@@ -91,6 +93,8 @@ stages:
   cls_gallery: {{use: gallery, visuals: of_cls, n_features: 5}}
   bare_gallery: {{use: gallery, visuals: of_bare}}
 """
+
+GALLERIES = "gallery", "cls_gallery", "bare_gallery"
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +251,7 @@ def test_classes_read_in_pieces_are_the_same(run: Run, monkeypatch: pytest.Monke
 
 
 def test_no_name_can_end_a_script_or_a_line(run: Run) -> None:
-    for stage in ("gallery", "cls_gallery", "bare_gallery"):
+    for stage in GALLERIES:
         site, _ = seen(run, stage)
         scripts = list((site / "data").rglob("*.js"))
         assert len(scripts) >= 4
@@ -373,3 +377,27 @@ def test_what_it_costs_is_guessed(run: Run) -> None:
     stage = Gallery(visuals="looks", sae=[])
     assert 1e5 < stage.disk(unit, run) < 1e7
     assert 0 < stage.duration([unit], run, Pace()) < 60
+
+
+def test_a_run_says_where_its_galleries_are(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.base)
+    catalog = Catalog()
+    done = pipeline.plan(registry.read(run.base / "registry.yaml", catalog), catalog)
+    pages = [f"runs/gallery/{run.made_by(name)[0].address}/site/index.html" for name in GALLERIES]
+    assert all(Path(page).is_file() for page in pages)
+    file = StringIO()
+    shown = Printer(Console(file=file, width=80, markup=False, highlight=False))
+    shown.summary(done, run.store, Path("registry.yaml"))
+    last = file.getvalue().splitlines()[-1]
+    assert last.startswith(f"Gallery: {pages[0]}. Tables: ")
+    shown.made = 1
+    file.truncate(file.seek(0))
+    shown.summary(done, run.store, Path("registry.yaml"))
+    lines = [line.rstrip() for line in file.getvalue().splitlines()]
+    assert lines[2:5] == [f"gallery  {pages[0]}", f"         {pages[1]}", f"         {pages[2]}"]
+
+
+def test_the_embedded_experiment_has_one() -> None:
+    read = registry.read(Path(__file__).parents[1] / "registry.yaml", Catalog())
+    (member,) = read.families["stages"]["gallery"]
+    assert member.entry == Gallery(visuals="visuals", sae=Pick(lowest="nmse", below={"l0": 16, "dead": 0.1}))

@@ -153,18 +153,27 @@ class Printer(Observer):
             if unit.stage == "draw"
             for path in sorted(store.folder(unit).glob("*.png"))
         ]
+        galleries = [
+            store.folder(unit) / "site" / "index.html"
+            for plan in done
+            for unit in plan.units
+            if unit.stage == "gallery"
+        ]
         saefw = called()
         other = "" if registry == Path("registry.yaml") else f" --registry {registry}"
         page = "" if registry == Path("registry.yaml") else f" {registry}"
         if not self.made:
             folder = f"Pictures: {short(pictures[0].parent.parent)}. " if pictures else ""
-            self.say(f'{folder}Tables: {saefw} sql "FROM pareto"{other}. Page: {saefw} serve{page}')
+            gallery = f"Gallery: {short(galleries[0])}. " if galleries else ""
+            self.say(f'{folder}{gallery}Tables: {saefw} sql "FROM pareto"{other}. Page: {saefw} serve{page}')
             return
         where = grid(2)
         for i, path in enumerate(pictures[:FEW]):
             where.add_row("pictures" if i == 0 else "", short(path))
         if len(pictures) > FEW:
             where.add_row("", f"and {len(pictures) - FEW} more in {short(pictures[0].parent.parent)}")
+        for i, path in enumerate(galleries):
+            where.add_row("gallery" if i == 0 else "", short(path))
         where.add_row("tables", f'{saefw} sql "FROM pareto"{other}')
         where.add_row("page", f"{saefw} serve{page}")
         self.console.print(where, soft_wrap=True)
