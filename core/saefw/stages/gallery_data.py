@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from saefw import pictures
-from saefw.care import writing
+from saefw.care import PASSING, Unread, writing
 from saefw.errors import UserError, escaped
 
 Array = np.ndarray[Any, Any]
@@ -116,6 +116,8 @@ def query(path: Path, text: str, values: Sequence[Any] = ()) -> dict[str, Array]
     try:
         with duckdb.connect() as db:
             return db.execute(text.replace("table", "read_parquet(?)", 1), [str(path), *values]).fetchnumpy()
+    except PASSING as error:
+        raise Unread(path, error) from error
     except duckdb.Error as error:
         raise UserError(f"{path}: cannot be read; delete {path.parent} to make it again") from error
 
