@@ -86,9 +86,9 @@ stages:
   sweep: {{use: train, acts: acts, saes: [topk], n_tokens: 2048, batch_size: 256}}
   cls: {{use: train, acts: acts, layers: [0], tokens: cls, saes: [topk], n_tokens: 1024, batch_size: 256}}
   other: {{use: train, acts: bare, saes: [topk], n_tokens: 1024, batch_size: 256}}
-  looks: {{use: visuals, saes: sweep, acts: acts, top: 6, n_features: 0}}
-  of_cls: {{use: visuals, saes: cls, acts: acts, top: 6, n_features: 0}}
-  of_bare: {{use: visuals, saes: other, acts: bare, top: 6, n_features: 0}}
+  looks: {{use: visuals, saes: sweep, acts: acts, top: 6}}
+  of_cls: {{use: visuals, saes: cls, acts: acts, top: 6}}
+  of_bare: {{use: visuals, saes: other, acts: bare, top: 6}}
   gallery: {{use: gallery, visuals: looks, sae: []}}
   cls_gallery: {{use: gallery, visuals: of_cls, n_features: 5}}
   bare_gallery: {{use: gallery, visuals: of_bare}}

@@ -20,8 +20,8 @@ from pydantic import Field
 from saefw import pictures, samples
 from saefw.acts import Acts
 from saefw.care import PART, writing
-from saefw.errors import escaped
 from saefw.choice import picked
+from saefw.errors import escaped
 from saefw.originals import Unreadable
 from saefw.plugin import Names, NotYet, Pace, Pick, Run, StageConfig, Unit, hookimpl, timed
 from saefw.recording import cores
