@@ -315,5 +315,5 @@ def test_nothing_sticks_out(page: Browser, width: int, scheme: str) -> None:
     page.sized(width, 900, scheme)
     for address in ("#/", "#/feature/7"):
         go(page, address)
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.until(f"document.documentElement.scrollWidth <= {width}")
         assert page.evaluate("getComputedStyle(document.body).colorScheme") in (scheme, "normal")
