@@ -18,10 +18,11 @@ from saefw import pictures, pipeline, registry, tensors
 from saefw.catalog import Catalog
 from saefw.controls import strongest
 from saefw.errors import escaped
+from saefw.inputs import called
 from saefw.live import acts_of
 from saefw.originals import again
 from saefw.plugin import Entry, Run, Unit, UserError, settings
-from saefw.stages.probe import open_probe, task_of
+from saefw.stages.readers import opened as opened_probe
 from saefw.stages.steer import Steer
 from saefw.stages.steer_plan import GRADIENT, gradient_form
 from saefw.stages.visuals import MAPS, PICTURES
@@ -141,7 +142,6 @@ class Experiment:
         run.check(unit, sae, probe)  # what is small; a recording may be a terabyte
         self.unit, self._looks = unit, run.folder(classes)
         self.acts = acts_of(recording, run)
-        read = acts_of(probe.needs[0], run)
         self.counted = "images" if sae.content["tokens"] == "cls" else "patches"
         self.place, self.mode = str(unit.content["place"]), str(unit.content["mode"])
         self.amounts = [float(amount) for amount in unit.content["amounts"]]
@@ -151,11 +151,12 @@ class Experiment:
         self.steering = Steering(
             recording.given["backbone"].build(run.device),
             open_sae(sae.given["sae"], run.folder(sae), run.device),
-            open_probe(probe.given["probe"], run.folder(probe), task_of(read), run.device),
+            opened_probe(probe, run),
             self.acts.layer,
-            read.layer,
+            probe.needs[0].content["layer"],
             self.place,
             bool(unit.content["keep_error"]),
+            probe.content["token"],
         )
         self._device = run.device
         self._images = run.dataset(recording.given["dataset"])
@@ -319,7 +320,7 @@ def _title(unit: Unit, run: Run, layer: int) -> tuple[str, str]:
     title = f"{names.get('dataset', recording.label)} · {names.get('backbone', '')}".rstrip(" ·")
     parts = [
         f"SAE {variant.use} on {sae.content['tokens']} of layer {layer}: {', '.join(short)}",
-        f"probe {reader.use} on [CLS]: {', '.join(learnt)}",
+        f"probe {reader.use} on {called(probe.content['token'])}: {', '.join(learnt)}",
     ]
     return title, " — ".join(parts)
 

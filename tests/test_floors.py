@@ -11,6 +11,7 @@ TOP = Path(__file__).parents[1]
 FLOORS = (
     ("bench", "saefw", "errors"),
     (
+        "calibration",
         "care",
         "chance",
         "histogram",
@@ -43,7 +44,7 @@ FLOORS = (
     ("detection", "sae", "shards", "store"),
     ("acts", "firing", "pace", "run"),
     ("choice", "plugin", "ranking"),
-    ("blocks", "hookspecs", "metrics", "originals", "start", "tally", "trained"),
+    ("blocks", "hookspecs", "inputs", "metrics", "originals", "start", "tally", "trained"),
     (
         "catalog",
         "controls",
@@ -68,6 +69,7 @@ FLOORS = (
         "stages.feature_charts",
         "stages.figures",
         "stages.gallery",
+        "stages.readers",
         "stages.steer_charts",
         "stages.steer_plan",
         "stages.visuals",

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 from saefw.acts import Acts
 from saefw.errors import UserError
-from saefw.plugin import Dataset, DatasetConfig, Example, Pick, Run, Unit
+from saefw.plugin import Dataset, DatasetConfig, Example, Pick, Run, Task, Unit
 from saefw.run import Watcher
-from saefw.stages.probe import ProbeStage, open_probe, task_of
+from saefw.stages.probe import ProbeStage, open_probe
+from saefw.stages.readers import opened
 from saefw.stages.record import Record
 from saefw_linear import Linear, LinearProbe
 
@@ -116,7 +117,9 @@ def test_the_sweep_is_fitted_as_one_by_one(run: Run) -> None:
         acts = Acts(run.folder(unit.needs[0]))
         train = acts.of_split("train")
         x_nd = torch.cat([x[:, 0] for _, x in acts.read("cls", train)])
-        alone = unit.given["probe"].fit(task_of(acts), x_nd, torch.from_numpy(acts.labels[train]))
+        alone = unit.given["probe"].fit(
+            Task(acts.d_model, tuple(acts.classes)), x_nd, torch.from_numpy(acts.labels[train])
+        )
         state = load_file(run.folder(unit) / "probe.safetensors")
         assert isinstance(alone, LinearProbe)
         torch.testing.assert_close(state["weight"], alone.weight.data, rtol=1e-3, atol=1e-4)
@@ -150,7 +153,7 @@ def test_the_view_shows_the_best_of_each_recording_also_of_two_with_one_name(tmp
 def test_a_probe_is_reopened(run: Run) -> None:
     unit = run.made_by("probes")[2]
     acts = Acts(run.folder(unit.needs[0]))
-    probe = open_probe(unit.given["probe"], run.folder(unit), task_of(acts))
+    probe = opened(unit, run)
     _, x = next(acts.read("cls", acts.of_split("test")))
     _, _, logits = naive(run, unit, "test")
     np.testing.assert_allclose(probe(x[:, 0]).numpy(), logits, rtol=1e-4, atol=1e-4)
@@ -161,7 +164,7 @@ def test_a_damaged_probe_is_named(run: Run, tmp_path: Path) -> None:
     unit = run.made_by("probes")[0]
     (tmp_path / "probe.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError) as caught:
-        open_probe(unit.given["probe"], tmp_path, task_of(Acts(run.folder(unit.needs[0]))))
+        open_probe(unit.given["probe"], tmp_path, Task(16, tiny.TinyImages.classes))
     assert str(caught.value) == (
         f"{tmp_path / 'probe.safetensors'}: is not the probe it should be; delete {tmp_path} to make it again (Error "
         "while deserializing header: header too small)"

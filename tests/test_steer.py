@@ -8,9 +8,10 @@ import torch
 from tiny import TinyVit
 from torch import Tensor
 
-from saefw.blocks import tokens_after
+from saefw.blocks import outputs, tokens_after
 from saefw.controls import Drawn, balanced, others, strongest
 from saefw.errors import UserError
+from saefw.inputs import Token, check_reach, taken
 from saefw.outcome import KINDS, MEASURES, WAYS, Readout, agreement, bootstrap, first, found, summary
 from saefw.plugin import Backbone, Task
 from saefw.sae import Sae
@@ -176,15 +177,65 @@ def test_the_predicted_effect_is_the_finite_difference(place: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("probe_layer", "place", "message"),
+    ("layer", "probe_layer", "place", "token", "message"),
     [
-        (0, "patches", "choose an SAE of a layer below 0, or a probe of a layer above 0"),
-        (-1, "cls", "before it is edited after block 0; choose an SAE of layer -1 or lower"),
+        (0, 0, "patches", "cls", "[CLS] after block 0, which patches edited after block 0 cannot reach; choose a probe "
+         "of layer 1 or higher, or a probe with token: mean of layer 0"),
+        (2, 2, "patches", "cls", "[CLS] after block 2, which patches edited after block 2 cannot reach; choose an SAE "
+         "of layer 1 or lower, or a probe with token: mean of layer 2"),
+        (1, 0, "patches", "mean", "the mean of the patches after block 0, which patches edited after block 1 cannot "
+         "reach; choose an SAE of layer 0, or a probe of layer 1 or higher"),
+        (2, 1, "cls", "cls", "[CLS] after block 1, which cls edited after block 2 cannot reach; choose an SAE of layer 1 "
+         "or lower, or a probe of layer 2"),
+        (1, 1, "cls", 3, "patch 3 after block 1, which cls edited after block 1 cannot reach; choose an SAE of layer 0, "
+         "a probe of layer 2, or a probe with token: cls of layer 1"),
+        (2, 2, "patches", "embedding", "the image embedding after block 2, which patches edited after block 2 may not "
+         "reach; choose an SAE of layer 1 or lower, or a probe with token: mean of layer 2"),
     ],
-)
-def test_an_edit_that_cannot_reach_the_probe_is_refused(probe_layer: int, place: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        steering(place, probe_layer)
+)  # fmt: skip
+def test_an_edit_that_cannot_reach_the_probe_is_refused(
+    layer: int, probe_layer: int, place: str, token: Token, message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        check_reach("steer", TinyVit().describe(), layer, probe_layer, place, token)
+    assert str(caught.value) == f"steer: the probe reads {message}"
+
+
+@pytest.mark.parametrize("place", ["patches", "cls"])
+@pytest.mark.parametrize("token", ["cls", "mean", 0, 15])
+@pytest.mark.parametrize("probe_layer", [0, 1, 2])
+def test_what_is_said_to_reach_does_and_nothing_else(place: str, token: Token, probe_layer: int) -> None:
+    """Against the blocks themselves: all tokens of the place are moved after block 1, and what is read is compared."""
+    backbone, _, images = parts()
+    before = outputs(backbone, images, range(3))
+    moved = before[1].clone()
+    moved[:, slice(0, 1) if place == "cls" else slice(1, None)] += torch.randn(16)
+    after = {0: before[0], 1: moved, 2: backbone.tail(moved, 2, 2)}
+    reached = not torch.equal(*(taken(x[probe_layer], token, 1) for x in (before, after)))
+    try:
+        check_reach("steer", backbone.info, 1, probe_layer, place, token)
+    except UserError:
+        assert not reached
+    else:
+        assert reached
+
+
+@pytest.mark.parametrize("token", ["mean", 5])
+def test_a_probe_of_patches_reads_an_edit_of_its_own_block(token: Token) -> None:
+    """By hand: the tokens are moved by scale times the change of the code times the row, and read as they are."""
+    plain, (_, _, images) = steering(), parts()
+    of = Steering(plain.backbone, plain.sae, plain.probe, 0, 0, "patches", True, token)
+    reading = of.read(images)
+    feature = int(reading.codes.indices[5, 0])
+    z_bp = of.observed(reading, torch.full((2, 1), feature))[..., 0]
+    moved_bpd = reading.tokens_btd[:, 1:] + of.sae.scale * (3.0 - z_bp)[..., None] * of.sae.W_dec[feature]
+    wanted_bd = moved_bpd.mean(dim=1) if token == "mean" else moved_bpd[:, 5]
+    torch.testing.assert_close(of.edit(reading, [Edit(feature, "set", 3.0)]), of.probe(wanted_bd), rtol=1e-4, atol=1e-5)
+    step, p99_s = 1e-3, torch.ones(32)
+    gradient_cd = of.gradients(reading.tokens_btd, torch.arange(3).expand(2, 3)).mean(dim=0)
+    up, down = (of.edit(reading, [Edit(feature, "add", sign * step)]) for sign in (1, -1))
+    slope_c = ((up - down) / (2 * step)).mean(dim=0)
+    torch.testing.assert_close(of.effects(gradient_cd, p99_s)[feature].float(), slope_c, rtol=1e-2, atol=1e-2)
 
 
 def test_controls_are_as_long_as_the_edit() -> None:

@@ -118,7 +118,7 @@ def check_reach(stage: str, info: BackboneInfo, layer: int, probe_layer: int, pl
         ways.append(f"a probe of layer {after}{' or higher' if after < info.n_blocks - 1 else ''}")
     if not at_once:
         ways.append(f"a probe with token: {'cls' if place == 'cls' else 'mean'} of layer {layer}")
-    listed = ways[0] if len(ways) == 1 else f"{', '.join(ways[:-1])} or {ways[-1]}"
+    listed = ways[0] if len(ways) == 1 else f"{', '.join(ways[:-1])}, or {ways[-1]}"
     verb = "may not reach" if token == "embedding" and not at_once and probe_layer == layer else "cannot reach"
     raise UserError(
         f"{stage}: the probe reads {called(token)} after block {probe_layer}, which {place} edited after block {layer} "

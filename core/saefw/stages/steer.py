@@ -17,11 +17,12 @@ from saefw.live import acts_of
 from saefw.outcome import KINDS, ROLES
 from saefw.plugin import DatasetConfig, Knob, Names, Pace, Pick, Run, StageConfig, Unit, UserError, hookimpl
 from saefw.shards import check_tokens
-from saefw.stages.probe import depth, open_probe, task_of
+from saefw.stages.probe import depth
+from saefw.stages.readers import opened, picked, reaching
 from saefw.stages.steer_edits import edited, form
 from saefw.stages.steer_plan import planned, spoken_for
 from saefw.stages.steer_tables import write
-from saefw.steering import Steering, check_reach
+from saefw.steering import Steering
 from saefw.trained import open_sae
 
 
@@ -116,6 +117,7 @@ class Steer(StageConfig):
             UserError: the SAE, the probe and the tokens do not fit together.
 
         """
+        reaching("steer", self._candidates(run), run.made_by(self.probes), self.place)
         sae = self._sae(run)
         trained_on = sae.needs[0]
         if sae.content["tokens"] != self.place and not self.allow_off_distribution:
@@ -128,39 +130,27 @@ class Steer(StageConfig):
         if not ours:
             raise UserError(f"steer: '{self.probes}' has no probe on the backbone of {sae.label}")
         for recording in ours:
-            check_reach(trained_on.content["layer"], recording.content["layer"], self.place)
-            yield self._unit(run, sae, self._probe(run, recording))
+            probe = picked(run, self.probes, self.probe, recording)
+            reaching("steer", [sae], [probe], self.place)
+            yield self._unit(run, sae, probe)
 
-    def _sae(self, run: Run) -> Unit:
-        pick, layer = self.sae, self.sae.layer
-        if not (pick.lowest or pick.highest):
-            pick = pick.model_copy(update={"lowest": "nmse"})
-        units = run.made_by(self.saes)
+    def _candidates(self, run: Run) -> list[Unit]:
+        """Return the SAEs of the layer that is named, or all."""
+        units, layer = run.made_by(self.saes), self.sae.layer
         if layer is None:
-            return run.best(self.saes, pick)
+            return units
         where = {unit: unit.needs[0].content["layer"] for unit in units}
         fits = [unit for unit in units if where[unit] == resolve(layer, depth(unit.needs[0]))]
         if not fits:
             layers = ", ".join(map(str, sorted(set(where.values()))))
             raise UserError(f"steer: sae: '{self.saes}' has no SAE of layer {layer} (there are: {layers})")
+        return fits
+
+    def _sae(self, run: Run) -> Unit:
+        pick, fits = self.sae, self._candidates(run)
+        if not (pick.lowest or pick.highest):
+            pick = pick.model_copy(update={"lowest": "nmse"})
         return run.best(self.saes, pick, lambda unit: unit in fits)
-
-    def _probe(self, run: Run, recording: Unit) -> Unit:
-        """Pick a probe on a recording; few valid images make many of a sweep equally accurate, so the loss decides."""
-
-        def among(unit: Unit) -> bool:
-            return unit.needs[0] == recording
-
-        if self.probe.lowest or self.probe.highest:
-            return run.best(self.probes, self.probe, among)
-        most = run.best(self.probes, self.probe.model_copy(update={"highest": "valid_accuracy"}), among)
-        if not run.store.has(most):  # guessed
-            return most
-        with run.db() as db:
-            told = db.execute("SELECT value FROM final WHERE unit = ? AND name = 'valid_accuracy'", [most.address])
-            ((accuracy,),) = told.fetchall()
-        above = {**self.probe.above, "valid_accuracy": accuracy}
-        return run.best(self.probes, self.probe.model_copy(update={"lowest": "valid_loss", "above": above}), among)
 
     def _unit(self, run: Run, sae: Unit, probe: Unit) -> Unit:
         """Find the tables that the edit needs: of the SAE, and of the SAE on the probe's dataset."""
@@ -216,15 +206,15 @@ class Steer(StageConfig):
     def _steer(self, unit: Unit, run: Run) -> None:
         sae, probe, _, _, recording = unit.needs
         acts = acts_of(recording, run)
-        read = acts_of(probe.needs[0], run)
         steering = Steering(
             recording.given["backbone"].build(run.device),
             open_sae(sae.given["sae"], run.folder(sae), run.device),
-            open_probe(probe.given["probe"], run.folder(probe), task_of(read), run.device),
+            opened(probe, run),
             acts.layer,
-            read.layer,
+            probe.needs[0].content["layer"],
             self.place,
             self.keep_error,
+            probe.content["token"],
         )
         plan = planned(unit, run, steering, acts, self.batch_size)
         parts = []
