@@ -74,7 +74,7 @@ FLOORS = (
         "stages.steer_plan",
         "stages.visuals",
     ),
-    ("gc", "stages.sheets", "stages.steer_edits", "stages.steer_tables", "tables"),
+    ("gc", "stages.faithfulness", "stages.sheets", "stages.steer_edits", "stages.steer_tables", "tables"),
     ("stages.steer",),
     ("printer",),
     ("bench.frame", "verify"),

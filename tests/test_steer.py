@@ -179,20 +179,56 @@ def test_the_predicted_effect_is_the_finite_difference(place: str) -> None:
 @pytest.mark.parametrize(
     ("layer", "probe_layer", "place", "token", "message"),
     [
-        (0, 0, "patches", "cls", "[CLS] after block 0, which patches edited after block 0 cannot reach; choose a probe "
-         "of layer 1 or higher, or a probe with token: mean of layer 0"),
-        (2, 2, "patches", "cls", "[CLS] after block 2, which patches edited after block 2 cannot reach; choose an SAE "
-         "of layer 1 or lower, or a probe with token: mean of layer 2"),
-        (1, 0, "patches", "mean", "the mean of the patches after block 0, which patches edited after block 1 cannot "
-         "reach; choose an SAE of layer 0, or a probe of layer 1 or higher"),
-        (2, 1, "cls", "cls", "[CLS] after block 1, which cls edited after block 2 cannot reach; choose an SAE of layer 1 "
-         "or lower, or a probe of layer 2"),
-        (1, 1, "cls", 3, "patch 3 after block 1, which cls edited after block 1 cannot reach; choose an SAE of layer 0, "
-         "a probe of layer 2, or a probe with token: cls of layer 1"),
-        (2, 2, "patches", "embedding", "the image embedding after block 2, which patches edited after block 2 may not "
-         "reach; choose an SAE of layer 1 or lower, or a probe with token: mean of layer 2"),
+        (
+            0,
+            0,
+            "patches",
+            "cls",
+            "[CLS] after block 0, which patches edited after block 0 cannot reach; choose a probe of layer 1 "
+            "or higher, or a probe with token: mean of layer 0",
+        ),
+        (
+            2,
+            2,
+            "patches",
+            "cls",
+            "[CLS] after block 2, which patches edited after block 2 cannot reach; choose an SAE of layer 1 "
+            "or lower, or a probe with token: mean of layer 2",
+        ),
+        (
+            1,
+            0,
+            "patches",
+            "mean",
+            "the mean of the patches after block 0, which patches edited after block 1 cannot reach; choose "
+            "an SAE of layer 0, or a probe of layer 1 or higher",
+        ),
+        (
+            2,
+            1,
+            "cls",
+            "cls",
+            "[CLS] after block 1, which [CLS] edited after block 2 cannot reach; choose an SAE of layer 1 or "
+            "lower, or a probe of layer 2",
+        ),
+        (
+            1,
+            1,
+            "cls",
+            3,
+            "patch 3 after block 1, which [CLS] edited after block 1 cannot reach; choose an SAE of layer 0, "
+            "a probe of layer 2, or a probe with token: cls of layer 1",
+        ),
+        (
+            2,
+            2,
+            "patches",
+            "embedding",
+            "the image embedding after block 2, which patches edited after block 2 may not reach; choose an "
+            "SAE of layer 1 or lower, or a probe with token: mean of layer 2",
+        ),
     ],
-)  # fmt: skip
+)
 def test_an_edit_that_cannot_reach_the_probe_is_refused(
     layer: int, probe_layer: int, place: str, token: Token, message: str
 ) -> None:

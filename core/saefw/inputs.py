@@ -120,7 +120,8 @@ def check_reach(stage: str, info: BackboneInfo, layer: int, probe_layer: int, pl
         ways.append(f"a probe with token: {'cls' if place == 'cls' else 'mean'} of layer {layer}")
     listed = ways[0] if len(ways) == 1 else f"{', '.join(ways[:-1])}, or {ways[-1]}"
     verb = "may not reach" if token == "embedding" and not at_once and probe_layer == layer else "cannot reach"
+    edited = called("cls") if place == "cls" else place
     raise UserError(
-        f"{stage}: the probe reads {called(token)} after block {probe_layer}, which {place} edited after block {layer} "
-        f"{verb}; choose {listed}"
+        f"{stage}: the probe reads {called(token)} after block {probe_layer}, which {edited} edited after block "
+        f"{layer} {verb}; choose {listed}"
     )
