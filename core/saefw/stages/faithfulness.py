@@ -108,7 +108,7 @@ class Faithfulness(StageConfig):
         raise UserError(f"faithfulness: acts: '{self.acts}' has no layer {layer} of the images of {read.label}")
 
     def duration(self, units: Sequence[Unit], run: Run, pace: Pace) -> float:
-        """Return the seconds of the blocks between SAE and probe: once an SAE, and twice for what it is compared with."""
+        """Return the seconds of the blocks between SAE and probe: once an SAE, and twice to compare with."""
         total = 0.0
         for (probe, recording, _), group in _groups(units).items():
             n = min(samples.sizes(recording, run)[self.split], self.n_examples or 1 << 62)
