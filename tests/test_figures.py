@@ -211,7 +211,7 @@ def test_the_stage_draws_each_figure_as_png_svg_and_pdf(stock: Run) -> None:
         use = figure.content()["use"]
         folder = stock.store.folder(unit)
         with Image.open(folder / f"{use}.png") as image:
-            assert 1100 < image.width < 1300
+            assert (1100 if figure.wants != ("probe",) or use == "probe-grid" else 800) < image.width < 1300
             assert len(np.unique(np.asarray(image.convert("L")))) > 20
         svg = (folder / f"{use}.svg").read_text()
         assert "<svg" in svg and "dc:date" not in svg
@@ -486,7 +486,8 @@ def test_calibration_shows_accuracy_by_confidence(stock: Run) -> None:
     assert heights == pytest.approx([0.5, 0.75, -0.1, -0.2])
     (dots,) = [line for line in axes.lines if line.get_marker() == "o"]
     assert dots.get_xydata().tolist() == pytest.approx(np.array([[0.85, 0.5], [0.95, 0.75]]))
-    assert axes.get_title("left") == "vit on pets, layer 1: expected calibration error 0.125 (N = 60)"
+    said = axes.get_title("left").replace("\n", " ")
+    assert said == "vit on pets, layer 1: expected calibration error 0.125 (N = 60)"
 
 
 def test_dose_response_shows_each_feature_on_the_logits_of_three_classes(stock: Run) -> None:

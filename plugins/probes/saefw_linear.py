@@ -162,6 +162,8 @@ def _fit(
     # Classes first: one matmul serves all members, and a softmax over the first axis runs along memory.
     W_cmd, b_cm1 = tokens.x_nd.new_zeros(n_classes, m, d), tokens.x_nd.new_zeros(n_classes, m, 1)
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in (W_cmd, b_cm1)]
+    # Taken once: memory that is asked for anew in every step costs more than what is computed in it.
+    spare = [(torch.empty_like(p), torch.empty_like(p)) for p in (W_cmd, b_cm1)]
     whole = tokens.batch(slice(None)) if n <= batch_size else None
     generator = torch.Generator().manual_seed(seed)
     left = torch.empty(0, dtype=torch.int64)
@@ -173,17 +175,20 @@ def _fit(
                 left = torch.cat([left, torch.randperm(n, generator=generator)])
             batch, left = left[:batch_size].to(device), left[batch_size:]
             z_bd, y_b = tokens.batch(batch)
-        logits_cmb = (W_cmd.view(-1, d) @ z_bd.T).view(n_classes, m, -1) + b_cm1
+        logits_cmb = (W_cmd.view(-1, d) @ z_bd.T).view(n_classes, m, -1).add_(b_cm1)
         error_cmb = logits_cmb.softmax(dim=0)
         error_cmb[y_b, :, torch.arange(len(y_b), device=device)] -= 1
         error_cmb /= len(y_b)
         gradients = ((error_cmb.view(n_classes * m, -1) @ z_bd).view_as(W_cmd), error_cmb.sum(dim=2, keepdim=True))
         W_cmd.mul_(kept_m1)
-        for parameter, gradient, (first, second) in zip((W_cmd, b_cm1), gradients, moments, strict=True):
+        for parameter, gradient, (first, second), (divisor, change) in zip(
+            (W_cmd, b_cm1), gradients, moments, spare, strict=True
+        ):
             first.lerp_(gradient, 1 - BETAS[0])
             second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-            divisor = (second / (1 - BETAS[1] ** step)).sqrt_().add_(EPS)
-            parameter.sub_(lr_m1 * (first / (1 - BETAS[0] ** step)) / divisor)
+            torch.div(second, 1 - BETAS[1] ** step, out=divisor).sqrt_().add_(EPS)
+            torch.div(first, 1 - BETAS[0] ** step, out=change).mul_(lr_m1).div_(divisor)
+            parameter.sub_(change)
         done(before + step, total)
     return W_cmd, b_cm1[:, :, 0]
 

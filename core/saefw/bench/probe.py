@@ -3,13 +3,15 @@
 As many tokens, classes and members as the classification experiment has on Caltech-101.
 """
 
+from typing import cast
+
 import torch
 
 from saefw.bench.frame import Bench, at_least, at_most
 from saefw.catalog import Catalog
-from saefw.plugin import Probe, Task
+from saefw.plugin import Probe, ProbeConfig, Task
 
-N, D_MODEL, CLASSES, EPOCHS, BATCH = 3000, 768, 101, 20, 256
+N, D_MODEL, CLASSES, EPOCHS, BATCH = 3000, 768, 101, 20, 512
 RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03)
 DECAYS = (0.01, 0.1, 1.0, 10.0, 100.0)
 
@@ -19,9 +21,10 @@ SECONDS = 10.0
 
 def bench(bench: Bench) -> None:
     """Measure the fit of a sweep at once, and of one of its members alone."""
-    cls = Catalog().lookup("probes")["linear"]
+    cls = cast(type[ProbeConfig], Catalog().lookup("probes")["linear"])
     steps = EPOCHS * -(-N // BATCH)
-    members = [cls(lr=lr, weight_decay=decay, steps=steps, batch_size=BATCH) for lr in RATES for decay in DECAYS]
+    settings = [{"lr": lr, "weight_decay": decay} for lr in RATES for decay in DECAYS]
+    members = [cls.model_validate({**each, "steps": steps, "batch_size": BATCH}) for each in settings]
     generator = torch.Generator().manual_seed(0)
     y_n = torch.arange(N) % CLASSES
     x_nd = torch.randn(N, D_MODEL, generator=generator) + 0.3 * torch.randn(CLASSES, D_MODEL, generator=generator)[y_n]
