@@ -462,7 +462,7 @@ def test_confusion_shows_the_share_of_each_class_that_is_taken_for_each(stock: R
     assert axes.images[0].get_array().tolist() == [[100, 0, 0], [0, 50, 50], [100, 0, 0]]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == list(CLASSES)
     assert sorted(text.get_text() for text in axes.texts) == ["100", "100", "50", "50"]
-    assert axes.get_title("left") == "vit on pets, layer 1: 89.0% right (N = 60)"
+    assert axes.get_title("left").replace("\n", " ") == "vit on pets, layer 1: 89.0% right (N = 60)"
     assert colours.get_ylabel() == "% of the test images of the class"
     some = drawn(stock, Confusion(classes=["eel", "cat"], width=3.4, title=""), "probes")
     assert some.axes[0].images[0].get_array().tolist() == [[0, 100], [0, 100]] and some.get_figwidth() == 3.4

@@ -65,7 +65,7 @@ class OfProbes(FigureConfig):
         for one, axes in zip(picked, all_axes, strict=False):
             title = self.fill(db, one, axes, across)
             if text := shown(title, 200) if self.title is None else self.title:
-                axes.set_title(fill(text, int(12 * across)), fontsize=9)
+                axes.set_title(fill(text, int(9 * across)), fontsize=9)
         return figure
 
     def fill(self, db: "DuckDBPyConnection", one: Picked, axes: "Axes", inches: float) -> str:
@@ -121,7 +121,7 @@ class Confusion(OfProbes):
         for (y, x), value in np.ndenumerate(some_cc):
             if written and value >= 0.5:
                 axes.text(
-                    x, y, f"{value:.0f}", ha="center", va="center", fontsize=7, color="white" if value > 45 else "black"
+                    x, y, f"{value:.0f}", ha="center", va="center", fontsize=7, color="white" if value > 55 else "black"
                 )
         labels = [shown(names[c], 16) for c in shown_c]
         turned = max(map(len, labels)) > 2
@@ -131,7 +131,8 @@ class Confusion(OfProbes):
         axes.grid(False)
         axes.spines[:].set_visible(False)
         axes.set(xlabel="taken for", ylabel="class of the image")
-        axes.figure.colorbar(image, ax=axes, label="% of the test images of the class", shrink=0.7)
+        bar = axes.figure.colorbar(image, ax=axes, shrink=0.7, fraction=0.05)
+        bar.set_label("% of the test images of the class", fontsize=7.5)
         few = "" if len(shown_c) == len(names) else f"; {len(shown_c)} of {len(names)} classes"
         return f"{one.label}: {one.measured['test_accuracy']:.1%} right (N = {one.n:,}{few})"
 
