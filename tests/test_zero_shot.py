@@ -22,6 +22,7 @@ from saefw.stages.probe import ProbeStage
 from saefw.stages.readers import opened
 from saefw.stages.record import Record
 from saefw.stages.train import Train
+from saefw.testing import check_entry
 from saefw_linear import Linear
 from saefw_topk import TopK
 from saefw_zero_shot import ZeroShot
@@ -105,6 +106,10 @@ def test_patches_are_read_zero_shot_without_them(run: Run) -> None:
             "WHERE f.unit = ? AND measure = 'cross_entropy'", [unit.address]
         ).fetchall()  # fmt: skip
     assert clean == pytest.approx(wanted, rel=1e-4)
+
+
+def test_its_settings_keep_the_contract() -> None:
+    check_entry(ZeroShot(templates=TEMPLATES, logit_scale=5.0))
 
 
 # Class embeddings in a file
