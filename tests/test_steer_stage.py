@@ -508,6 +508,28 @@ def test_an_sae_of_cls_is_edited_on_cls(steered: Steered) -> None:
         np.testing.assert_allclose(told, wanted, rtol=1e-3, atol=1e-3)
 
 
+def test_patches_of_the_last_block_are_read_by_the_mean_of_patches(steered: Steered) -> None:
+    """Where [CLS] cannot be reached: one product by hand, as no block follows."""
+    run = steered.run
+    made(run, "means", ProbeStage(acts="acts", probes=["p1"], token="mean"))
+    settings = {"probes": "means", "sae": SaePick(layer=-1), "n_examples": 6, "mode": "add"}
+    (unit,) = made(run, "steer by mean", Steer(**{**SETTINGS, **settings}))
+    sae, probe, looks, _, recording = unit.needs
+    trained, reader, acts = open_sae(sae.given["sae"], run.folder(sae)), opened(probe, run), Acts(run.folder(recording))
+    assert probe.content["token"] == "mean" and acts.layer == probe.needs[0].content["layer"] == 2
+    with run.db() as db:
+        p99 = dict(db.execute("SELECT feature, p99 FROM feature WHERE unit = ?", [looks.address]).fetchall())
+    edits = tables(run.folder(unit), "1, 2")
+    rows = edits["edit"]["edit"][(edits["edit"]["chosen_by"] == "effect") & (edits["edit"]["dose"] == 4)]
+    for edit in rows[::5]:
+        features = edits["edit_feature"]["feature"][edits["edit_feature"]["edit"] == edit]
+        ((_, x_1pd),) = acts.read("patches", edits["edit"]["example"][edits["edit"]["edit"] == edit])
+        change = torch.tensor([4 * p99[f] for f in features.tolist()]) @ trained.W_dec[features]
+        wanted = reader(x_1pd.mean(dim=1) + trained.scale * change)[0]
+        told = edits["edit_logit"]["after"][edits["edit_logit"]["edit"] == edit]
+        np.testing.assert_allclose(told, wanted, rtol=1e-3, atol=1e-3)
+
+
 def test_more_features_than_there_are(steered: Steered) -> None:
     stage = Steer(**{**SETTINGS, "n_features": 30})
     with pytest.raises(UserError, match=r"an edit of 30 and its control need 60$"):
