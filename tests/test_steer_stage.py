@@ -459,6 +459,17 @@ def test_what_does_not_fit_together_is_refused(steered: Steered, settings: dict[
     assert str(caught.value) == message
 
 
+def test_tables_over_other_tokens_are_refused(steered: Steered) -> None:
+    run = steered.run
+    run.listed("looks", list(Visuals(saes="sweep", acts="acts", top=4, tokens="cls").units(run)))
+    with pytest.raises(UserError) as error:
+        list(Steer(**{**SETTINGS, "visuals": "looks"}).units(run))
+    assert str(error.value) == (
+        "steer: 'looks' has no tables of topk, tiny on tiny, layer 0 over the patches of the images of tiny on tiny, "
+        "layer 2"
+    )
+
+
 def test_tables_over_other_images_than_train_are_refused(steered: Steered) -> None:
     """Those that say p99 of the features as well as those that say their classes."""
     run = steered.run

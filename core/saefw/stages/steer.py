@@ -22,6 +22,7 @@ from saefw.stages.readers import opened, picked, reaching
 from saefw.stages.steer_edits import edited, form
 from saefw.stages.steer_plan import planned, spoken_for
 from saefw.stages.steer_tables import write
+from saefw.stages.visuals import looked_at
 from saefw.steering import Steering
 from saefw.trained import open_sae
 
@@ -155,12 +156,19 @@ class Steer(StageConfig):
     def _unit(self, run: Run, sae: Unit, probe: Unit) -> Unit:
         """Find the tables that the edit needs: of the SAE, and of the SAE on the probe's dataset."""
         dataset, named = probe.needs[0].content["dataset"], self.classes or self.visuals
-        found = [unit for unit in run.made_by(named) if unit.needs[0] == sae]
+        tokens = sae.content["tokens"]
+        found = [unit for unit in run.made_by(named) if unit.needs[0] == sae and looked_at(unit) == tokens]
         classes = [unit for unit in found if unit.needs[1].content["dataset"] == dataset]
         if not classes:
-            raise UserError(f"steer: '{named}' has no tables of {sae.label} over the images of {probe.needs[0].label}")
+            raise UserError(
+                f"steer: '{named}' has no tables of {sae.label} over the {tokens} of the images of {probe.needs[0].label}"
+            )
         check_tokens("steer: classes" if self.classes else "steer: visuals", classes[0].needs[1], "all")
-        own = [unit for unit in run.made_by(self.visuals) if unit.needs == (sae, sae.needs[0])]
+        own = [
+            unit
+            for unit in run.made_by(self.visuals)
+            if unit.needs == (sae, sae.needs[0]) and looked_at(unit) == tokens
+        ]
         for stage, unit in ((named, classes[0]), (self.visuals, (own or classes)[0])):
             if (split := unit.content["split"]) != "train":
                 raise UserError(f"steer: '{stage}' looked at the {split} split, but features are chosen on train alone")
