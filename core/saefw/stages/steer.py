@@ -157,11 +157,16 @@ class Steer(StageConfig):
         """Find the tables that the edit needs: of the SAE, and of the SAE on the probe's dataset."""
         dataset, named = probe.needs[0].content["dataset"], self.classes or self.visuals
         tokens = sae.content["tokens"]
-        found = [unit for unit in run.made_by(named) if unit.needs[0] == sae and looked_at(unit) == tokens]
+
+        def tables(stage: str) -> list[Unit]:
+            return [unit for unit in run.made_by(stage) if unit.needs[0] == sae and looked_at(unit) == tokens]
+
+        found = tables(named)
         classes = [unit for unit in found if unit.needs[1].content["dataset"] == dataset]
         if not classes:
             raise UserError(
-                f"steer: '{named}' has no tables of {sae.label} over the {tokens} of the images of {probe.needs[0].label}"
+                f"steer: '{named}' has no tables of {sae.label} over the {tokens} of the images of "
+                f"{probe.needs[0].label}"
             )
         check_tokens("steer: classes" if self.classes else "steer: visuals", classes[0].needs[1], "all")
         own = [
