@@ -64,7 +64,7 @@ CONTRACT = {
     "probe.untouched": "fit() leaves its tokens as they were",
     "probe.logits": "logits are float32 [n, class], all finite, whatever n and the number of classes",
     "probe.learns": "of three clouds six standard deviations apart it reads 90 % right",
-    "probe.calibration": "on tokens it was not fitted to, its softmax gives the right class more than chance, on average",
+    "probe.calibration": "on tokens it was not fitted to, its softmax gives the right class more than chance",
     "probe.again": "fitted again, it is the same",
     "probe.stored": "its state, stored and loaded, gives the same logits",
     "probe.sweep": "fit_many() returns one probe a member, each the one fitted alone",

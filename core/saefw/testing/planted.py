@@ -61,7 +61,7 @@ def check_planted(config: SaeConfig) -> Sae:
     return sae
 
 
-def check_stacked(config: SaeConfig, n_steps: int = 20) -> None:
+def check_stacked(config: SaeConfig, n_steps: int = 5) -> None:
     """Check that an SAE trained beside one of another seed, with whom it shares memory, is the one trained alone."""
     (alone,) = trained([config], n_steps)
     beside, _ = trained([config, config.model_copy(update={"seed": config.seed + 1})], n_steps)

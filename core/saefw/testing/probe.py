@@ -32,9 +32,8 @@ def check_probe(config: ProbeConfig) -> None:
     given = float(logits_nc.softmax(dim=1)[torch.arange(len(logits_nc)), y_n[N_FIT:]].mean())
     expect("probe.calibration", given > 1 / 3, "more than 1 of 3", f"{given:.3f}")
     equal("probe.again", _fitted(config, task, given_nd, labels_n)(x_nd), probe(x_nd))
-    _check_logits(
-        _fitted(config, Task(8, tuple("abcde")), given_nd, labels_n), x_nd[:4], 5, "two classes without tokens: "
-    )
+    wider = _fitted(config, Task(8, tuple("abcde")), given_nd, labels_n)
+    _check_logits(wider, x_nd[:4], 5, "with two classes without tokens, ")
 
     empty = config.build(task)
     expect("probe.type", isinstance(empty, Probe), "a Probe", type(empty).__name__, "build()")

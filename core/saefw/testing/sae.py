@@ -92,17 +92,13 @@ def _check_oracle(sae: Sae, z_nd: Tensor) -> None:
         for name, term in wanted.terms.items():
             near("sae.oracle", loss.terms[name].detach(), term.detach(), f"the term '{name}' {where}", 1e-9)
         equal("sae.oracle", loss.fired_s, wanted.fired_s, f"fired_s {where}")
-        gradients = {name: p.grad for name, p in ours.named_parameters()}
+        gradients = {name: _gradient(p) for name, p in ours.named_parameters()}
         for name, p in oracle.named_parameters():
-            nothing = torch.zeros_like(p)
-            got = gradients[name]
-            near(
-                "sae.oracle",
-                nothing if got is None else got,
-                nothing if p.grad is None else p.grad,
-                f"{name} {where}",
-                1e-9,
-            )
+            near("sae.oracle", gradients[name], _gradient(p), f"the gradient of {name} {where}", 1e-9)
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def _dense_loss(sae: Sae, z_nd: Tensor, dead_s: Tensor) -> Loss:
@@ -132,10 +128,8 @@ def _check_codes(sae: Sae, x_nd: Tensor) -> None:
     n, k = codes.indices.shape
     expect("sae.codes", codes.values.shape == (n, k), list(codes.indices.shape), list(codes.values.shape), "values")
     expect("sae.codes", codes.indices.dtype == torch.int64, "int64", described(codes.indices), "indices")
-    lowest, highest = (int(codes.indices.min()), int(codes.indices.max())) if k else (0, 0)
-    expect(
-        "sae.codes", 0 <= lowest <= highest < sae.d_sae, f"0 to {sae.d_sae - 1}", f"{lowest} to {highest}", "indices"
-    )
+    low, high = (int(codes.indices.min()), int(codes.indices.max())) if k else (0, 0)
+    expect("sae.codes", 0 <= low <= high < sae.d_sae, f"0 to {sae.d_sae - 1}", f"{low} to {high}", "indices")
     least = min(float(codes.values.min()) if k else 0.0, float(dense_ns.min()))
     expect("sae.codes", least >= 0, "zero or larger", f"{least:g}", "values")
     expect("sae.fires", bool((codes.values > 0).any()), "some code above 0", "none")
