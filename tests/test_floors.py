@@ -42,7 +42,7 @@ FLOORS = (
         "wording",
     ),
     ("detection", "sae", "shards", "store"),
-    ("acts", "firing", "pace", "run"),
+    ("acts", "firing", "metric", "pace", "run"),
     ("choice", "plugin", "ranking"),
     ("blocks", "hookspecs", "inputs", "metrics", "originals", "start", "tally", "trained"),
     (
@@ -59,7 +59,7 @@ FLOORS = (
         "training",
         "views",
     ),
-    ("recording", "testing.entry"),
+    ("new", "recording", "testing.entry"),
     (
         "live",
         "samples",

@@ -29,6 +29,7 @@ EXAMPLES = """Examples:
   saefw run                make all that ./registry.yaml asks for
   saefw run --dry          only list what would be made
   saefw plugins topk       the settings of a plugin
+  saefw new sae NAME       a plugin of your own to begin with
   saefw sql "FROM pareto"  look at the results
   saefw gc                 delete what no registry needs
 
@@ -230,18 +231,43 @@ def schema(registry: Of = REGISTRY) -> None:
 @app.command()
 def init(folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", show_default=False)] = Path()) -> None:
     """Write registry.yaml, an experiment that runs anywhere in minutes, into a folder."""
-    inside = Path(saefw.__file__).parent / "registry.yaml"
-    source = inside if inside.exists() else Path(saefw.__file__).parents[2] / "registry.yaml"
+    from saefw.new import shipped
+
     target = folder / "registry.yaml"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with target.open("x") as file:
-            file.write(source.read_text())
+            file.write(shipped("registry.yaml").read_text())
     except FileExistsError as error:
         raise UserError(f"{error.filename}: is there already; nothing was written") from error
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror})") from error
     print(f"{target}: written. Next: {'' if folder == Path() else f'cd {folder}; '}saefw run")
+
+
+@app.command()
+def new(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="backbone, dataset, sae, probe, stage, figure, ...")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As soft-threshold.")],
+    package: Annotated[bool, typer.Option("--package", help="Write an installable package.")] = False,
+) -> None:
+    """Write a plugin that works at once, its test, and a registry that runs it on the embedded data.
+
+    The kinds: backbone, dataset, sae, probe, stage, figure, metric, watcher.
+    """
+    from saefw.catalog import Catalog
+    from saefw.new import new as write
+
+    plugin, test, registry, *_ = write(kind, name, package, Catalog())
+    print(f"{plugin}: the plugin; change it as you like")
+    if package:
+        folder = plugin.parent
+        print(f"{folder}: the package; install it with: pip install -e {folder}")
+        print(f"{test}: its test; run it with: cd {folder}; python -m pytest")
+        print(f"{registry}: runs it; run it with: saefw run {registry}")
+        return
+    print(f"{test}: its test; run it with: python -m pytest {test}")
+    print(f"{registry}: runs it; run it with: saefw run {registry}")
 
 
 @app.command()
