@@ -60,7 +60,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         patch.syspath_prepend(folder)
         for kind in EXAMPLES:
-            result = CliRunner().invoke(app, ["new", kind, f"Fresh{kind.capitalize()}2"])
+            result = CliRunner().invoke(app, ["new", kind, f"Fresh{kind.capitalize()}-2"])
             assert result.exit_code == 0, result.output
         yield folder
         for path in folder.glob("*.py"):

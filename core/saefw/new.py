@@ -102,9 +102,7 @@ def new(kind: str, name: str, package: bool, catalog: Catalog) -> list[Path]:
 def _names(name: str) -> tuple[str, str]:
     """Return a name as it stands in registry.yaml, and as that of a class."""
     if not NAME.fullmatch(name):
-        raise UserError(
-            f"a name is made of words of letters and digits, as soft-threshold or SoftThreshold (got {name!r})"
-        )
+        raise UserError(f"a name is made of words of letters and digits, as soft-threshold (got {name!r})")
     words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z0-9]+|[0-9]+", name)
     return "-".join(word.lower() for word in words), "".join(word[0].upper() + word[1:] for word in words)
 
