@@ -137,7 +137,7 @@ def _check_codes(sae: Sae, x_nd: Tensor) -> None:
     if type(sae).activate is Sae.activate:
         at = sae.select(pre_ns)
         inside_ns = at.dense(torch.ones(len(at.features_e)), sae.d_sae) > 0
-        equal("sae.select", dense_ns.where(inside_ns, 0), dense_ns)
+        equal("sae.select", dense_ns, dense_ns.where(inside_ns, 0))
     equal("sae.dense", sae.dense(x_nd), dense_ns)
     near("sae.decode", sae.decode(codes), sae(x_nd), "decode(encode(x))")
     near("sae.decode", sae.reconstruct(dense_ns) * sae.scale + sae.mean, sae(x_nd), "reconstruct(activate())")
