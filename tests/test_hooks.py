@@ -184,7 +184,7 @@ def test_every_hook_says_in_one_sentence_what_it_is(name: str) -> None:
 def _signature(function: Any) -> str:
     """Return a signature as it is written, without the modules of its types."""
     text = str(inspect.signature(function))
-    modules = ("collections.abc.", "pathlib.", "saefw.plugin.", "saefw.unit.", "saefw.sae.", "typing.")
+    modules = ("collections.abc.", "pathlib.", "saefw.plugin.", "saefw.unit.", "saefw.sae.", "saefw.metric.", "typing.")
     for module in modules:
         text = text.replace(module, "")
     return text

@@ -25,7 +25,7 @@ from saefw.testing import (
 )
 
 
-def broken(check: Callable[..., None], *args: object) -> str:
+def broken(check: Callable[..., object], *args: object) -> str:
     """Return what a check says of something that breaks the contract."""
     with pytest.raises(AssertionError) as told:
         check(*args)

@@ -5,6 +5,7 @@ Imports what a command needs inside it: `saefw --help` loads neither torch nor a
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,7 +83,9 @@ def run(
     dry: Annotated[
         bool, typer.Option("--dry", help="Only list what would be made, with the disk and the time.")
     ] = False,
-    trace: Annotated[bool, typer.Option("--trace", help="Print every call of a hook to stderr.")] = False,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Print every call of a hook to stderr, and which plugins it calls.")
+    ] = False,
 ) -> None:
     """Make all that a registry asks for and that is not there yet.
 
@@ -95,10 +98,7 @@ def run(
     from saefw.registry import read
     from saefw.tables import console
 
-    catalog = Catalog()
-    if trace:
-        catalog.manager.trace.root.setwriter(lambda text: print(text, end="", file=sys.stderr))
-        catalog.manager.enable_tracing()
+    catalog = Catalog(trace=partial(print, file=sys.stderr) if trace else None)
     registry = read(file, catalog)
     desk = pipeline.desk(registry, catalog, mend=not dry)
     plans = pipeline.plan(registry, catalog, stage, desk)
@@ -470,6 +470,8 @@ def _catalog(registry: Path) -> "Catalog":
     from saefw.entry import Place
 
     catalog = Catalog()
+    for text in catalog.broken:
+        print(f"{escaped(text)}; it is left out", file=sys.stderr)
     if registry != REGISTRY or registry.exists():
         files = _header(registry).get("plugins") or []
         catalog.add_files([Place(file).open(registry.parent) for file in files if isinstance(file, str)])

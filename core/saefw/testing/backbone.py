@@ -50,7 +50,8 @@ def check_backbone(config: BackboneConfig, device: str = "cpu") -> None:
 def _check_blocks(backbone: Backbone, images: Tensor) -> Tensor:
     """Check what each block puts out, and what a pass makes of it; return what the last puts out [b, t, d]."""
     info = backbone.info
-    embedded_btd, whole_btd = backbone.embed(images), backbone(images)
+    embedded_btd = backbone.embed(images)
+    whole_btd: Tensor = backbone(images)
     wanted = f"float32 {[len(images), info.n_tokens, info.d_model]}"
     expect("backbone.embed", described(embedded_btd) == wanted, wanted, described(embedded_btd))
     every = outputs(backbone, images, range(info.n_blocks))
