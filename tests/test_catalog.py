@@ -144,7 +144,7 @@ def test_a_broken_plugin_matters_to_those_who_need_it(
     with pytest.raises(Faults) as caught:
         read(path, catalog)
     (line,) = caught.value.lines
-    assert line.startswith(f"{path}:2:15: saes.a.use: no plugin brings 'noise'")
+    assert line.startswith(f"{path}:2:12: saes.a.use: no plugin brings 'noise'")
     assert line.endswith(f"; perhaps it would come from one that is broken: {catalog.broken[0]}")
 
 
@@ -164,7 +164,7 @@ def test_what_two_installed_plugins_bring_is_nobodys(site: Path, tmp_path: Path)
     path.write_text("saefw: 1\nsaes: {a: {use: topk}}\n")
     with pytest.raises(Faults) as caught:
         read(path, catalog)
-    assert caught.value.lines == [f"{path}:2:15: saes.a.use: {said}"]
+    assert caught.value.lines == [f"{path}:2:12: saes.a.use: {said}"]
 
 
 def test_a_blocked_plugin_is_not_even_imported(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,7 +191,7 @@ def test_trace(saefw: Saefw) -> None:
     lines = result.stderr.splitlines()
     assert "saefw_stages() -> fakes" in lines and "saefw_saes() -> topk" in lines
     assert lines[-1] == "saefw_progressed(stage='numbers', done=3, total=3, what='numbers') -> printer"
-    assert "saefw_logged(unit='number 1', step=1, values={'nmse': 0.5, 'l0': 8}) -> printer" in lines
+    assert any(line.startswith("saefw_logged(unit='number 1', step=1, values={") for line in lines)
 
 
 def test_check(saefw: Saefw) -> None:
