@@ -172,7 +172,7 @@ def test_every_hook_has_a_test(name: str) -> None:
 
 def table_in_docs(head: str) -> list[str]:
     """Return the rows of a table in the documentation, by its first line."""
-    docs = (Path(__file__).parents[1] / "docs/plugins.md").read_text()
+    docs = (Path(__file__).parents[1] / "docs/plugin_reference.md").read_text()
     return docs.split(f"{head}\n|---|---|\n")[1].split("\n\n")[0].splitlines()
 
 

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -45,6 +46,13 @@ def test_lines_of_code_are_counted() -> None:
 @pytest.mark.parametrize("kind", MOST)
 def test_examples_are_short(kind: str) -> None:
     assert code_lines((PLUGINS / f"my_{kind}.py").read_text()) <= MOST[kind]
+
+
+def test_the_docs_say_how_short() -> None:
+    told = re.findall(r"my_(\w+)\.py\).*\| (\d+) \|$", (TOP / "docs/plugins.md").read_text(), re.M)
+    assert {kind: int(n) for kind, n in told} == {
+        kind: code_lines((PLUGINS / f"my_{kind}.py").read_text()) for kind in EXAMPLES
+    }
 
 
 def test_there_is_nothing_else() -> None:

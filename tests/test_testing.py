@@ -42,7 +42,7 @@ class Variant(SaeConfig):
     """Which."""
 
     def build(self, d_model: int) -> Sae:
-        cls = LossSae if self.fault in ("loss", "gradient") else VariantSae
+        cls = LossSae if self.fault in ("loss", "gradient", "root") else VariantSae
         return cls(d_model, d_model * 4, self.fault)
 
 
@@ -87,6 +87,8 @@ class LossSae(VariantSae):
             loss.terms["nan"] = loss.terms["mse"] / 0 * 0
         if self.fault == "gradient":
             return Loss({"mse": torch.zeros((), requires_grad=True)}, loss.fired_s)
+        if self.fault == "root":
+            loss.terms["root"] = self.pre(x_nd).square().sum(dim=1).sqrt().sum()
         return loss
 
 
@@ -120,10 +122,12 @@ class AboveSae(Sae):
 def test_sae() -> None:
     check_sae(Variant())
     check_sae(Above())
-    assert {fault: broken(check_sae, Variant(fault=fault)) for fault in ("loss", "gradient", "negative")} == {
+    assert {fault: broken(check_sae, Variant(fault=fault)) for fault in ("loss", "gradient", "root", "negative")} == {
         "loss": "sae.terms, each term of the loss is one finite number: the term 'nan': "
         "expected a finite number, got nan",
         "gradient": "sae.gradient, the loss has a gradient, and it is finite: expected some that is not 0, got none",
+        "root": "sae.gradient, the loss has a gradient, and it is finite: W_enc, by token 13 alone, which is all "
+        "zeros: expected finite numbers, got NaN or infinity",
         "negative": "sae.codes, codes are int64 indices in 0..d_sae-1 and values of one shape, zero or larger: values: "
         "expected zero or larger, got -0.1",
     }

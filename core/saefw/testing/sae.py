@@ -71,7 +71,19 @@ def _check_loss(sae: Sae, z_nd: Tensor) -> None:
         gradients = {name: p.grad for name, p in sae.named_parameters() if p.grad is not None}
         expect("sae.gradient", any(bool(g.any()) for g in gradients.values()), "some that is not 0", "none")
         for name, gradient in gradients.items():
-            expect("sae.gradient", bool(gradient.isfinite().all()), "finite numbers", "NaN or infinity", name)
+            good = bool(gradient.isfinite().all())
+            where = name if good else name + _to_blame(sae, z_nd, dead_s)
+            expect("sae.gradient", good, "finite numbers", "NaN or infinity", where)
+
+
+def _to_blame(sae: Sae, z_nd: Tensor, dead_s: Tensor) -> str:
+    """Say which token has, alone, a gradient that is not finite, if one has; most often that of zeros."""
+    for i in range(len(z_nd)):
+        sae.zero_grad()
+        torch.stack(list(sae.loss(z_nd[i : i + 1], dead_s).terms.values())).sum().backward()  # type: ignore[no-untyped-call]
+        if not all(bool(_gradient(p).isfinite().all()) for p in sae.parameters()):
+            return f", by token {i} alone" + (", which is all zeros" if not z_nd[i].any() else "")
+    return ""
 
 
 def _check_oracle(sae: Sae, z_nd: Tensor) -> None:
