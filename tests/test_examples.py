@@ -33,7 +33,7 @@ VARIANTS = "variants.yaml"
     ("name", "said"),
     [
         (CLIP, "fine; 1 backbone, 4 datasets, 18 saes, 30 probes, 5 figures, 9 stages"),
-        (REAL, "fine; 1 backbone, 2 datasets, 5 saes, 16 probes, 5 figures, 8 stages"),
+        (REAL, "fine; 1 backbone, 2 datasets, 5 saes, 16 probes, 7 figures, 10 stages"),
         (VARIANTS, "fine; 1 backbone, 1 dataset, 21 saes, 1 figure, 3 stages"),
     ],
 )
