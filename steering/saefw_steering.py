@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from html import escape
@@ -15,7 +15,7 @@ import numpy as np
 import typer
 from bokeh.document import Document
 from bokeh.models.css import GlobalInlineStyleSheet
-from bokeh.models.layouts import Column, Row
+from bokeh.models.layouts import Column, Row, TabPanel, Tabs
 from bokeh.models.widgets import Button, Checkbox, RadioButtonGroup, Select
 from PIL import Image
 
@@ -37,13 +37,38 @@ def page(doc: Document, path: Path) -> None:
     """Fill a document with the page of a registry; where there is nothing to steer, with a sentence what to run."""
     doc.title = "saefw steering"
     try:
-        parts = _parts(choices(path))
+        parts = [tabs(choices(path))]
     except UserError as error:
         # A registry may have many faults; each is a line.
         lines = [re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(line)) for line in str(error).splitlines()]
         parts = [_card(div("<h1>Steering</h1>" + "".join(f"<p>{line}</p>" for line in lines)), name="nothing")]
     whole = GlobalInlineStyleSheet(css=style.WHOLE)
     doc.add_root(Column(children=parts, name="page", stylesheets=[whole, style.PAGE], sizing_mode="stretch_width"))
+
+
+TABS: dict[str, Callable[[Sequence[Choice]], Any]] = {
+    "Steer": lambda found: Column(children=_parts(found), sizing_mode="stretch_width"),
+}
+"""What the page shows, tab by tab: from what is made to a layout. A tab is built when somebody first looks at it."""
+
+
+def tabs(found: Sequence[Choice]) -> Tabs:
+    """Return the tabs of the page, the first of them built."""
+    panels = [TabPanel(title=title, child=Column(sizing_mode="stretch_width")) for title in TABS]
+    built: set[int] = set()
+
+    def look(active: int) -> None:
+        if active in built:
+            return
+        built.add(active)
+        title = panels[active].title
+        assert isinstance(title, str)
+        panels[active].child.children = [TABS[title](found)]
+
+    made = Tabs(tabs=panels, name="tabs", sizing_mode="stretch_width", stylesheets=[style.TABS])
+    made.on_change("active", lambda _attr, _old, active: look(active))
+    look(0)
+    return made
 
 
 def serve(

@@ -140,3 +140,7 @@ CHECK = f"""
 :host {{ font-size: 13px; color: {INK}; }}
 input {{ accent-color: {INK}; margin: 0 6px 0 0 !important; }}
 """
+
+TABS = f"""
+:host {{ color: {INK}; font-size: 13px; }}
+"""
