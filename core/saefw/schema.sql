@@ -58,6 +58,9 @@ CREATE TABLE choice (unit TEXT, way TEXT, label SMALLINT, rank SMALLINT, feature
 CREATE TABLE outcome (unit TEXT, role TEXT, way TEXT, chosen_by TEXT, against TEXT, dose REAL, target SMALLINT, measure TEXT,
     n INTEGER, mean DOUBLE, low DOUBLE, high DOUBLE);
 
+-- Notes: what people call a feature and say of it; of each feature the newest.
+CREATE TABLE note (sae TEXT, feature INTEGER, name TEXT, text TEXT, made_at TIMESTAMP, PRIMARY KEY (sae, feature));
+
 CREATE VIEW final AS SELECT unit, name, arg_max(value, step) AS value FROM metric GROUP BY ALL;
 CREATE VIEW pareto AS SELECT s.unit AS sae, s.variant, a.layer, m.nmse, m.l0, m.dead FROM sae s JOIN acts a ON a.unit = s.acts
     JOIN (PIVOT final ON name IN ('nmse', 'l0', 'dead') USING first(value) GROUP BY unit) m ON m.unit = s.unit;
