@@ -67,7 +67,7 @@ def write(root: Path, sae: str, feature: int, name: str, text: str = "") -> Note
         if len(said) > most:
             raise UserError(f"{what} of a note: at most {most:,} characters (got {len(said):,})")
         if bad := UNPRINTED.search(said.replace("\n", "").replace("\t", "")):
-            raise UserError(f"{what} of a note: {ascii(bad.group())} does not print")
+            raise UserError(f"{what} of a note: {bad.group()!a} does not print")
     before = versions(root, sae, feature)
     if before and (before[0].name, before[0].text) == (name, text):
         return before[0]
