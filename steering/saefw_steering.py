@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from html import escape
@@ -21,7 +21,10 @@ from PIL import Image
 
 import saefw_steering_style as style
 from saefw.errors import UserError
+from saefw_compare import Compare
 from saefw_experiment import Choice, Experiment, choices, opened
+from saefw_explore import Explore
+from saefw_findings import store_of
 from saefw_steering_views import Bars, Facts, FeatureRow, Picture, Ways, div, verdict
 
 if TYPE_CHECKING:
@@ -34,40 +37,56 @@ MODES = {"set": "Set to", "add": "Add", "scale": "Multiply", "ablate": "Ablate"}
 
 
 def page(doc: Document, path: Path) -> None:
-    """Fill a document with the page of a registry; where there is nothing to steer, with a sentence what to run."""
+    """Fill a document with the page of a registry; a tab without anything to show has a sentence what to run."""
     doc.title = "saefw steering"
-    try:
-        parts = [tabs(choices(path))]
-    except UserError as error:
-        # A registry may have many faults; each is a line.
-        lines = [re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(line)) for line in str(error).splitlines()]
-        parts = [_card(div("<h1>Steering</h1>" + "".join(f"<p>{line}</p>" for line in lines)), name="nothing")]
     whole = GlobalInlineStyleSheet(css=style.WHOLE)
-    doc.add_root(Column(children=parts, name="page", stylesheets=[whole, style.PAGE], sizing_mode="stretch_width"))
+    doc.add_root(
+        Column(children=[tabs(path)], name="page", stylesheets=[whole, style.PAGE], sizing_mode="stretch_width")
+    )
 
 
-TABS: dict[str, Callable[[Sequence[Choice]], Any]] = {
-    "Steer": lambda found: Column(children=_parts(found), sizing_mode="stretch_width"),
-}
-"""What the page shows, tab by tab: from what is made to a layout. A tab is built when somebody first looks at it."""
+def tabs(path: Path) -> Tabs:
+    """Return the tabs of the page, each built when somebody first looks at it."""
+    explore: list[Explore] = []
 
+    def steering() -> Any:
+        return Column(children=_parts(choices(path)), sizing_mode="stretch_width")
 
-def tabs(found: Sequence[Choice]) -> Tabs:
-    """Return the tabs of the page, the first of them built."""
-    panels = [TabPanel(title=title, child=Column(sizing_mode="stretch_width")) for title in TABS]
+    def exploring() -> Any:
+        explore.append(Explore(store_of(path)))
+        return explore[0].panel
+
+    def comparing() -> Any:
+        return Compare(store_of(path), look_at).panel
+
+    def look_at(sae: str) -> bool:
+        build(1)
+        if not explore or not explore[0].show(sae):
+            return False
+        made.active = 1
+        return True
+
+    kinds = {"Steer": steering, "Explore": exploring, "Compare": comparing}
+    panels = [TabPanel(title=title, child=Column(sizing_mode="stretch_width")) for title in kinds]
+    made = Tabs(tabs=list(panels), name="tabs", sizing_mode="stretch_width", stylesheets=[style.TABS])
     built: set[int] = set()
 
-    def look(active: int) -> None:
+    def build(active: int) -> None:
         if active in built:
             return
         built.add(active)
-        title = panels[active].title
-        assert isinstance(title, str)
-        panels[active].child.children = [TABS[title](found)]
+        child: Any = panels[active].child
+        try:
+            child.children = [list(kinds.values())[active]()]
+        except UserError as error:
+            built.remove(active)  # by the next look something may be made
+            # A registry may have many faults; each is a line.
+            lines = [re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(line)) for line in str(error).splitlines()]
+            text = f"<h1>{panels[active].title}</h1>" + "".join(f"<p>{line}</p>" for line in lines)
+            child.children = [_card(div(text), name="nothing")]
 
-    made = Tabs(tabs=panels, name="tabs", sizing_mode="stretch_width", stylesheets=[style.TABS])
-    made.on_change("active", lambda _attr, _old, active: look(active))
-    look(0)
+    made.on_change("active", lambda _attr, _old, active: build(active))
+    build(0)
     return made
 
 

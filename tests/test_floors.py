@@ -40,7 +40,7 @@ FLOORS = (
         "threshold",
         "wording",
     ),
-    ("detection", "index", "sae", "shards"),
+    ("detection", "index", "sae", "shards", "sweep"),
     ("store",),
     ("acts", "firing", "pace", "run"),
     ("plugin", "ranking"),

@@ -5,6 +5,7 @@ import logging
 import shutil
 import threading
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from saefw import notes
 from saefw.errors import UserError
 from saefw.gc import find
 from saefw.store import Store
+from saefw.unit import canonical
 
 SAE = "0123456789ab"
 
@@ -43,16 +45,12 @@ def test_the_newest_note_of_a_feature_counts_and_the_others_stay(tmp_path: Path)
     assert [note.name for note in notes.versions(tmp_path, SAE, 7)] == ["", "squares", "red squares"]
 
 
-def test_the_next_note_is_the_newer_one_though_the_clock_went_back(tmp_path: Path, monkeypatch: Any) -> None:
-    class Early(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> datetime:
-            return datetime(2001, 1, 1, tzinfo=tz)
-
-    notes.write(tmp_path, SAE, 7, "first")
-    monkeypatch.setattr(notes, "datetime", Early)
-    notes.write(tmp_path, SAE, 7, "second")
-    monkeypatch.undo()
+def test_the_next_note_is_the_newer_one_though_a_clock_is_ahead(tmp_path: Path) -> None:
+    ahead = notes.write(tmp_path, SAE, 7, "first")._replace(made_at=datetime(2999, 1, 1, tzinfo=UTC))
+    data = canonical({**ahead._asdict(), "made_at": ahead.made_at.isoformat()}).encode()
+    (tmp_path / "notes" / SAE / f"7-{sha256(data).hexdigest()[:12]}.json").write_bytes(data)
+    assert told(tmp_path) == {7: ("first", "")}
+    assert notes.write(tmp_path, SAE, 7, "second").made_at > ahead.made_at
     assert told(tmp_path) == {7: ("second", "")}
 
 
