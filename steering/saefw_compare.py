@@ -95,6 +95,7 @@ class Compare:
         )  # fmt: skip
         tips = [("SAE", "@label"), ("L0", "@l0{0.0}"), ("NMSE", "@nmse{0.0000}"), ("dead", "@dead{0.0} %")]
         plot.add_tools(TapTool(renderers=[points]), HoverTool(renderers=[points], tooltips=tips))
+        own.plain_legend(plot)
         self._front_source.selected.on_change("indices", self._chosen)
         self.front.children = [plot]
 
@@ -235,6 +236,7 @@ class Compare:
         self.about_doses.text = f"<table>{head}{''.join(said)}</table>" if said else "<p>Nothing of it is stored.</p>"
         self.about_doses.stylesheets = [own.PAGE]
         plot.legend.location = "top_left"
+        own.plain_legend(plot)
         self.doses.children = [plot]
 
 

@@ -71,7 +71,7 @@ class Explore:
         browse = [
             Row(children=[self.which, self.of_class, self.search], stylesheets=[own.FIELDS], **wide),
             self.scatter,
-            Row(children=[*ranges, self.all], stylesheets=[own.FIELDS], **wide),
+            Row(children=[*ranges, self.all], stylesheets=[own.RANGES], **wide),
             self.count,
             self.table,
         ]
@@ -91,8 +91,7 @@ class Explore:
 
     def open(self, feature: int) -> None:
         """Open the page of a feature."""
-        at = int(np.searchsorted(self.features.feature_f, feature))
-        if at < len(self.features.feature_f) and self.features.feature_f[at] == feature:
+        for at in np.flatnonzero(self.features.feature_f == feature).tolist():
             self._quiet = True
             self.source.selected.indices = [at]
             self._quiet = False
@@ -220,9 +219,7 @@ class Explore:
                 fits_f &= (z_f >= low) & (z_f <= high)
         if text:
             fits_f &= np.fromiter((text in said for said in self._words(text)), dtype=bool, count=len(fits_f))
-        # The best detectors first, then what fires most strongly.
-        order = np.lexsort((-np.nan_to_num(told.max_f), -np.nan_to_num(told.ap_f)))
-        self.filter.indices = order[fits_f[order]].tolist()
+        self.filter.indices = np.flatnonzero(fits_f).tolist()
         for said, slider, name in zip(self.said_ranges, self.ranges, ("Fires on", "Mean value"), strict=True):
             low, high = (10**x for x in slider.value)
             unit = "% of tokens" if name == "Fires on" else ""
@@ -278,6 +275,8 @@ class Explore:
         )  # fmt: skip
         glyph: Any = fitting.nonselection_glyph
         glyph.fill_alpha = 0.45
+        chosen: Any = fitting.selection_glyph
+        chosen.size = 13
         box = BoxSelectTool(renderers=[])
         tips = [("feature", "@feature"), ("name", "@name"), ("class", "@class")]
         plot.add_tools(box, TapTool(renderers=[every]), HoverTool(renderers=[fitting], tooltips=tips))
@@ -322,7 +321,7 @@ class Explore:
             height=420,
             sizing_mode="stretch_width",
             margin=0,
-            autosize_mode="fit_viewport",
+            autosize_mode="force_fit",
             stylesheets=[own.TABLE],
         )
 

@@ -18,6 +18,11 @@ FIELDS = """
 @media (max-width: 560px) { :host { grid-template-columns: minmax(0, 1fr); } }
 """
 
+RANGES = """
+:host { display: grid !important; grid-template-columns: repeat(2, minmax(0, 1fr)) auto; gap: 24px !important;
+  align-items: end; padding: 0 8px; }
+"""
+
 HALVES = """
 :host { display: grid !important; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 14px !important;
   align-items: start; }
@@ -41,7 +46,7 @@ PAGE = (
 .glow {{ display: flex; align-items: center; gap: 8px; font-size: 12px; color: var(--faint); margin-top: 8px; }}
 .glow i {{ flex: 0 1 180px; height: 9px; border-radius: 3px;
   background: linear-gradient(90deg, {", ".join(f"rgb{colour}" for colour in GLOW)}); }}
-dl {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(92px, 1fr)); gap: 8px; margin: 0; }}
+dl {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(70px, 1fr)); gap: 8px; margin: 0; }}
 dt {{ font-size: 11.5px; color: var(--faint); }}
 dd {{ margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; }}
 table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; table-layout: fixed; }}
@@ -82,3 +87,12 @@ def plain(plot: Any) -> None:
         axis.axis_label_text_font_style = "normal"
         axis.axis_label_text_font_size, axis.major_label_text_font_size = "12px", "11px"
         axis.axis_label_text_color = axis.major_label_text_color = AXES
+
+
+def plain_legend(plot: Any) -> None:
+    """Put the legend above a figure, without a ground."""
+    for legend in plot.legend:
+        legend.background_fill_color = legend.border_line_color = None
+        legend.label_text_color, legend.label_text_font, legend.label_text_font_size = AXES, FONT, "12px"
+        legend.orientation, legend.margin, legend.padding = "horizontal", 0, 4
+        plot.add_layout(legend, "above")

@@ -51,7 +51,7 @@ class Look(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What the tables say of all features of an SAE; f of them."""
+    """What the tables say of all features of an SAE: the best detectors of a class first, then what fires most."""
 
     feature_f: Ints
     frequency_f: Floats
@@ -142,8 +142,10 @@ def _features(root: Path, _version: tuple[int, int] | None, look: Look) -> Featu
     frequency, mean, p99, most, monosemanticity = (
         _floats(said[name]) for name in ("frequency", "mean", "p99", "max", "monosemanticity")
     )
-    classes = {label: escaped(name) for label, name in named}
-    return Features(feature_f, frequency, mean, p99, most, monosemanticity, label_f, ap_f, purity_f, classes)
+    columns = [feature_f, frequency, mean, p99, most, monosemanticity, label_f, ap_f, purity_f]
+    order = np.lexsort((feature_f, -np.nan_to_num(most), -np.nan_to_num(ap_f)))
+    sorted_f: list[Any] = [column[order] for column in columns]
+    return Features(*sorted_f, {label: escaped(name) for label, name in named})
 
 
 def seen(store: Store, look: Look, feature: int) -> Seen:
