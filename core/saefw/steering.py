@@ -140,18 +140,23 @@ class Steering:
 
         Each starts from the codes as they were read, and their changes add up.
         """
+        return self.after(reading, self.change(reading, edits)) if edits else reading.logits_bc.clone()
+
+    @torch.no_grad()
+    def change(self, reading: Reading, edits: Sequence[Edit]) -> Tensor:
+        """Return what all edits together add to the edited tokens, [b, p, d], in the units of the tokens."""
         device = reading.tokens_btd.device
         features_f = torch.tensor([edit.feature for edit in edits], dtype=torch.int64, device=device)
         features_bf = features_f.expand(len(reading.tokens_btd), -1)
         if not edits:
-            return reading.logits_bc.clone()
+            return torch.zeros_like(reading.tokens_btd[:, self.edited])
         z_bpf = self.observed(reading, features_bf)
         change_bpf = torch.zeros_like(z_bpf)
         for i, edit in enumerate(edits):
             amount = torch.as_tensor(edit.amount, dtype=z_bpf.dtype, device=device)
             where = slice(None) if edit.patches is None else list(edit.patches)
             change_bpf[:, where, i] = (MODES[edit.mode](z_bpf[..., i], amount) - z_bpf[..., i])[:, where]
-        return self.after(reading, self._written(change_bpf, features_bf))
+        return self._written(change_bpf, features_bf)
 
     @torch.no_grad()
     def delta(self, reading: Reading, features_bf: Tensor, amounts_bf: Tensor, mode: str) -> Tensor:
@@ -173,6 +178,22 @@ class Steering:
         tokens_btd = reading.tokens_btd.clone()
         tokens_btd[:, self.edited] += delta_bpd
         return self.logits(tokens_btd)
+
+    @torch.no_grad()
+    def directly(self, reading: Reading, delta_b1d: Tensor) -> Tensor:
+        """Return the logits [b, c] when `delta_b1d` is added to the [CLS] that the probe reads, past the blocks.
+
+        That is the direct part of an edit of [CLS]: what it does by way of the residual stream alone.
+
+        Raises:
+            UserError: the edit is on patches, none of which the probe reads.
+
+        """
+        if self.place != "cls":
+            raise UserError("steer: only an edit of [CLS] goes straight into the probe; patches do through blocks")
+        cls_b1d = self.backbone.tail(reading.tokens_btd, self.layer + 1, self.probe_layer)[:, :1]
+        out: Tensor = self.probe((cls_b1d + delta_b1d)[:, 0])
+        return out
 
     def _written(self, change_bpf: Tensor, features_bf: Tensor) -> Tensor:
         """Return what a change of codes writes into the tokens, in their own units, [b, p, d]."""

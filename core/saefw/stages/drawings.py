@@ -11,8 +11,10 @@ import numpy as np
 from pydantic import Field
 
 from saefw import pictures
+from saefw.errors import did_you_mean
 from saefw.plugin import FigureConfig, Pick, UserError, hookimpl
 from saefw.stages.sized import Sized
+from saefw.store import SAVED
 from saefw.style import FAINT, WIDTH, shown
 from saefw.tensors import number, parsed
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from PIL.Image import Image
 
 Array = np.ndarray[Any, Any]
 Units = Mapping[str, Sequence[Path]]
@@ -117,6 +120,9 @@ class BeforeAfter(Sized):
     edit: int | None = Field(None, ge=0)
     """Which stored edit, by its number in the table `edit`; null: the first example."""
 
+    saved: str | None = None
+    """Which edit that was saved on the page, by its name; null: one of the steer stage."""
+
     images: int = Field(5, gt=0)
     """How many of its strongest images show what a feature stands for."""
 
@@ -127,13 +133,15 @@ class BeforeAfter(Sized):
         """Draw the edit, or the first example, of the first steered dataset that has one.
 
         Raises:
-            UserError: there is no edit of this number, or it is a random direction.
+            UserError: there is no edit of this number or name, or it is a random direction.
 
         """
+        if self.saved is not None:
+            return self.drawn(db, units.get("visuals", ()), _saved(db, units["steer"][0].parents[1], self.saved))
         for folder in units.get("steer", ()):
             case = _case(db, folder, self.edit)
             if case is not None:
-                return self._drawn(db, units, case)
+                return self.drawn(db, units.get("visuals", ()), case)
         if self.edit is not None:
             raise UserError(f"edit: there is no edit {self.edit} of features")
         return self._nothing()
@@ -146,11 +154,12 @@ class BeforeAfter(Sized):
         figure.text(0.5, 0.5, "No edit turned an image into another class.", ha="center", va="center", color=FAINT)
         return figure
 
-    def _drawn(self, db: "DuckDBPyConnection", units: Units, case: "Case") -> "Figure":
+    def drawn(self, db: "DuckDBPyConnection", visuals: Sequence[Path], case: "Case") -> "Figure":
+        """Draw a case; the folders of `visuals` say what its features stand for."""
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-        tables = [path for path in units.get("visuals", ()) if path.name in case.seen]
+        tables = [path for path in visuals if path.name in case.seen]
         strips = [_strip(db, tables[0], feature, self.images, 72, 5) for feature in case.features] if tables else []
         figure = Figure(figsize=(self.width, self.height or 3.0), layout=ConstrainedLayoutEngine(wspace=0.04))
         wide = [1.2, 2.1, 1.5] if strips else [1.2, 1.5]
@@ -179,15 +188,7 @@ class BeforeAfter(Sized):
         axes.set(xlim=(0, 1.0), xlabel=said, title="what the probe says")
         axes.grid(axis="y", visible=False)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=7.5)
-        done = {
-            "set": "set to {} × p99",
-            "add": "raised by {} × p99",
-            "scale": "multiplied by {}",
-            "ablate": "less {} of themselves",
-        }[case.mode]
-        where = "[CLS]" if case.place == "cls" else "every patch"
-        told = f"{len(case.features)} features {done.format(f'{case.amount:g}')} on {where}"
-        title = f"{case.source} → {case.target}: {told}" if self.title is None else shown(self.title, 160)
+        title = f"{case.source} → {case.target}: {case.done}" if self.title is None else shown(self.title, 160)
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=10)
         return figure
@@ -232,15 +233,15 @@ def _strip(db: "DuckDBPyConnection", folder: Path, feature: int, n: int, side: i
 
 
 class Case(NamedTuple):
-    """One edit that turned an image into another class."""
+    """One edit of an image."""
 
-    folder: Path
     example: int
+
     source: str
     target: str
-    amount: float
-    mode: str
-    place: str
+    done: str
+    """What was done, in words."""
+
     features: list[int]
     names: list[str]
     before: Array
@@ -250,6 +251,23 @@ class Case(NamedTuple):
     n_classes: int
     seen: set[str]
     """The visuals units that say what its features stand for."""
+
+    view: "Image | None" = None
+    """What the model saw."""
+
+
+def said_of(changes: Sequence[tuple[str, float]], place: str, n_patches: int = 0) -> str:
+    """Return in words what was done to features (mode and amount of each), on how many patches (0: all)."""
+    said = {
+        "set": "set to {} × p99",
+        "add": "raised by {} × p99",
+        "scale": "multiplied by {}",
+        "ablate": "less {} of it",
+    }
+    where = "[CLS]" if place == "cls" else f"{n_patches} patches" if n_patches else "every patch"
+    kinds = list(dict.fromkeys(changes))
+    done = said[kinds[0][0]].format(f"{kinds[0][1]:g}") if len(kinds) == 1 else "edited"
+    return f"{len(changes)} feature{'s' * (len(changes) != 1)} {done} on {where}"
 
 
 def _case(db: "DuckDBPyConnection", folder: Path, edit: int | None) -> Case | None:
@@ -283,11 +301,52 @@ def _case(db: "DuckDBPyConnection", folder: Path, edit: int | None) -> Case | No
     ((n_classes,),) = db.execute("SELECT count(*) FROM class WHERE unit = ?", [acts]).fetchall()
     seen = db.execute("SELECT DISTINCT unit FROM feature WHERE sae = ? AND acts = ?", [sae, acts]).fetchall()
     names, before, after = zip(*logits, strict=True)
+    chosen = [feature for (feature,) in features]
     return Case(
-        folder, example, shown(source), shown(target), amount, mode, place, [feature for (feature,) in features],
-        list(map(shown, names)),
-        _softmax(before), _softmax(after), n_classes, {unit for (unit,) in seen},
+        example, shown(source), shown(target), said_of([(mode, amount)] * len(chosen), place), chosen,
+        list(map(shown, names)), _softmax(before), _softmax(after), n_classes, {unit for (unit,) in seen},
+        _kept(folder / "first.png") if edit == _first(folder / "first.json") else None,
     )  # fmt: skip
+
+
+def _saved(db: "DuckDBPyConnection", store: Path, name: str) -> Case:
+    """Return an edit that was saved on the page."""
+    found = db.execute(
+        "SELECT unit, sae, acts, example, place, patches FROM saved_edit WHERE name = ? ORDER BY unit",
+        [name],
+    ).fetchone()
+    if not found:
+        names = [known for (known,) in db.execute("SELECT name FROM saved_edit ORDER BY name").fetchall()]
+        near = did_you_mean(name, names) or f" (there are: {', '.join(names[:20]) or 'none'})"
+        raise UserError(f"saved: there is no saved edit '{name}'{near}")
+    unit, sae, acts, example, place, patches = found
+    changes = db.execute(
+        "SELECT feature, mode, amount FROM saved_feature WHERE unit = ? ORDER BY rowid", [unit]
+    ).fetchall()
+    rows = db.execute(
+        "SELECT c.name, s.before, s.after FROM saved_class s JOIN class c ON c.unit = ? AND c.label = s.label "
+        "WHERE s.unit = ? ORDER BY s.label",
+        [acts, unit],
+    ).fetchall()
+    seen = db.execute("SELECT DISTINCT unit FROM feature WHERE sae = ? AND acts = ?", [sae, acts]).fetchall()
+    names, before, after = (list(column) for column in zip(*rows, strict=True))
+    names = list(map(shown, names))
+    done = said_of([(mode, amount) for _, mode, amount in changes], place, len((patches or "").split()))
+    return Case(
+        example, names[int(np.argmax(before))], names[int(np.argmax(after))], done,
+        [feature for feature, _, _ in changes], names, np.array(before), np.array(after), len(names),
+        {one for (one,) in seen}, _kept(store / SAVED / unit / "view.png"),
+    )  # fmt: skip
+
+
+def _kept(path: Path) -> "Image | None":
+    """Return the picture of a case, if somebody kept one."""
+    if not path.exists():
+        return None
+    try:
+        return pictures.opened(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete {path.parent} to make it again") from error
 
 
 def _first(path: Path) -> int | None:
@@ -300,21 +359,16 @@ def _first(path: Path) -> int | None:
 
 def _show_image(axes: "Axes", case: Case, tables: Sequence[Path]) -> None:
     """Show the image that was edited, as the model saw it, or say that nobody kept it."""
-    kept = case.folder / "first.png"
-    if kept.exists():
-        try:
-            view = pictures.enlarged(pictures.opened(kept.read_bytes()), 256)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{kept}: cannot be read ({error}); delete {case.folder} to make it again") from error
-    else:
+    view = case.view
+    if view is None:
         found = [pictures.read(path / "picture.parquet", [case.example]) for path in tables]
         views = [views[case.example] for views in found if case.example in views]
         if not views:
             axes.text(0.5, 0.5, f"image {case.example}\n(no picture is kept)", ha="center", va="center", color=FAINT)
             axes.axis("off")
             return
-        view = pictures.enlarged(views[0], 256)
-    axes.imshow(np.asarray(view))
+        view = views[0]
+    axes.imshow(np.asarray(pictures.enlarged(view, 256)))
     axes.set(title=f"the image: {case.source}", anchor="N")
     axes.axis("off")
 
