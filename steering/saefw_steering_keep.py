@@ -164,7 +164,7 @@ def python(experiment: Experiment, state: State) -> str:
         return ""
     choice = experiment.choice
     amounts = {edit.feature: edit.amount for edit in state.edits}
-    modes = {edit.mode for edit in state.edits} or {experiment.mode}
+    modes: set[str] = {edit.mode for edit in state.edits} or {experiment.mode}
     mode = repr(modes.pop()) if len(modes) == 1 else repr({edit.feature: edit.mode for edit in state.edits})
     more = f", patches={list(state.patches)}" if state.patches else ""
     more += f", place={state.place!r}" if state.place != experiment.place else ""

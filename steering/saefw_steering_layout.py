@@ -45,7 +45,8 @@ class Widgets:
         options: list[Any] = [(str(i), name) for i, name in enumerate(classes)]
         present = set(experiment.labels.tolist())
         field: dict[str, Any] = {"stylesheets": [style.FIELD], "margin": 0, "sizing_mode": "stretch_width"}
-        self.split = Select(**field, name="split", title="Split", options=["test", "valid", "train"], value="test")
+        splits: list[Any] = ["test", "valid", "train"]
+        self.split = Select(**field, name="split", title="Split", options=splits, value="test")
         of = [option for option in options if int(option[0]) in present]
         self.of_class = Select(**field, name="class", title="Class", options=of, value=None)
         self.image = Select(**field, name="image", title="Image", options=[], value=None)
@@ -77,9 +78,8 @@ class Widgets:
         self.heads = [div(""), div(""), div("")]
         self.bars = Bars(classes)
         self.verdict, self.norm = div("", name="verdict"), div("", name="norm")
-        self.top = Select(
-            options=["5", "10", "20", "50"], value="10", name="top", width=64, margin=0, stylesheets=[style.FIELD]
-        )
+        tops: list[Any] = ["5", "10", "20", "50"]
+        self.top = Select(options=tops, value="10", name="top", width=64, margin=0, stylesheets=[style.FIELD])
         # Read and written by the page's own script.
         self.signal = Div(name="signal", visible=False)
         self.buttons: dict[str, Button] = {}
@@ -115,18 +115,14 @@ class Widgets:
         )
         guides = [self.buttons[f"guide-{guide.name}"] for guide in self.experiment.guides]
         said = "".join(
-            f"<br>{escape(b.label)}: {WHY[g.name]}" for b, g in zip(guides, self.experiment.guides, strict=True)
+            f"<br>{escape(str(b.label))}: {WHY[g.name]}" for b, g in zip(guides, self.experiment.guides, strict=True)
         )
         tools = [self.buttons[name] for name in ("undo", "redo", "reset-all")]
-        columns = [
-            Column(
-                children=[head, *extra, *(one.model for one in group)], spacing=4, sizing_mode="stretch_width"
-            )
-            for head, extra, group in zip(
-                self.heads, ([div("", "faint")], [self.target], [self.finder, self.label, self.numbers]), self.groups,
-                strict=True,
-            )
-        ]  # fmt: skip
+        extras: list[list[Any]] = [[], [self.target], [self.finder, self.label, self.numbers]]
+        columns: list[Any] = [
+            Column(children=[head, *extra, *(one.model for one in group)], spacing=4, sizing_mode="stretch_width")
+            for head, extra, group in zip(self.heads, extras, self.groups, strict=True)
+        ]
         middle = card(
             "features",
             row(*tools, *([div("<span class=faint>Examples:</span>", wide=False)] if guides else []), *guides),

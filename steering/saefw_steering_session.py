@@ -12,7 +12,8 @@ from bokeh.events import ButtonClick
 from PIL import Image
 
 from saefw.errors import UserError
-from saefw_experiment import After, Change, Experiment, Guide, Seen
+from saefw_experiment import After, Change, Experiment, Seen
+from saefw_experiment_tables import Guide
 from saefw_steering_keep import Keeper
 from saefw_steering_layout import FOUND, Widgets
 from saefw_steering_state import Edited, Finder, State
@@ -122,7 +123,7 @@ class Session:
         heard(w.of_class, "value", lambda label: self.go_to(int(self._listed(int(label))[0])))
         heard(w.image, "value", lambda example: self.go_to(int(example)))
         heard(w.split, "value", self._split_chosen)
-        heard(w.find, "value", lambda text: text.strip() and self.go_to(self.experiment.find(text)))
+        heard(w.find, "value", self._find)
         heard(w.upload, "value", lambda data: self.bring(str(data)))
         heard(w.target, "value", lambda _: self.show_features())
         heard(w.finder, "value", lambda _: self.show_features())
@@ -133,7 +134,7 @@ class Session:
         heard(w.directly, "active", lambda _: self.update())
         heard(w.top, "value", lambda _: self.update())
         heard(w.signal, "tags", lambda tags: self._key(tags))
-        for name, do in {
+        pressed: dict[str, Callable[[], None]] = {
             "previous": partial(self.step, -1),
             "next": partial(self.step, 1),
             "random": self.random,
@@ -142,7 +143,8 @@ class Session:
             "reset-all": self.reset,
             "all-patches": partial(self.picture.choose, []),
             **{f"guide-{guide.name}": partial(self.show_guide, guide) for guide in self.experiment.guides},
-        }.items():
+        }
+        for name, do in pressed.items():
             w.buttons[name].on_click(self._guarded(do))
 
     def _key(self, tags: Sequence[Any]) -> None:
@@ -244,6 +246,10 @@ class Session:
             self.seen, self.view = self.experiment.read(uploaded(data))
             self._look(None)
             self.show_features()
+
+    def _find(self, text: str) -> None:
+        if text.strip():
+            self.go_to(self.experiment.find(text))
 
     def step(self, by: int) -> None:
         """Go to the next or the previous image of the class."""

@@ -37,7 +37,7 @@ class Steer:
         self._probe = Select(**field, name="probe", title="Probe", options=[])
         self._head = div("")
         self._body = Column(sizing_mode="stretch_width", name="experiment")
-        selects = [self._stage, self._sae, self._dataset, self._probe]
+        selects: list[Any] = [self._stage, self._sae, self._dataset, self._probe]
         chooser = Row(children=selects, spacing=8, sizing_mode="stretch_width")
         self.panel = Column(
             children=[card("chooser", self._head, chooser), self._body], spacing=12, sizing_mode="stretch_width"
@@ -170,7 +170,8 @@ class Steer:
                 div(f'<div class="busy">Loading {escape(choice.unit.label)}: the backbone, the SAE, the probe …</div>'),
             )
         ]
-        self._doc.add_next_tick_callback(without_document_lock(partial(self._load, choice, state)))
+        load: Any = partial(self._load, choice, state)
+        self._doc.add_next_tick_callback(without_document_lock(load))
 
     async def _load(self, choice: Choice, state: State | None) -> None:
         loop = asyncio.get_running_loop()

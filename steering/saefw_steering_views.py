@@ -146,7 +146,16 @@ class FeatureCard:
             css_classes=["reset"],
             stylesheets=[style.ROUND],
         )
-        parts = [self.pick, self.caption, self.thumbnails, self.state, self.slider, self.mode, self.number, self.reset]
+        parts: list[Any] = [
+            self.pick,
+            self.caption,
+            self.thumbnails,
+            self.state,
+            self.slider,
+            self.mode,
+            self.number,
+            self.reset,
+        ]
         self.model = Row(children=parts, name=f"card-{name}", stylesheets=[style.FEATURE], sizing_mode="stretch_width")
         self.pick.on_click(lambda: lighten(self.facts.feature) if self.facts else None)
         self.slider.on_change("value", self._asked)

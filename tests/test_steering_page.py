@@ -18,7 +18,8 @@ from saefw import pipeline, registry
 from saefw.catalog import Catalog
 from saefw.errors import UserError
 from saefw.steering import Edit
-from saefw_experiment import Choice, choices, opened, probabilities
+from saefw_choices import Choice, choices
+from saefw_experiment import opened, probabilities
 from saefw_steering import page, server
 
 ODD = '''
