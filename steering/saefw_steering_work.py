@@ -39,7 +39,8 @@ class Newest:
         self._next = job, show
         if not self._busy:
             self._busy = True
-            self._doc.add_next_tick_callback(without_document_lock(self._work))
+            work: Any = self._work
+            self._doc.add_next_tick_callback(without_document_lock(work))
 
     async def _work(self) -> None:
         # Without the document's lock, so that what a visitor does meanwhile arrives and replaces what is next.
