@@ -283,7 +283,8 @@ class Experiment:
     def _ranked(self, label: int, place: str) -> Ints:
         gradient_cd = torch.from_numpy(self._gradient_d(label, place)[None])
         effect_sc = self.steerings[place].effects(gradient_cd, torch.from_numpy(self.about.p99_s)).numpy()
-        return controls.strongest(effect_sc, self._usable_s, min(64, int(self._usable_s.sum())))[0]
+        best: Ints = controls.strongest(effect_sc, self._usable_s, min(64, int(self._usable_s.sum())))[0]
+        return best
 
     def _gradient_d(self, label: int, place: str) -> Floats:
         """Return the mean gradient of a class's logit, [d]: the steer stage's, or one over some train images."""

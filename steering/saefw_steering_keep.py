@@ -45,12 +45,11 @@ class Keeper:
         self._link, self._file = told("link", script.LINK), told("file", script.FILE)
         save, delete = button("Save", "save"), button("Delete", "delete")
         exports = [button(kind.upper(), f"export-{kind}") for kind in FILES]
-        guarded = session._guarded
-        save.on_click(guarded(self.save))
-        delete.on_click(guarded(self.delete))
+        save.on_click(session.pressed(self.save))
+        delete.on_click(session.pressed(self.delete))
         for kind, made in zip(FILES, exports, strict=True):
-            made.on_click(guarded(partial(self.export, kind)))
-        chosen = guarded(self._chosen)
+            made.on_click(session.pressed(partial(self.export, kind)))
+        chosen = session._guarded(self._chosen)
         self.known.on_change("value", lambda _attr, _old, new: chosen(new))
         self.model = Column(
             children=[

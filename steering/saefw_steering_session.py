@@ -114,6 +114,11 @@ class Session:
 
         return done
 
+    def pressed(self, do: Callable[[], None]) -> Callable[[], None]:
+        """Return the callback of a button: `_guarded`, and without the event that Bokeh would pass."""
+        guarded = self._guarded(do)
+        return lambda: guarded()
+
     def _connect(self) -> None:
         def heard(model: Any, prop: str, do: Callable[[Any], None]) -> None:
             call = self._guarded(do)
@@ -145,7 +150,7 @@ class Session:
             **{f"guide-{guide.name}": partial(self.show_guide, guide) for guide in self.experiment.guides},
         }
         for name, do in pressed.items():
-            w.buttons[name].on_click(self._guarded(do))
+            w.buttons[name].on_click(self.pressed(do))
 
     def _key(self, tags: Sequence[Any]) -> None:
         if tags and (button := self.w.buttons.get(str(tags[0]))) is not None and not button.disabled:
