@@ -481,6 +481,9 @@ class FigureConfig(Entry):
     wants: ClassVar[tuple[str, ...]] = ()
     """The stages (their `use`) whose units it is drawn from; where one of them is missing it is skipped."""
 
+    names_features: ClassVar[bool] = False
+    """Whether it shows what people call features, so that it is drawn again when they say something else."""
+
     def draw(self, db: "DuckDBPyConnection", units: Mapping[str, Sequence[Path]]) -> "Figure":
         """Draw it.
 

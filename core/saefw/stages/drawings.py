@@ -34,6 +34,7 @@ class FeatureGrid(FigureConfig):
     """Features with their strongest images, the patches lit on which they fire."""
 
     use: Literal["feature-grid"] = "feature-grid"
+    names_features: ClassVar[bool] = True
     wants: ClassVar[tuple[str, ...]] = ("visuals",)
 
     sae: Pick = Pick(highest="n_pure")
@@ -54,6 +55,7 @@ class FeatureGrid(FigureConfig):
         chosen = self._chosen(db, unit)
         if not chosen:
             raise UserError(f"no feature of {label} fires")
+        called = _called(db, unit)
         side, gap, left = 88, 6, 168
         strips = [_strip(db, folder, feature, self.images, side, gap) for feature, _ in chosen]
         height, width = len(chosen) * (side + gap), left + max(strip.image.shape[1] for strip in strips)
@@ -67,6 +69,7 @@ class FeatureGrid(FigureConfig):
             axes.imshow(strip.image, extent=(left, left + strip.image.shape[1], top + side, top))
             axes.text(0, top + 0.33 * side, name or f"feature {feature}", fontsize=9.5, va="center")
             said = [f"feature {feature}"] if name else []
+            said += [called[feature]] if feature in called else []
             said += [strip.purity] if strip.purity else []
             axes.text(0, top + 0.68 * side, "\n".join(said), fontsize=7, va="center", color=FAINT, linespacing=1.4)
         told = f"{measured['n_live']:.0f} features that fire here"
@@ -115,6 +118,7 @@ class BeforeAfter(Sized):
 
     use: Literal["before-after"] = "before-after"
     revision: ClassVar[int] = 3
+    names_features: ClassVar[bool] = True
     wants: ClassVar[tuple[str, ...]] = ("steer", "visuals")
 
     edit: int | None = Field(None, ge=0)
@@ -166,6 +170,7 @@ class BeforeAfter(Sized):
         grid = figure.add_gridspec(1, len(wide), width_ratios=wide)
         _show_image(figure.add_subplot(grid[0]), case, tables)
         if strips:
+            called = _called(db, tables[0].name)
             axes = figure.add_subplot(grid[1])
             head = 26
             height, width = strips[0].image.shape[:2]
@@ -174,7 +179,8 @@ class BeforeAfter(Sized):
             for i, (feature, strip) in enumerate(zip(case.features, strips, strict=True)):
                 top = i * (height + head) + head
                 axes.imshow(strip.image, extent=(0, width, top + height, top))
-                axes.text(0, top - 6, f"feature {feature}, {strip.purity}".rstrip(", "), fontsize=7.5, color=FAINT)
+                told = ", ".join(filter(None, (f"feature {feature}", called.get(feature), strip.purity)))
+                axes.text(0, top - 6, told, fontsize=7.5, color=FAINT)
             axes.set_title("the features: their strongest images")
         axes = figure.add_subplot(grid[-1])
         likely = np.sort(np.argsort(-np.maximum(case.before, case.after), kind="stable")[: self.classes])
@@ -230,6 +236,14 @@ def _strip(db: "DuckDBPyConnection", folder: Path, feature: int, n: int, side: i
     names = [shown(name) for _, _, name in rows if name is not None]
     commonest = max(dict.fromkeys(names), key=names.count) if names else ""
     return Strip(strip, f"{names.count(commonest)} of {len(rows)}: {commonest}" if names else "")
+
+
+def _called(db: "DuckDBPyConnection", unit: str) -> dict[int, str]:
+    """Return what people call the features of a visuals unit's SAE."""
+    rows = db.execute(
+        "SELECT feature, name FROM note WHERE sae IN (SELECT needs FROM need WHERE unit = ?) AND name != ''", [unit]
+    ).fetchall()
+    return {feature: shown(name) for feature, name in rows}
 
 
 class Case(NamedTuple):
