@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from saefw import controls, pictures, tensors
+from saefw import controls, notes, pictures, tensors
 from saefw.blocks import tokens_after
 from saefw.errors import escaped
 from saefw.live import acts_of
@@ -184,6 +184,25 @@ class Experiment:
         self.view = lru_cache(maxsize=32)(self._view)
         self.thumbnails = lru_cache(maxsize=512)(self._thumbnails)
         self.ranked = lru_cache(maxsize=64)(self._ranked)
+
+    # Notes
+
+    def note(self, feature: int, name: str, text: str = "") -> notes.Note:
+        """Call a feature by a name, and say more about it; both empty: take that back.
+
+        Raises:
+            UserError: there is no such feature, or something of the note is too long or does not print.
+            OSError: the store cannot be written to.
+
+        """
+        if not 0 <= feature < self.sae.d_sae:
+            raise UserError(f"feature: there is no {feature} (there are: 0 to {self.sae.d_sae - 1})")
+        return notes.write(self._run.store.root, self.choice.sae.address, feature, name, text)
+
+    def called(self) -> dict[int, str]:
+        """Return what people call features, those that have a name, as any eye may see it."""
+        said = notes.of(self._run.store.root, self.choice.sae.address)
+        return {feature: escaped(note.name) for feature, note in said.items() if note.name}
 
     # Images
 

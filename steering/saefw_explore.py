@@ -252,10 +252,9 @@ class Explore:
 
     def _name_all(self) -> None:
         """Show the names that features have by now; somebody else may have given some."""
-        before, now = self.source.data["name"], self._names()
-        changed = [(i, new) for i, (old, new) in enumerate(zip(before, now, strict=True)) if old != new]
-        if changed:
-            self.source.patch({"name": changed})
+        now = self._names()
+        if now != self.source.data["name"]:  # a table does not show what is only patched
+            self.source.data = {**self.source.data, "name": now}
 
     # How it is laid out
 

@@ -165,13 +165,14 @@ class Features:
     numbers: list[int]
 
     def _repr_html_(self) -> str:
-        rows = []
+        rows, names = [], self.experiment.called()
         for feature in self.numbers:
             about = self.experiment.about[feature]
             name = escape(self.experiment.classes[about.label]) if about.label >= 0 else "no class"
+            called = f" · {escape(names[feature])}" if feature in names else ""
             images = "".join(f'<img src="{uri}" alt="" height="64"> ' for uri, _ in self.experiment.thumbnails(feature))
             rows.append(
-                f"<tr><td>{feature}</td><td>{about.n_label} of {self.experiment.top}: {name}</td>"
+                f"<tr><td>{feature}{called}</td><td>{about.n_label} of {self.experiment.top}: {name}</td>"
                 f"<td>{100 * about.frequency:.2g} % of {self.experiment.counted}</td><td>{images}</td></tr>"
             )
         head = "<tr><th>feature</th><th>strongest images</th><th>fires on</th><th></th></tr>"

@@ -532,6 +532,9 @@ class Session:
         if about.label >= 0:
             name = escape(experiment.classes[about.label])
             pure = f"{about.n_label} of {experiment.top} images, "
+        called = escape(experiment.called().get(feature, ""))
+        if called:
+            name, pure = called, f"{name}, {pure}" if pure else ""
         n = int((values > 0).sum())
         return Facts(
             feature,
