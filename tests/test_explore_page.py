@@ -79,7 +79,7 @@ class Visitor:
     def shown(self) -> list[int]:
         """The features that the table shows, in its order."""
         every = np.asarray(self["explore-source"].data["feature"])
-        return every[self["features"].view.filter.indices].tolist()
+        return [int(feature) for feature in every[self["features"].view.filter.indices]]
 
 
 def rows(root: Path, sql: str, *values: object) -> list[Any]:
