@@ -94,5 +94,5 @@ def plain_legend(plot: Any) -> None:
     for legend in plot.legend:
         legend.background_fill_color = legend.border_line_color = None
         legend.label_text_color, legend.label_text_font, legend.label_text_font_size = AXES, FONT, "12px"
-        legend.orientation, legend.margin, legend.padding = "horizontal", 0, 4
+        legend.orientation, legend.margin, legend.padding = "vertical", 0, 4
         plot.add_layout(legend, "above")

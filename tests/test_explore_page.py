@@ -346,14 +346,15 @@ def test_in_a_browser_a_note_is_saved_found_and_still_there_after_a_reload(
 
 def test_in_a_browser_a_box_over_the_points_and_a_row_of_the_table_choose(chromium: "Browser", address: str) -> None:
     with looking(chromium, address) as seen:
-        every = seen.get_by_text(" features ").first.inner_text()
+        count = seen.locator(".count h2")
+        every = count.inner_text()
         plot = seen.locator(".bk-Figure canvas").first.bounding_box()
         assert plot
         seen.mouse.move(plot["x"] + plot["width"] / 2, plot["y"] + 8)
         seen.mouse.down()
         seen.mouse.move(plot["x"] + plot["width"] - 8, plot["y"] + plot["height"] - 60, steps=5)
         seen.mouse.up()
-        seen.wait_for_function("every => document.body.innerText !== every", arg=every)
+        count.filter(has_not_text=every).wait_for()
         row = seen.locator(".slick-row").nth(1)
         row.wait_for()
         number = row.locator(".slick-cell").first.inner_text()
