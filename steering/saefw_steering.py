@@ -44,6 +44,7 @@ class Page:
         """Fill the first tab; one without anything to show has a sentence what to run."""
         self.doc, self._path = doc, path
         self.notice = div("", name="notice")
+        self.steer: Steer | None = None
         self._explore: Explore | None = None
         self._kinds: dict[str, Callable[[], Any]] = {
             "Steer": self._steering,
@@ -77,7 +78,8 @@ class Page:
             self._bodies[active].children = [nothing]
 
     def _steering(self) -> Any:
-        return Steer(self.doc, choices(self._path), self.say, _asked(self)).panel
+        self.steer = Steer(self.doc, choices(self._path), self.say, _asked(self))
+        return self.steer.panel
 
     def _exploring(self) -> Any:
         self._explore = Explore(store_of(self._path))
@@ -92,8 +94,8 @@ class Page:
         return True
 
 
-def page(doc: Document, path: Path, public: bool = True) -> None:
-    """Fill a document with the page of a registry; where there is nothing to steer, with a sentence what to run.
+def page(doc: Document, path: Path, public: bool = True) -> Page | None:
+    """Fill a document with the page of a registry, and return it; where there is none, with a sentence what to do.
 
     Args:
         doc: where it is shown.
@@ -104,6 +106,7 @@ def page(doc: Document, path: Path, public: bool = True) -> None:
     doc.title = "saefw steering"
     whole = GlobalInlineStyleSheet(css=style.WHOLE)
     parts: list[Any]
+    made: Page | None = None
     if not public and (client := _client(doc)) not in HERE:
         text = (
             f"This page is for its own machine, and not for {client}. To show it to others, serve it with "
@@ -115,6 +118,7 @@ def page(doc: Document, path: Path, public: bool = True) -> None:
         parts = [made.notice, made.tabs]
     doc.add_root(Column(children=parts, name="page", stylesheets=[whole, style.PAGE], sizing_mode="stretch_width"))
     doc.js_on_event("document_ready", CustomJS(args={"keys": script.KEYS}, code=script.READY))
+    return made
 
 
 def lines(text: str) -> str:
@@ -146,6 +150,10 @@ def _asked(page: Page) -> states.State | None:
         return None
 
 
+def _served(doc: Document, path: Path) -> None:
+    page(doc, path)
+
+
 def serve(
     registry: Annotated[Path, typer.Argument(help="The registry whose experiment to show.")] = Path("registry.yaml"),
     port: Annotated[int, typer.Option(min=1, max=65535, help="Where to listen, on this machine only.")] = 5006,
@@ -174,7 +182,7 @@ def server(registry: Path, port: int) -> "Server":
     from bokeh.application.handlers.function import FunctionHandler
     from bokeh.server.server import Server
 
-    app = Application(FunctionHandler(partial(page, path=registry)))
+    app = Application(FunctionHandler(partial(_served, path=registry)))
     # Only pages that this server sent may talk to it: another site in the same browser may not.
     origins = [f"{host}:{port}" for host in ("localhost", "127.0.0.1")]
     try:

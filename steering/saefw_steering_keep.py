@@ -159,7 +159,7 @@ def exported(kind: str, experiment: Experiment, state: State, seen: Seen, after:
 
 def python(experiment: Experiment, state: State) -> str:
     """Return the lines that repeat an edit in Python; nothing for an image that the visitor brought."""
-    if state.example is None:
+    if state.example is None or not state.edits:
         return ""
     choice = experiment.choice
     amounts = {edit.feature: edit.amount for edit in state.edits}

@@ -118,7 +118,11 @@ class Widgets:
             f"<br>{escape(str(b.label))}: {WHY[g.name]}" for b, g in zip(guides, self.experiment.guides, strict=True)
         )
         tools = [self.buttons[name] for name in ("undo", "redo", "reset-all")]
-        extras: list[list[Any]] = [[], [self.target], [self.finder, self.label, self.numbers]]
+        extras: list[list[Any]] = [
+            [div("<div class=room></div>")],
+            [self.target],
+            [self.finder, self.label, self.numbers],
+        ]
         columns: list[Any] = [
             Column(children=[head, *extra, *(one.model for one in group)], spacing=4, sizing_mode="stretch_width")
             for head, extra, group in zip(self.heads, extras, self.groups, strict=True)

@@ -89,6 +89,7 @@ h2 { font-size: 13px; font-weight: 650; margin: 0; min-height: 2.8em; }
 h2 small, .faint { font-size: 12px; font-weight: 400; color: var(--faint); }
 h2.own { color: var(--own); } h2.other { color: var(--other); } h2.found { color: var(--found); }
 p { margin: 0; }
+.room { height: 28px; }
 code { font: 12px/1.5 ui-monospace, Menlo, Consolas, 'Liberation Mono', monospace; }
 code { background: var(--soft); border-radius: 4px; padding: 1px 4px; }
 .name { font-weight: 600; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
@@ -128,12 +129,13 @@ kbd { font: 11px ui-monospace, monospace; border: 1px solid var(--edge); border-
 """
 
 FEATURE = """
-:host { display: grid !important; gap: 4px 6px !important; padding: 8px 0 8px 8px; border-top: 1px solid var(--line);
-  border-left: 3px solid transparent;
-  grid-template-columns: 54px minmax(0, 1fr) 66px 74px 24px;
-  grid-template-areas: "pick caption caption caption reset" "thumbnails thumbnails thumbnails thumbnails thumbnails"
-    "state state mode number number" "slider slider slider slider slider";
+:host { display: none !important; box-sizing: border-box; min-width: 0; gap: 4px 6px !important;
+  padding: 8px 0 8px 8px; border-top: 1px solid var(--line); border-left: 3px solid transparent;
+  grid-template-columns: 54px minmax(0, 1fr) 44px 24px;
+  grid-template-areas: "pick caption caption reset" "thumbnails thumbnails thumbnails thumbnails"
+    "state state state state" "slider slider slider slider" "mode mode number number";
   align-items: center; }
+:host(.feature) { display: grid !important; }
 :host(.own) { border-left-color: var(--own); } :host(.other) { border-left-color: var(--other); }
 :host(.found) { border-left-color: var(--found); }
 :host(:hover) { background: var(--soft); }

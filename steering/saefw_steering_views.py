@@ -174,8 +174,8 @@ class FeatureCard:
     def show(self, facts: Facts | None, mode: str, amount: float | None) -> None:
         """Show a feature, edited by an amount or as observed; none: hide the card."""
         self.facts = facts
-        self.model.visible = facts is not None
         if facts is None:
+            self.model.css_classes = []
             self.amount = None
             return
         self.pick.label = str(facts.feature)

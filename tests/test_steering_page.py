@@ -94,7 +94,9 @@ class Visitor:
 
     def __init__(self, path: Path, choice: Choice) -> None:
         self.doc, self.choice, self.experiment = Document(), choice, opened(choice)
-        page(self.doc, path)
+        made = page(self.doc, path)
+        assert made is not None and made.steer is not None
+        self.steer = made.steer
 
     def __getitem__(self, name: str) -> Any:
         found = self.doc.select_one({"name": name})
@@ -105,8 +107,9 @@ class Visitor:
         self[name]._trigger_event(ButtonClick(self[name]))
 
     def bars(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        data = self["bars"].renderers[0].data_source.data
-        return np.array(data["before"]), np.array(data["after"])
+        assert self.steer.session is not None
+        bars = self.steer.session.w.bars
+        return bars.before, bars.after
 
     def html(self) -> str:
         return html(self.doc)
@@ -126,7 +129,7 @@ def page_of_all(path: Path, choice: Choice) -> Visitor:
 def visitor(page_of_all: Visitor) -> Visitor:
     """The first example, untouched; the page is that of the tests before."""
     page_of_all["light"].active = False
-    page_of_all.press("first")
+    page_of_all.press("guide-turn")
     page_of_all.press("reset-all")
     return page_of_all
 
@@ -141,19 +144,19 @@ def test_the_page_begins_with_the_first_example_untouched(page_of_all: Visitor) 
     assert np.array_equal(before, after)
     assert before.sum() == pytest.approx(1)
     assert before.argmax() == first.own
-    assert visitor["number-target-0"].value is None
+    assert visitor["number-other-0"].value is None
 
 
 def test_the_first_example_turns_one_class_into_another(visitor: Visitor) -> None:
     first = visitor.experiment.first
     assert first is not None
     visitor.press("next")
-    visitor.press("first")
+    visitor.press("guide-turn")
     before, after = visitor.bars()
     assert [before.argmax(), after.argmax()] == [first.own, first.target]
     # Row by row what is edited is what was stored, and the stage measured what the page shows.
     # A feature of both classes stands in the rows of the image's own.
-    rows = [f"{group}-{i}" for group in ("own", "target", "image") for i in range(3)]
+    rows = [f"{group}-{i}" for group in ("own", "other", "found") for i in range(4)]
     edited = {visitor[f"pick-{row}"].label: visitor[f"number-{row}"].value for row in rows}
     wanted = {str(feature): first.amount for feature in first.features}
     assert {feature: amount for feature, amount in edited.items() if amount is not None} == wanted
@@ -191,14 +194,14 @@ def test_a_slider_changes_what_is_read_and_its_reset_takes_it_back(visitor: Visi
     assert np.array_equal(*visitor.bars())
 
 
-@pytest.mark.parametrize(("mode", "neutral"), [(1, 0.0), (2, 1.0)])
-def test_the_neutral_amount_of_a_mode_changes_nothing(visitor: Visitor, mode: int, neutral: float) -> None:
-    visitor["mode"].active = mode
-    assert visitor["slider-image-0"].value == neutral
-    visitor["slider-image-0"].value = 2.0
+@pytest.mark.parametrize(("mode", "neutral"), [("add", 0.0), ("scale", 1.0)])
+def test_the_neutral_amount_of_a_mode_changes_nothing(visitor: Visitor, mode: str, neutral: float) -> None:
+    visitor["mode-found-0"].value = mode
+    assert visitor["slider-found-0"].value == neutral
+    visitor["slider-found-0"].value = 2.0
     before, after = visitor.bars()
     assert np.abs(after - before).max() > 1e-4
-    visitor["number-image-0"].value = neutral
+    visitor["number-found-0"].value = neutral
     before, after = visitor.bars()
     np.testing.assert_allclose(after, before, atol=1e-7)
 
@@ -210,26 +213,26 @@ def test_an_image_that_is_gone_is_told_in_its_place(visitor: Visitor, monkeypatc
     visitor.experiment.view.cache_clear()
     monkeypatch.setattr(tiny.TinyImages, "image", gone)
     visitor.press("next")
-    key = escape(visitor.experiment.keys[int(visitor["image"].value)])
+    key = escape(visitor.experiment.acts.keys[int(visitor["image"].value)])
     assert f"image '{key}' cannot be read (it is missing)".replace("'", "&#x27;") in visitor.html()
     before, after = visitor.bars()
     assert np.array_equal(before, after) and before.sum() == pytest.approx(1)
     monkeypatch.undo()
-    visitor.press("first")
+    visitor.press("guide-turn")
     assert "cannot be read" not in visitor.html()
 
 
 def test_edits_are_those_of_the_engine_on_the_patches_chosen(visitor: Visitor) -> None:
     experiment, picture = visitor.experiment, visitor["picture"]
-    visitor["number-image-0"].value = 3.0
+    visitor["number-found-0"].value = 3.0
     everywhere = visitor.bars()[1]
     picture._trigger_event(Tap(picture, x=0.5, y=3.5))  # the first patch: row 0 is at the top
     corner: Any = {"type": "rect", "x0": 1.2, "x1": 2.8, "y0": 0.1, "y1": 1.9}
     picture._trigger_event(SelectionGeometry(picture, geometry=corner, final=True))
     chosen = [0, 9, 10, 13, 14]
-    feature, example = int(visitor["pick-image-0"].label), int(visitor["image"].value)
+    feature, example = int(visitor["pick-found-0"].label), int(visitor["image"].value)
     edit = Edit(feature, "set", 3.0 * experiment.about[feature].p99, chosen)
-    engine = experiment.steering.edit(experiment.seen(example).reading, [edit])
+    engine = experiment.steerings["patches"].edit(experiment.seen(example).readings["patches"], [edit])
     after = visitor.bars()[1]
     np.testing.assert_allclose(after, probabilities(engine[0]), atol=1e-12)
     assert np.abs(after - everywhere).max() > 1e-6
@@ -243,10 +246,10 @@ def test_edits_are_those_of_the_engine_on_the_patches_chosen(visitor: Visitor) -
 def test_images_are_gone_through_and_edits_in_sight_stay(visitor: Visitor) -> None:
     ours = [value for value, _ in visitor["image"].options]
     started, label = visitor["image"].value, visitor["class"].value
-    visitor["number-target-1"].value = 2.0
+    visitor["number-other-1"].value = 2.0
     visitor.press("next")
     assert visitor["image"].value == ours[(ours.index(started) + 1) % len(ours)]
-    assert visitor["number-target-1"].value == 2.0
+    assert visitor["number-other-1"].value == 2.0
     visitor.press("previous")
     assert visitor["image"].value == started
     other = next(value for value, _ in visitor["class"].options if value != label)
@@ -260,18 +263,18 @@ def test_images_are_gone_through_and_edits_in_sight_stay(visitor: Visitor) -> No
 def test_the_picture_is_lit_where_a_feature_fires(visitor: Visitor) -> None:
     image = visitor["picture"].renderers[0].data_source
     plain = image.data["image"][0].copy()
-    visitor.press("pick-image-0")
+    visitor.press("pick-found-0")
     assert visitor["light"].active
     assert not np.array_equal(image.data["image"][0], plain)
-    texts = visitor["picture"].renderers[1].data_source.data["value"]
-    values = visitor.experiment.seen(int(visitor["image"].value)).patch_ps[:, int(visitor["pick-image-0"].label)]
+    texts = visitor["picture"].renderers[2].data_source.data["value"]
+    values = visitor.experiment.seen(int(visitor["image"].value)).patch_ps[:, int(visitor["pick-found-0"].label)]
     assert [text.endswith(" 0.00") for text in texts] == [f"{v:.2f}" == "0.00" for v in values / values.max()]
     visitor["light"].active = False
     assert np.array_equal(image.data["image"][0], plain)
 
 
 def test_names_from_files_are_text_and_never_html(visitor: Visitor) -> None:
-    visitor.press("first")
+    visitor.press("guide-turn")
     shown = visitor.html()
     for name in visitor.experiment.classes:
         assert name not in shown or name == escape(name)
@@ -284,21 +287,21 @@ def test_two_visitors_share_the_models_and_nothing_else(path: Path, choice: Choi
     one, two = visitor, Visitor(path, choice)
     assert opened(choices(path)[0]) is one.experiment
     untouched = two.bars()[1]
-    one.press("first")
+    one.press("guide-turn")
     assert np.array_equal(two.bars()[1], untouched)
     two.press("next")
     two["number-own-0"].value = 3.0
     edited = one.bars()[1]
     one.press("reset-all")
-    one.press("first")
+    one.press("guide-turn")
     assert np.array_equal(one.bars()[1], edited)
 
 
 def test_another_dataset_is_another_experiment(path: Path, choice: Choice) -> None:
     visitor = Visitor(path, choice)
-    select = visitor["experiments"]
+    select = visitor["dataset"]
     assert len(select.options) == 2
-    select.value = "1"
+    select.value = next(value for value, _ in select.options if value != select.value)
     assert [name for _, name in visitor["class"].options] == list(tiny.TinyImages.classes)
     assert np.array_equal(*visitor.bars())
 
