@@ -2,9 +2,12 @@
 
 import asyncio
 import socket
+from base64 import b64encode
 from html import escape
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -14,13 +17,15 @@ from bokeh.events import ButtonClick, SelectionGeometry, Tap
 from bokeh.models.widgets import Div
 from PIL import Image
 
-from saefw import pipeline, registry
+import saefw_steering_state as states
+from saefw import gc, pipeline, registry
 from saefw.catalog import Catalog
 from saefw.errors import UserError
 from saefw.steering import Edit
 from saefw_choices import Choice, choices
 from saefw_experiment import opened, probabilities
 from saefw_steering import page, server
+from saefw_upload import uploaded
 
 ODD = '''
 """The tiny images under names that HTML would take for its own."""
@@ -362,3 +367,74 @@ def test_the_server_is_for_this_machine_and_its_own_pages_alone(path: Path) -> N
     finally:
         ours.stop()
         ours.io_loop.close(all_fds=True)
+
+
+def test_steps_are_undone_and_done_again(visitor: Visitor) -> None:
+    before, untouched = visitor.bars()
+    visitor["number-own-0"].value = 2.0
+    first = visitor.bars()[1]
+    visitor["number-other-0"].value = 2.0
+    second = visitor.bars()[1]
+    visitor.press("undo")
+    np.testing.assert_array_equal(visitor.bars()[1], first)
+    visitor.press("undo")
+    np.testing.assert_array_equal(visitor.bars()[1], untouched)
+    visitor.press("redo")
+    visitor.press("redo")
+    np.testing.assert_array_equal(visitor.bars()[1], second)
+    assert visitor["redo"].disabled and not visitor["undo"].disabled
+
+
+def test_a_saved_edit_comes_back_on_the_page_and_in_sql(visitor: Visitor, path: Path) -> None:
+    visitor.press("guide-turn")
+    turned = visitor.bars()[1]
+    visitor["save-name"].value = "<b>turn</b>"
+    visitor.press("save")
+    unit = visitor["saved"].value
+    assert [name for _, name in visitor["saved"].options] == ["saved edits …", "<b>turn</b>"]
+    store = visitor.choice.run.store
+    store.rebuild()  # found by its folder alone
+    with store.db() as db:
+        assert db.execute("SELECT unit, example FROM saved_edit").fetchall() == [
+            (unit, visitor.experiment.guides[0].example)
+        ]
+        after = db.execute("SELECT after FROM saved_class WHERE unit = ? ORDER BY label", [unit]).fetchall()
+    np.testing.assert_allclose([share for (share,) in after], turned, atol=1e-12)
+    assert unit not in {spare.address for spare in gc.find([path]).spare}
+    visitor["save-name"].value = "<b>turn</b>"
+    visitor["number-own-0"].value = 0.5
+    visitor.press("save")
+    assert "there is an edit &#x27;&lt;b&gt;turn&lt;/b&gt;&#x27; already" in visitor.html()
+    visitor.press("reset-all")
+    visitor["saved"].value = ""
+    visitor["saved"].value = unit
+    np.testing.assert_allclose(visitor.bars()[1], turned, atol=1e-12)
+    visitor.press("delete")
+    assert [name for _, name in visitor["saved"].options] == ["no saved edits yet"]
+
+
+def test_a_link_holds_the_state_and_a_false_one_is_refused(visitor: Visitor) -> None:
+    visitor.press("guide-turn")
+    session = visitor.steer.session
+    assert session is not None
+    state = session.state()
+    assert visitor["link"].tags == [f"?state={states.written(state)}"]
+    assert states.read(unquote(states.written(state))) == state
+    for text in ("{}", "[]", '{"sae": "../../x", "probe": "000000000000"}', "x" * 9000):
+        with pytest.raises(UserError, match="so the page starts anew"):
+            states.read(text)
+
+
+def test_an_image_of_ones_own_is_read_in_memory(visitor: Visitor) -> None:
+    file = BytesIO()
+    Image.new("RGB", (40, 30), "red").save(file, "PNG")
+    session = visitor.steer.session
+    assert session is not None
+    session.bring(b64encode(file.getvalue()).decode())
+    assert session.example is None and "your image" in visitor.html()
+    visitor["number-found-0"].value = 2.0
+    before, after = visitor.bars()
+    assert after.sum() == pytest.approx(1) and np.abs(after - before).max() > 0
+    with pytest.raises(UserError) as caught:
+        uploaded(b64encode(b"GIF89a").decode())
+    assert str(caught.value) == "that is no image that can be read (there are: JPEG, PNG, WEBP)"
