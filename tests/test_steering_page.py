@@ -370,7 +370,7 @@ def test_the_server_is_for_this_machine_and_its_own_pages_alone(path: Path) -> N
 
 
 def test_steps_are_undone_and_done_again(visitor: Visitor) -> None:
-    before, untouched = visitor.bars()
+    _, untouched = visitor.bars()
     visitor["number-own-0"].value = 2.0
     first = visitor.bars()[1]
     visitor["number-other-0"].value = 2.0
