@@ -1,8 +1,12 @@
 """The steering page without a browser: its documents, what its callbacks do, and who may reach its server."""
 
 import asyncio
+import os
 import socket
+import subprocess
+import sys
 from base64 import b64encode
+from collections.abc import Iterator
 from html import escape
 from io import BytesIO
 from pathlib import Path
@@ -438,3 +442,38 @@ def test_an_image_of_ones_own_is_read_in_memory(visitor: Visitor) -> None:
     with pytest.raises(UserError) as caught:
         uploaded(b64encode(b"GIF89a").decode())
     assert str(caught.value) == "that is no image that can be read (there are: JPEG, PNG, WEBP)"
+
+
+@pytest.fixture(scope="module")
+def address(path: Path) -> Iterator[str]:
+    """The address of a page that is served by a process of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PYTHONPATH": str(Path(tiny.__file__).parent)}
+    command = [sys.executable, "-m", "saefw", "serve", str(path), "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as served:
+        assert served.stdout is not None and b"The steering page is at" in served.stdout.readline()
+        yield f"http://127.0.0.1:{port}/steering"
+        served.kill()
+
+
+def test_in_a_browser_an_edit_is_made_and_its_link_shows_it_to_another(chromium: Any, address: str) -> None:
+    one, two = chromium.new_page(), chromium.new_page()
+    faults: list[str] = []
+    for visitor in (one, two):
+        visitor.on("pageerror", lambda error: faults.append(str(error)))
+        visitor.goto(address)
+        visitor.wait_for_selector("text=Undo")
+    one.locator(".noUi-handle").first.press("ArrowRight")
+    one.wait_for_selector("text=1 feature edited on all patches")
+    one.wait_for_function("location.search.startsWith('?state=')")
+    assert two.locator("text=1 feature edited").count() == 0
+    assert one.locator("b:text-is('red')").count() == 0  # the name is <b>red</b>, shown as text
+    one.wait_for_function("decodeURIComponent(location.search).includes('edits')")
+    two.goto(one.url)
+    two.wait_for_selector("text=1 feature edited on all patches")
+    two.keyboard.press("0")
+    two.wait_for_selector("text=1 feature edited", state="detached")
+    assert one.locator("text=1 feature edited").count() == 1
+    assert faults == []
