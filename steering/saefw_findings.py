@@ -145,7 +145,7 @@ def _features(root: Path, _version: tuple[int, int] | None, look: Look) -> Featu
     columns = [feature_f, frequency, mean, p99, most, monosemanticity, label_f, ap_f, purity_f]
     order = np.lexsort((feature_f, -np.nan_to_num(most), -np.nan_to_num(ap_f)))
     sorted_f: list[Any] = [column[order] for column in columns]
-    return Features(*sorted_f, {label: escaped(name) for label, name in named})
+    return Features._make([*sorted_f, {label: escaped(name) for label, name in named}])
 
 
 def seen(store: Store, look: Look, feature: int) -> Seen:
