@@ -9,7 +9,7 @@ run: .venv/ready
 	$(BIN)/saefw run registry.yaml
 
 test: .venv/ready lint types
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from saefw.pictures import GLOW
+from saefw.pictures import bar
 from saefw_steering_style import FIELD, FONT, TEXT
 
 POINT, CHOSEN, AXES = "#3a8fc7", "#d55e00", "#7d838f"
@@ -45,7 +45,7 @@ PAGE = (
   white-space: nowrap; }}
 .glow {{ display: flex; align-items: center; gap: 8px; font-size: 12px; color: var(--faint); margin-top: 8px; }}
 .glow i {{ flex: 0 1 180px; height: 9px; border-radius: 3px;
-  background: linear-gradient(90deg, {", ".join(f"rgb{colour}" for colour in GLOW)}); }}
+  background: linear-gradient(90deg, {", ".join(f"rgb{tuple(colour)}" for colour in bar().reshape(-1, 3)[::51].tolist())}); }}
 dl {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(70px, 1fr)); gap: 8px; margin: 0; }}
 dt {{ font-size: 11.5px; color: var(--faint); }}
 dd {{ margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; }}

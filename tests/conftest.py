@@ -13,6 +13,9 @@ import pytest
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of as many processes as there are cores; also for what it starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @atexit.register
 def _hush() -> None:

@@ -208,18 +208,19 @@ def test_record() -> None:
     assert "vit_tiny_patch16_224: 8 images" in shown and "saefw run --dry over 1,000 files" in shown
 
 
-@pytest.mark.parametrize(("name", "size"), [("features", 1), ("tables", 4)])
+@pytest.mark.parametrize(("name", "size"), [("features", 1), ("tables", 4), ("pictures", 1)])
 def test_a_bench_of_features_runs(name: str, size: int, tmp_path: Path) -> None:
     """No time is asserted, but what is measured has numbers, and the queries find something."""
     file = tmp_path / "rows.json"
     called(name, "--size", str(size), "--rounds", "1", "--json", str(file))
     rows = json.loads(file.read_text())
     assert all(row["value"] > 0 for row in rows)
-    wanted = {"features": "features counted and ranked", "tables": "classes of a feature"}[name]
-    assert [row["bound"] for row in rows if row["name"] == wanted] == {
-        "features": ["ratio >= 0.7"] * 3,
-        "tables": ["value <= 200"],
+    wanted, bounds = {
+        "features": ("features counted and ranked", ["ratio >= 0.7"] * 3),
+        "tables": ("classes of a feature", ["value <= 200"]),
+        "pictures": ("tile in all", ["value <= 5"]),
     }[name]
+    assert [row["bound"] for row in rows if row["name"] == wanted] == bounds
 
 
 @pytest.mark.slow

@@ -162,9 +162,9 @@ figures   c046a5f3a792   dots       to make
 stage     to make   disk   time
 ──────────────────────────────────────────────────────────────
 numbers         3   6 MB    3 h
-best                              decided once numbers is made
+best            1                 decided once numbers is made
 figures         1
-4 units to make, about 6 MB, about 3 h on cpu without figures; 0 kept. Those decided later are not counted."""
+5 units to make, about 6 MB, about 3 h on cpu without best and figures; 0 kept."""
     )
     assert not (saefw.base / "runs").exists()
 
@@ -173,7 +173,7 @@ def test_dry_for_another_machine(saefw: Saefw) -> None:
     saefw.write(FILE + "device: cuda:99\n")
     *_, numbers, _, _, said, why = saefw("run", "--dry").splitlines()
     assert numbers == "numbers         3   6 MB"
-    assert said == "4 units to make, about 6 MB; 0 kept. Those decided later are not counted."
+    assert said == "5 units to make, about 6 MB; 0 kept."
     assert why == (
         "How long it takes is not known here: device: cuda:99: this machine, or this build of torch, has none; "
         "try auto or cpu"

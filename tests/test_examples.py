@@ -32,7 +32,7 @@ VARIANTS = "variants.yaml"
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        (CLIP, "fine; 1 backbone, 4 datasets, 18 saes, 30 probes, 5 figures, 8 stages"),
+        (CLIP, "fine; 1 backbone, 4 datasets, 18 saes, 30 probes, 5 figures, 9 stages"),
         (REAL, "fine; 1 backbone, 2 datasets, 5 saes, 16 probes, 5 figures, 8 stages"),
         (VARIANTS, "fine; 1 backbone, 1 dataset, 21 saes, 1 figure, 3 stages"),
     ],
@@ -73,17 +73,18 @@ def test_the_whole_experiment_is_planned(clip: Path, monkeypatch: pytest.MonkeyP
     desk = pipeline.desk(registry, catalog)
     plans = {plan.name: plan for plan in pipeline.plan(registry, catalog, run=desk)}
     assert {name: len(plan.units) for name, plan in plans.items()} == {
-        "imagenet": 1, "tasks": 3 * 2, "sweep": 3 * 4 + 3 * 2, "visuals": 18, "classes": 18 * 3, "probes": 6 * 5 * 3,
-        "steer": 0, "figures": 0,
+        "imagenet": 1, "tasks": 3 * 2, "sweep": 3 * 4 + 3 * 2, "visuals": 18, "sheets": 18, "classes": 18 * 3,
+        "probes": 6 * 5 * 3, "steer": 0, "figures": 0,
     }  # fmt: skip
     assert (plans["steer"].reason, plans["figures"].reason) == (
         "decided once sweep is made", "decided once steer is made",
     )  # fmt: skip
 
     # 197 tokens of 768; in float16. An SAE of 32 x 768 features: W_enc, W_dec, b_enc,
-    # b_dec and the mean. Tables: 20 maps of 196 patches a feature, 64 sheets of 20 images.
+    # b_dec, the mean and the scale. Tables: 20 maps of 196 patches a feature. 64 sheets of 20 images.
     token, n_features = 768, 24_576
-    weights, tables = (2 * token + 1) * n_features + 2 * token, n_features * 20 * 196 + 64 * 20 * 5000
+    weights, tables = (2 * token + 1) * n_features + 2 * token + 1, n_features * 20 * 196
+    drawn = 64 * 20 * 5000
     image = 197 * token
     costs = {name: list(pipeline.costs(registry, desk, plan).values()) for name, plan in plans.items()}
     assert costs["imagenet"] == [(15 * image * 2, "15 images")]
@@ -92,7 +93,10 @@ def test_the_whole_experiment_is_planned(clip: Path, monkeypatch: pytest.MonkeyP
     ]  # fmt: skip
     assert costs["sweep"] == [(weights * 4, "100,000,000 tokens")] * 18
     assert costs["visuals"] == [(tables, "")] * 18 and costs["classes"] == [(tables, "")] * 54
-    assert costs["probes"] == [(0, "")] * 90 and costs["steer"] == costs["figures"] == []
+    assert costs["sheets"] == [(drawn, "")] * 18
+    assert costs["probes"] == [(0, "")] * 90
+    # As of any SAE that may be picked: it is read by one probe of each set, and 5 figures are drawn of that.
+    assert costs["steer"] == [(0, "")] * 3 and costs["figures"] == [(0, "")] * 5
 
     # A block takes 1 ms an image (11 of 12, then all), an image 20 ms of two cores, a token and feature 1 ns to train
     # on and 2 ns to encode, a token 1 us to count; the splits of the sets are those of the trees.
@@ -104,8 +108,9 @@ def test_the_whole_experiment_is_planned(clip: Path, monkeypatch: pytest.MonkeyP
         **{f"a token and feature of a {use} SAE of 768": 1e-9 for use in ("relu", "topk")},
         **{f"a token and feature of a {use} SAE of 768, encoded": 2e-9 for use in ("relu", "topk")},
         f"a token of {FIRING} features, counted": 1e-6,
-        **{f"a sheet, {label}": 0.5 for label in last},
+        f"a sheet, {last[0]}": 0.5,
         **{f"a picture, {label}": 0.08 for label in last},
+        "a figure": 0.25,
         **{f"30 linear probes on {n} tokens of clip on {name}, layer 11": 7.0 for name, n in TRAIN.items()},
     }
     monkeypatch.setattr("saefw.stages.record.cores", lambda: 2)
@@ -116,31 +121,37 @@ def test_the_whole_experiment_is_planned(clip: Path, monkeypatch: pytest.MonkeyP
     assert guessed["sweep"] == pytest.approx(18 * n_features * (100_000_000 + 196 * n_valid) * 1e-9)
     # So few images are all among the top ones of some feature, and each is opened once for all SAEs.
     assert guessed["visuals"] == pytest.approx(
-        18 * (196 * n_train * (n_features * 2e-9 + 1e-6) + 64 * 0.5) + n_train * (0.02 + 0.08)
+        18 * (196 * n_train * (n_features * 2e-9 + 1e-6)) + n_train * (0.02 + 0.08)
     )
     n_tasks = sum(TRAIN.values())
     assert guessed["classes"] == pytest.approx(
-        18 * (196 * n_tasks * (n_features * 2e-9 + 1e-6) + 3 * 64 * 0.5) + n_tasks * (0.02 + 0.08)
+        18 * (196 * n_tasks * (n_features * 2e-9 + 1e-6)) + n_tasks * (0.02 + 0.08)
     )
-    assert guessed["probes"] == 21 and guessed["steer"] == guessed["figures"] == 0
+    # A test image is read, then edited in 2 roles by 4 ways, with its two controls, at 5 amounts: one block each time.
+    # A train image is read, then each of up to 32 logits is followed back.
+    n_test, n_passes = {"caltech": 50, "cub": 9, "flowers": 102}, 1 + 2 * 4 * 3 * 5
+    speaks = {"caltech": 2, "cub": 3, "flowers": 32}
+    assert guessed["steer"] == pytest.approx(
+        1e-3 * sum(n_test[name] * n_passes + n * (1 + speaks[name]) for name, n in TRAIN.items())
+    )
+    assert guessed["sheets"] == 18 * 64 * 0.5
+    assert guessed["probes"] == 21 and guessed["figures"] == 5 * 0.25
 
-    total = (15 * 2 + 322 * 2 * 2) * image + 18 * weights * 4 + 72 * tables
+    total = (15 * 2 + 322 * 2 * 2) * image + 18 * weights * 4 + 72 * tables + 18 * drawn
     result = CliRunner().invoke(app, ["run", str(clip), "--dry"])
     assert result.exit_code == 0, result.output
-    *_, imagenet, tasks, sweep, visuals, classes, probes, steer, figures, said = result.stdout.splitlines()
+    *_, imagenet, tasks, sweep, visuals, sheets, classes, probes, steer, figures, said = result.stdout.splitlines()
     time = r"(< 1 min|\d+ (min|h|days))"
     for name, count, line in [
         ("imagenet", "1", imagenet), ("tasks", "6", tasks), ("sweep", "18", sweep), ("visuals", "18", visuals),
-        ("classes", "54", classes),
+        ("sheets", "18", sheets), ("classes", "54", classes),
     ]:  # fmt: skip
         assert re.fullmatch(rf"{name} +{count} +[\d.]+ [kMG]B +{time} *", line), line
     assert re.fullmatch(rf"probes +90 +{time} *", probes)
-    assert (steer.split(), figures.split()) == (
-        ["steer", *"decided once sweep is made".split()], ["figures", *"decided once steer is made".split()],
-    )  # fmt: skip
+    assert re.fullmatch(rf"steer +3 +{time} +decided once sweep is made", steer)
+    assert re.fullmatch(rf"figures +5 +{time} +decided once steer is made", figures)
     assert re.fullmatch(
-        rf"187 units to make, about {total / 1e9:.1f} GB, about {time} on \w+; 0 kept. "
-        "Those decided later are not counted.",
+        rf"213 units to make, about {total / 1e9:.3g} GB, about {time} on \w+; 0 kept.",
         said,
     )
     assert not (clip.parents[1] / "runs").exists()

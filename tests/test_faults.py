@@ -42,12 +42,13 @@ figures: {{front: {{use: pareto}}}}
 stages:
   acts: {{use: record, backbone: vit, datasets: [images], layers: [1, -1], dtype: float32, shard_mb: 0.02}}
   sweep: {{use: train, acts: acts, layers: [1], saes: [relu, topk], n_tokens: 2_000, batch_size: 100}}
-  visuals: {{use: visuals, saes: sweep, acts: acts, top: 2, n_features: 1}}
+  visuals: {{use: visuals, saes: sweep, acts: acts, top: 2}}
+  sheets: {{use: sheets, visuals: visuals, features: {{n: 1}}}}
   probes: {{use: probe, acts: acts, probes: [linear]}}
   steer: {{use: steer, saes: sweep, probes: probes, visuals: visuals, n_features: 1, amounts: [1]}}
   figures: {{use: draw, figures: [front], of: [sweep]}}
 """
-N_UNITS = 2 + 2 + 2 + 1 + 1 + 1
+N_UNITS = 2 + 2 + 2 + 2 + 1 + 1 + 1
 
 KEPT = "what is kept stays, and the next run goes on from there"
 FULL = re.compile(rf"(?P<file>\S+): No space left on device; {KEPT}\n")
@@ -262,7 +263,7 @@ def test_a_damaged_unit_that_nobody_asks_for(place: Place, file: str, why: str) 
     garbage(path)
     (place.store.root / "saefw.duckdb").unlink()
     text = REGISTRY.replace("saes: [relu, topk]", "saes: [relu]")
-    (place.base / "registry.yaml").write_text(re.sub(r"  (visuals|steer|figures): \{.*\n", "", text))
+    (place.base / "registry.yaml").write_text(re.sub(r"  (visuals|sheets|steer|figures): \{.*\n", "", text))
     said = place()
     assert (said.exit_code, said.err) == (
         0, f"{path}: damaged ({why}); its unit is left out of the index; `saefw verify --mend` sets it back\n",

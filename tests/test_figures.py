@@ -16,12 +16,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny import desk
 
+from saefw.choice import Choice
 from saefw.outcome import KINDS, ROLES, WAYS, found
 from saefw.pictures import png
 from saefw.plugin import FigureConfig, Pick, Run, Unit, UserError
 from saefw.stages.charts import Pareto, ProbeGrid
 from saefw.stages.drawings import BeforeAfter, FeatureGrid
-from saefw.stages.figures import Draw
+from saefw.stages.feature_charts import ActivationHistograms, ClassCoverage, FeatureDistributions
+from saefw.stages.figures import Draw, sized
 from saefw.stages.steer_charts import DoseResponse, Effects, Specificity
 from saefw.style import STYLE, rendered, styled
 
@@ -34,6 +36,9 @@ FIGURES: dict[str, FigureConfig] = {
     "effects": Effects(),
     "specific": Specificity(),
     "case": BeforeAfter(),
+    "spread": FeatureDistributions(),
+    "values": ActivationHistograms(),
+    "covered": ClassCoverage(),
 }
 
 
@@ -63,7 +68,12 @@ def looked_at(run: Run, sae: Unit, acts: Unit, labelled: bool = True) -> Unit:
     folder = run.store.begin(unit)
     whose: dict[str, Any] = {"sae": sae.address, "acts": acts.address}
     feature, rank = (index.ravel() for index in np.indices((3, 4)))
-    run.put(unit, "feature", **whose, feature=np.arange(4), frequency=[0.1, 0.2, 0.3, 0], max=[1.0, 3, 2, 0])
+    run.put(
+        unit, "feature", **whose, feature=np.arange(4), frequency=[0.1, 0.2, 0.3, 0], mean=[0.5, 1.5, 0.75, 0],
+        p50=[0.5, 1.5, 0.75, 0], p90=[0.8, 2.5, 1.5, 0], p99=[1.0, 3, 2, 0], max=[1.0, 3, 2, 0],
+    )  # fmt: skip
+    run.put(unit, "feature_histogram", feature=[0, 0, 1, 2], low=[0.5, 1, 2, 1], high=[0.5625, 1.125, 2.25, 1.125],
+            n=[30, 10, 8, 6])  # fmt: skip
     run.put(unit, "top_example", **whose, feature=feature, rank=rank, example=rank * 3 + feature, token=0, value=1.0)
     if labelled:
         label, of = (index.ravel() for index in np.indices((3, 3)))
@@ -157,7 +167,7 @@ def folders(run: Run, *stages: str) -> dict[str, Sequence[Path]]:
 
 def drawn(run: Run, figure: FigureConfig, *stages: str) -> Any:
     with run.db() as db, styled():
-        return figure.draw(db, folders(run, *stages))
+        return sized(figure, figure.draw(db, folders(run, *stages)))
 
 
 def texts(figure: Any) -> str:
@@ -176,6 +186,7 @@ def test_the_stage_draws_each_figure_as_png_svg_and_pdf(stock: Run) -> None:
         set(stock.made_by("probes")),
         *[set(stock.made_by("steer"))] * 3,
         {*stock.made_by("seen"), *stock.made_by("steer")},
+        *[set(stock.made_by("seen"))] * 3,
     ]
     stage.make(units, stock)
     for unit, figure in zip(units, FIGURES.values(), strict=True):
@@ -190,7 +201,7 @@ def test_the_stage_draws_each_figure_as_png_svg_and_pdf(stock: Run) -> None:
         assert pdf.startswith(b"%PDF") and b"CreationDate" not in pdf
         if unit.label in ("pareto", "case"):
             with stock.db() as db, styled():
-                again = rendered(figure.draw(db, folders(stock, "sweep", "seen", "steer")))
+                again = rendered(sized(figure, figure.draw(db, folders(stock, "sweep", "seen", "steer"))))
             assert again["png"] == (folder / f"{use}.png").read_bytes()
             assert again["svg"].decode() == svg and again["pdf"] == pdf
 
@@ -291,7 +302,13 @@ def test_an_sae_without_a_place_on_the_axes_is_counted(tmp_path: Path) -> None:
 def test_names_are_no_formulas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("test_figures.CLASSES", ("$x_{", "$\\frac$", r"\\$"))
     run = stocked(tmp_path)
-    for figure, stages in ((FeatureGrid(), ["seen"]), (DoseResponse(), ["steer"]), (BeforeAfter(), ["seen", "steer"])):
+    for figure, stages in (
+        (FeatureGrid(), ["seen"]),
+        (ActivationHistograms(), ["seen"]),
+        (ClassCoverage(title="$x_{"), ["seen"]),
+        (DoseResponse(), ["steer"]),
+        (BeforeAfter(), ["seen", "steer"]),
+    ):
         made = drawn(run, figure, *stages)
         with styled():
             assert rendered(made)["png"]
@@ -313,7 +330,7 @@ def test_feature_grid_shows_the_best_detector_of_each_class(stock: Run) -> None:
     assert "topk {'k': 8}" in said and "3 of 3 features that fire here are pure" in said
     assert "cat" in said and "feature 0\n4 of 4: cat" in said and "eel" not in said
     (axes,) = made.axes
-    assert [image.get_array().shape for image in axes.images] == [(59, 4 * 94 - 6, 3)] * 2
+    assert [image.get_array().shape for image in axes.images] == [(1, 256, 3), *[(59, 4 * 94 - 6, 3)] * 2]
 
 
 def test_feature_grid_without_classes_shows_the_strongest(tmp_path: Path) -> None:
@@ -326,6 +343,85 @@ def test_feature_grid_without_classes_shows_the_strongest(tmp_path: Path) -> Non
         and "feature 0" not in said
         and "3 features that fire here" in said
     )
+
+
+def test_feature_grid_shows_the_features_or_classes_asked_for(stock: Run) -> None:
+    said = texts(drawn(stock, FeatureGrid(features=Choice(order="value", n=2), sae=Pick(lowest="nmse")), "seen"))
+    assert said.index("feature 1\n4 of 4: dog & <co>\nup to 3") < said.index("feature 2") and "feature 0" not in said
+    assert "from 0 to the feature’s largest value, in SAE units" in said
+    said = texts(drawn(stock, FeatureGrid(classes=["eel"]), "seen"))
+    assert "feature 2\n4 of 4: eel\nup to 2" in said and "feature 0" not in said and "feature 1" not in said
+
+
+def test_any_figure_takes_a_size_and_a_title(stock: Run) -> None:
+    stages = "sweep", "seen", "probes", "steer"
+    for figure in FIGURES.values():
+        made = drawn(stock, figure.model_copy(update={"width": 5.0, "height": 9.0, "title": "Mine & <b>$"}), *stages)
+        assert made.get_size_inches().tolist() == [5, 9]
+        assert made._suptitle.get_text() == "Mine & <b>$"
+        with styled():
+            assert rendered(made)["pdf"]
+    with styled(), pytest.raises(UserError) as caught:
+        rendered(drawn(stock, Effects(width=2, height=1), "steer"))
+    assert str(caught.value) == "2 by 1 inches are too few for what it shows"
+    assert drawn(stock, FeatureGrid(title=""), "seen")._suptitle.get_text() == ""
+
+
+def test_distributions_have_a_point_for_each_feature_that_fires(stock: Run) -> None:
+    made = drawn(stock, FeatureDistributions(sae=Pick(lowest="nmse")), "seen")
+    points = made.axes[0].collections[0]
+    np.testing.assert_allclose(points.get_offsets(), [[0.1, 0.5], [0.2, 1.5], [0.3, 0.75]], rtol=1e-6)
+    np.testing.assert_allclose(points.get_array(), 0.9, rtol=1e-6)
+    for beside in made.axes[1:3]:
+        assert sum(bar.get_height() if beside is made.axes[1] else bar.get_width() for bar in beside.patches) == 3
+    said = texts(made)
+    assert "topk {'k': 8}" in said and "3 of 4 features fire; medians: frequency 0.2, value 0.75" in said
+
+
+def test_histograms_are_densities_by_octave_with_the_quantiles(stock: Run) -> None:
+    made = drawn(stock, ActivationHistograms(features=Choice(include=[3], order="value")), "seen")
+    panels = [axes for axes in made.axes if axes.axison]
+    assert [axes.get_title("left") for axes in panels] == ["3", "1 · dog & <co>", "2 · eel", "0 · cat"]
+    assert [axes.get_title("right") for axes in panels] == ["", "N = 8", "N = 6", "N = 40"]
+    (stairs,) = panels[3].patches
+    density, edges, _ = stairs.get_data()
+    assert edges.tolist() == [0.5, 0.5625, 1, 1.125]
+    assert density == pytest.approx([30 / np.log2(1.125), 0, 10 / np.log2(1.125)])
+    assert [line.get_xdata()[0] for line in panels[3].lines] == pytest.approx([0.5, 0.8, 1.0])
+    assert "never fires" in texts(made)
+
+
+def test_coverage_counts_the_classes_whose_best_feature_is_above(tmp_path: Path) -> None:
+    run = desk(tmp_path)
+    acts = recorded(run)
+    saes = [trained(run, acts, "topk", k=k) for k in (4, 8)]
+    run.listed("seen", [looked_at(run, sae, acts) for sae in saes])
+    made = drawn(run, ClassCoverage(threshold=0.5), "seen")
+    lines = {line.get_label(): line.get_xydata() for line in made.axes[0].lines[:2]}
+    assert sorted(lines) == ["3 of 3: topk {'k': 4}", "3 of 3: topk {'k': 8}"]
+    assert lines["3 of 3: topk {'k': 4}"][:, 1].tolist() == pytest.approx([1, 2 / 3, 1 / 3, 0, 0])
+    assert [bar.get_width() for bar in made.axes[1].patches] == pytest.approx([0.9] * 3)
+    none = drawn(run, ClassCoverage(threshold=0.95, classes=["eel"]), "seen")
+    assert {line.get_label() for line in none.axes[0].lines[:2]} == {f"0 of 1: topk {{'k': {k}}}" for k in (4, 8)}
+    assert [label.get_text() for label in none.axes[1].get_yticklabels()] == ["eel"]
+
+
+def test_a_class_on_which_nothing_fires_is_not_covered(tmp_path: Path) -> None:
+    run = desk(tmp_path)
+    acts = recorded(run)
+    sae = trained(run, acts, "topk", k=4)
+    unit = Unit("visuals", {}, (sae, acts), label="topk")
+    run.store.begin(unit)
+    whose: dict[str, Any] = {"sae": sae.address, "acts": acts.address}
+    run.put(unit, "feature", **whose, feature=[0, 1], frequency=[0.1, 0.2], mean=1.0)
+    run.put(unit, "class_feature", **whose, label=[0, 1, 1], feature=[1, 0, 1], ap=[0.9, 0.2, 0.25])
+    run.log(unit, 0, n_live=2)
+    run.keep(unit)
+    run.listed("seen", [unit])
+    made = drawn(run, ClassCoverage(), "seen")
+    assert made.axes[0].lines[0].get_label() == "1 of 3: topk"
+    assert [label.get_text() for label in made.axes[1].get_yticklabels()] == list(CLASSES)
+    assert [text.get_text() for text in made.axes[1].texts] == ["1", "1"]
 
 
 def test_probe_grid_frames_the_picked_one_and_says_its_test_accuracy(stock: Run) -> None:
@@ -378,6 +474,13 @@ def test_effects_and_specificity_show_the_outcomes(stock: Run) -> None:
         (Specificity(classes=["eal"]), "classes: no edit aims at 'eal'; did you mean 'eel'?"),
         (Effects(amount=3.0), "amount: no edit is by 3 (there are: 1, 2)"),
         (BeforeAfter(edit=999), "edit: there is no edit 999 of features"),
+        (FeatureGrid(classes=["kat"]), "classes: no feature fires on 'kat'; did you mean 'cat'?"),
+        (ClassCoverage(classes=["kat"]), "classes: no image is of 'kat'; did you mean 'cat'?"),
+        (FeatureGrid(features=Choice(include=[4])), "include: there is no feature 4; there are 4, from 0 on"),
+        (
+            ActivationHistograms(features=Choice(log_value=(4, 5)), sae=Pick(lowest="nmse")),
+            "no feature of topk {'k': 8} is chosen: none fires and passes the filters",
+        ),
     ],
 )
 def test_what_a_figure_does_not_find_is_named(stock: Run, figure: FigureConfig, message: str) -> None:

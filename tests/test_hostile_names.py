@@ -87,7 +87,8 @@ figures:
 stages:
   acts: {{use: record, backbone: tiny, datasets: [hostile], layers: [0, -1]}}
   sweep: {{use: train, acts: acts, saes: [topk], layers: [0], n_tokens: 4096, batch_size: 256}}
-  looks: {{use: visuals, saes: sweep, acts: acts, top: 6, n_features: 4}}
+  looks: {{use: visuals, saes: sweep, acts: acts, top: 6}}
+  sheets: {{use: sheets, visuals: looks}}
   probes: {{use: probe, acts: acts, probes: [linear]}}
   steer: {{use: steer, saes: sweep, probes: probes, visuals: looks, amounts: [1, 8], max_frequency: 2}}
   figures: {{use: draw, figures: [front, grids, probing, doses, case], of: [sweep, looks, probes, steer]}}

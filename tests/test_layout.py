@@ -74,6 +74,7 @@ def test_the_wheel_is_whole(tmp_path: Path) -> None:
         registry = archive.read("saefw/registry.yaml")
     needed = {"saefw/__init__.py", "saefw/py.typed", "saefw/schema.sql", "saefw/registry.yaml"}
     needed |= {str(path.relative_to(TOP / "core")) for path in (TOP / "core/saefw").rglob("*.py")}
+    needed |= {f"saefw/stages/gallery_page/{path.name}" for path in (TOP / "core/saefw/stages/gallery_page").iterdir()}
     needed |= {path.name for path in (TOP / "steering").glob("saefw_*.py")}
     for path in plugins():
         files = [path] if path.is_file() else [file for file in path.rglob("*") if "__pycache__" not in file.parts]

@@ -284,7 +284,7 @@ def all_stages(path: Path, on: bool, watcher: Watcher | None = None) -> tuple[Ru
     stages = {
         "acts": Record(backbone="tiny", datasets=["tiny"], layers=[0, 2], live=on),
         "sweep": Train(acts="acts", saes=["topk"], layers=[0], n_tokens=8192, batch_size=256, log_every=5),
-        "visuals": Visuals(saes="sweep", acts="acts", top=4, n_features=0),
+        "visuals": Visuals(saes="sweep", acts="acts", top=4),
         "probes": ProbeStage(acts="acts", probes=["linear"]),
         "steer": Steer(**SETTINGS),
     }

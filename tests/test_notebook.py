@@ -24,7 +24,7 @@ probes: {{linear: {{use: linear, lr: 0.01}}}}
 stages:
   acts: {{use: record, backbone: tiny, datasets: [tiny], layers: [0, -1]}}
   sweep: {{use: train, acts: acts, saes: [topk], layers: [0], n_tokens: 4096, batch_size: 256}}
-  looks: {{use: visuals, saes: sweep, acts: acts, top: 6, n_features: 0}}
+  looks: {{use: visuals, saes: sweep, acts: acts, top: 6}}
   probes: {{use: probe, acts: acts, probes: [linear]}}
   steer: {{use: steer, saes: sweep, probes: probes, visuals: looks, amounts: [1], max_frequency: 2, ways: [effect]}}
 """

@@ -37,6 +37,8 @@ def test_lines(clock: list[float]) -> None:
     for step in range(31):
         clock[0] += 1
         shown.saefw_progressed("sweep", step * 1000, 40_000, "tokens")
+        if step == 12:
+            shown.saefw_logged(UNITS[1], step, {"nmse": 0.5, "l0": 16.0, "dead": 0.25, "loss": 7.0})
     shown.saefw_logged(UNITS[0], 30, {"nmse": 0.03125, "loss": 7.0, "l0": 8.0})
     shown.saefw_kept(UNITS[0], Path(), 3.0)
     shown.saefw_kept(UNITS[1], Path(), 0)
@@ -45,6 +47,7 @@ def test_lines(clock: list[float]) -> None:
         "sweep: 2 units to make, 0 kept",
         "sweep: 9,000 of 40,000 tokens (22 %), 1000/s, 31 s left",
         "sweep: 19,000 of 40,000 tokens (47 %), 1000/s, 21 s left",
+        "  topk k=16, a backbone o…et, layer 16  nmse 0.5, l0 16, dead 0.25",
         "sweep: 29,000 of 40,000 tokens (72 %), 1000/s, 11 s left",
         "  topk k=8, a backbone of…set, layer 8  nmse 0.0312, l0 8",
         "sweep  1 made, 1 kept, 31 s",
@@ -67,12 +70,14 @@ def test_a_terminal(clock: list[float]) -> None:
     shown.saefw_progressed("sweep", 0, 2_000_000, "tokens")
     clock[0] += 10
     shown.saefw_logged(UNITS[0], 30, {"nmse": 0.03125, "l0": 8.0})
+    shown.saefw_logged(UNITS[1], 30, {"loss": 0.5})
     shown.saefw_progressed("sweep", 500_000, 2_000_000, "tokens")
     shown.left(PLAN, UNITS)
     lines = [re.sub("\x1b[^a-zA-Z]*[a-zA-Z]", "", line) for line in re.split("[\r\n]", file.getvalue())]
     assert max(map(len, lines)) <= 80
     assert any(line.startswith("sweep ━") and line.endswith(" 500k/2M tokens, 50k/s, 30 s left") for line in lines)
-    assert any(line.startswith("  nmse 0.0312, l0 8: topk k=8, a backbone") for line in lines)
+    assert any(line.rstrip() == "  topk k=8, a backbone of…set, layer 8  nmse 0.0312, l0 8" for line in lines)
+    assert any(line.rstrip() == "  topk k=16, a backbone o…et, layer 16  loss 0.5" for line in lines)
     assert lines[-2] == "sweep  2 made, 0 kept, 10 s"
 
 

@@ -159,9 +159,9 @@ def test_what_is_downstream_takes_the_tokens_that_are_there(tmp_path: Path) -> N
         said = []
         for stage in (
             Train(acts="acts", tokens="patches", **train),
-            Visuals(saes="patches", acts="acts", top=2, n_features=0),
+            Visuals(saes="patches", acts="acts", top=2),
             Train(acts="acts", tokens="cls", **train),
-            Visuals(saes="cls", acts="acts", top=2, n_features=0),
+            Visuals(saes="cls", acts="acts", top=2),
             ProbeStage(acts="acts", layer=1, probes=["p"]),
         ):
             name = stage.tokens if isinstance(stage, Train) else stage.use
@@ -180,7 +180,7 @@ def test_steering_needs_all_tokens(tmp_path: Path) -> None:
     made(run, "whole", Record(backbone="tiny", datasets=["tiny"], layers=[2]))
     made(run, "acts", Record(backbone="tiny", datasets=["tiny"], layers=[0], tokens="patches"))
     made(run, "sweep", Train(acts="acts", saes=["topk"], n_tokens=512, batch_size=128))
-    made(run, "visuals", Visuals(saes="sweep", acts="acts", top=2, n_features=0))
+    made(run, "visuals", Visuals(saes="sweep", acts="acts", top=2))
     made(run, "probes", ProbeStage(acts="whole", probes=["p"]))
     with pytest.raises(UserError) as told:
         list(Steer(sae={"lowest": "n_valid_tokens"}, saes="sweep", probes="probes", visuals="visuals").units(run))

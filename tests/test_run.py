@@ -40,13 +40,14 @@ figures:
 stages:
   acts: {{use: record, backbone: vit, datasets: [images], layers: [1, -1]}}
   sweep: {{use: train, acts: acts, layers: [1], saes: [relu, topk], n_tokens: 10_000, batch_size: 100}}
-  visuals: {{use: visuals, saes: sweep, acts: acts, top: 4, n_features: 2}}
+  visuals: {{use: visuals, saes: sweep, acts: acts, top: 4}}
+  sheets: {{use: sheets, visuals: visuals, features: {{n: 2}}}}
   probes: {{use: probe, acts: acts, probes: [linear]}}
   steer: {{use: steer, saes: sweep, probes: probes, visuals: visuals, n_features: 2, amounts: [0, 1]}}
   figures: {{use: draw, figures: [front, grids, probing, doses], of: [sweep, visuals, probes, steer]}}
 """
 
-N_UNITS = 2 + 3 + 3 + 4 + 1 + 4
+N_UNITS = 2 + 3 + 3 + 3 + 4 + 1 + 4
 
 
 def prepared(folder: Path, text: str = REGISTRY) -> Path:

@@ -3,10 +3,11 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import duckdb
 import numpy as np
 import pytest
 import torch
@@ -183,8 +184,9 @@ def test_statistics(shape: tuple[int, int, int, int, str], per_shard: int, data:
         acts, truth_etd = recording(Path(folder), layout, per_shard, train)
         for tokens in ("patches", "cls") if layout.prefix else ("patches",):
             if not train.any():
-                with pytest.raises(UserError, match="has no train images"):
+                with pytest.raises(UserError) as none:
                     acts.stats(tokens)
+                assert str(none.value) == f"{folder}: has no train images, so no mean and scale of its {tokens}"
                 continue
             kept = truth_etd[train][:, layout.n_prefix :] if tokens == "patches" else truth_etd[train][:, :1]
             x_nd = kept.reshape(-1, layout.d_model).numpy().astype(np.float64)
@@ -304,25 +306,50 @@ def test_shards_are_mapped_and_not_read(tmp_path: Path) -> None:
 def test_no_examples(tmp_path: Path) -> None:
     acts, _ = recording(tmp_path, layout_of(0), 3)
     assert list(acts.read("all")) == []
-    with pytest.raises(UserError, match="there are no patches"):
+    with pytest.raises(UserError) as none:
         acts.shuffled("patches", np.arange(0), 4, 0)
-    with pytest.raises(UserError, match="has no train images"):
+    assert str(none.value) == f"{tmp_path}: there are no patches of the examples asked for"
+    with pytest.raises(UserError) as none:
         acts.stats("cls")
+    assert str(none.value) == f"{tmp_path}: has no train images, so no mean and scale of its cls"
 
 
-def test_faults_are_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="the recording is damaged"):
-        Acts(tmp_path)
+def told(call: Callable[[], object]) -> str:
+    """Return what a call that fails tells the user."""
+    with pytest.raises(UserError) as caught:
+        call()
+    return str(caught.value)
+
+
+def test_faults_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(why: str) -> str:
+        return f"{tmp_path}: the recording is damaged ({why}); delete the folder to make it again"
+
+    no_index = f"[Errno 2] No such file or directory: '{tmp_path / 'acts.json'}'"
+    assert told(lambda: Acts(tmp_path)) == damaged(no_index)
     acts, _ = recording(tmp_path, layout_of(5, n_prefix=0), 3)
-    with pytest.raises(UserError, match="has no \\[CLS\\]"):
-        acts.stats("cls")
-    with pytest.raises(UserError, match="'pathces' is none of patches, cls, all"):
-        next(acts.read("pathces"))
+    assert told(lambda: acts.stats("cls")) == f"{tmp_path}: has no [CLS]; its backbone has none"
+    assert told(lambda: next(acts.read("pathces"))) == "tokens: 'pathces' is none of patches, cls, all"
     with pytest.raises(IndexError):
         next(acts.read("all", np.array([5])))
-    (tmp_path / "acts-00001.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"acts-00001\.safetensors is not \d+ bytes long"):
-        Acts(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("duckdb.connect", failing)
+        assert told(lambda: Acts(tmp_path).keys) == (
+            f"{tmp_path / 'example.parquet'}: cannot be read (Out of Memory Error: too little); nothing is deleted for "
+            "that; make it readable, or delete it, and its unit is made again"
+        )
+    (tmp_path / "example.parquet").write_bytes(b"")
+    assert told(lambda: Acts(tmp_path).keys) == (
+        f"{tmp_path / 'example.parquet'}: cannot be read; delete {tmp_path} to make it again"
+    )
+    shard = tmp_path / "acts-00001.safetensors"
+    size = shard.stat().st_size
+    shard.write_bytes(b"")
+    assert told(lambda: Acts(tmp_path)) == damaged(f"{shard.name} is not {size} bytes long")
     (tmp_path / "acts.json").write_text(json.dumps({"shards": []}))
-    with pytest.raises(UserError, match="the recording is damaged"):
-        Acts(tmp_path)
+    assert told(lambda: Acts(tmp_path)) == damaged("'grid'")
+
+
+def failing(*_: object) -> None:
+    """Fail as DuckDB does where memory ends."""
+    raise duckdb.OutOfMemoryException("Out of Memory Error: too little\nand what one may do")

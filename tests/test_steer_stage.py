@@ -60,7 +60,7 @@ def pipeline(path: Path, watcher: Watcher | None = None) -> Run:
     run = tiny.desk(path, {"saes": entries, "probes": probes}, metrics={"nmse": Nmse}, watcher=watcher)
     made(run, "acts", Record(backbone="tiny", datasets=["tiny"], layers=[0, 1, 2]))
     made(run, "sweep", Train(acts="acts", saes=["poor", "topk"], layers=[0, 2], n_tokens=8192, batch_size=256))
-    made(run, "visuals", Visuals(saes="sweep", acts="acts", top=4, n_features=0))
+    made(run, "visuals", Visuals(saes="sweep", acts="acts", top=4))
     made(run, "probes", ProbeStage(acts="acts", probes=list(probes)))
     made(run, "early", ProbeStage(acts="acts", layer=1, probes=list(probes)))
     return run
@@ -241,7 +241,7 @@ def test_a_control_that_nothing_can_give_a_norm_is_left_out_and_counted(steered:
     run = steered.run
     cls = Train(acts="acts", saes=["poor"], layers=[2], tokens="cls", n_tokens=8192, batch_size=256)
     made(run, "poor sweep", cls)
-    made(run, "poor looks", Visuals(saes="poor sweep", acts="acts", top=4, n_features=0))
+    made(run, "poor looks", Visuals(saes="poor sweep", acts="acts", top=4))
     settings = {"saes": "poor sweep", "visuals": "poor looks", "place": "cls", "max_frequency": 1.0, "n_features": 1}
     (unit,) = made(run, "poor", Steer(**{**SETTINGS, **settings, "sae": SaePick(), "mode": "scale", "amounts": [0.0]}))
     with run.db() as db:
@@ -461,7 +461,7 @@ def test_what_does_not_fit_together_is_refused(steered: Steered, settings: dict[
 def test_tables_over_other_images_than_train_are_refused(steered: Steered) -> None:
     """Those that say p99 of the features as well as those that say their classes."""
     run = steered.run
-    run.listed("looked on test", list(Visuals(saes="sweep", acts="acts", top=4, n_features=0, split="test").units(run)))
+    run.listed("looked on test", list(Visuals(saes="sweep", acts="acts", top=4, split="test").units(run)))
     for settings in (
         {"visuals": "looked on test"},
         {"visuals": "looked on test", "classes": "visuals"},
@@ -484,7 +484,7 @@ def test_an_sae_of_cls_is_edited_on_cls(steered: Steered) -> None:
     run = steered.run
     cls = Train(acts="acts", saes=["topk"], layers=[2], tokens="cls", n_tokens=8192, batch_size=256)
     (sae,) = made(run, "sweep of cls", cls)
-    (looks,) = made(run, "looks at cls", Visuals(saes="sweep of cls", acts="acts", top=4, n_features=0))
+    (looks,) = made(run, "looks at cls", Visuals(saes="sweep of cls", acts="acts", top=4))
     settings = {"saes": "sweep of cls", "visuals": "looks at cls", "place": "cls", "max_frequency": 1.0}
     (unit,) = made(run, "steer cls", Steer(**{**SETTINGS, **settings, "sae": SaePick()}))
     assert unit.needs[0] == sae and unit.needs[2:4] == (looks, looks)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -584,3 +585,24 @@ def test_a_unit_that_is_a_link_is_not_deleted(store: Store, tmp_path: Path) -> N
         store.delete(folder, print)
     assert str(caught.value) == f"{folder}: is a link, and stays; delete it and what it leads to yourself"
     assert store.has(unit(1)) and sorted(path.name for path in folder.parent.iterdir()) == [folder.name]
+
+
+def test_a_link_to_a_damaged_unit_goes_and_what_it_leads_to_stays(store: Store, tmp_path: Path) -> None:
+    """Units moved to a larger disk, with links in their place."""
+    folder = make(store, unit(1))
+    partial = store.partial(unit(1))
+    for elsewhere in ("kept", "begun"):
+        shutil.copytree(folder, tmp_path / elsewhere)
+    shutil.rmtree(folder)
+    (tmp_path / "begun" / "unit.json").write_text("{}")
+    partial.symlink_to(tmp_path / "begun")
+    assert store.begin(unit(1)) == partial and not partial.is_symlink()
+    folder.symlink_to(tmp_path / "kept")
+    assert store.has(unit(1))
+    table = folder / "metric.parquet"
+    table.write_bytes(table.read_bytes()[:-1])
+    assert store.unkeep(folder, list(damages(folder))) and not folder.exists()
+    assert partial.is_symlink() and not store.settled(unit(1))
+    make(store, unit(1))
+    assert store.has(unit(1)) and sorted(path.name for path in folder.parent.iterdir()) == [folder.name]
+    assert {path.name for path in tmp_path.iterdir()} >= {"kept", "begun"}

@@ -59,7 +59,7 @@ def test_from_recording_to_figures(tmp_path: Path) -> None:
     acts = Acts(run.folder(recording))
     assert acts.classes == [] and set(acts.labels.tolist()) == {-1}
     made(run, "sweep", Train(acts="acts", saes=["topk"], n_tokens=4096, batch_size=256))
-    made(run, "visuals", Visuals(saes="sweep", acts="acts", top=4, n_features=2))
+    made(run, "visuals", Visuals(saes="sweep", acts="acts", top=4))
     drawn = made(run, "figures", Draw(figures=["front", "grid"], of=["sweep", "visuals"]))
     assert [len(list(run.folder(unit).glob("*.png"))) for unit in drawn] == [1, 1]
     with run.db() as db:

@@ -22,7 +22,8 @@ figures: {front: {use: pareto}, grid: {use: feature-grid}}
 stages:
   acts: {use: record, backbone: vit, datasets: [ours], layers: [-1]}
   sweep: {use: train, acts: acts, saes: [topk], n_tokens: 20_000}
-  visuals: {use: visuals, saes: sweep, acts: acts, n_features: 4}
+  visuals: {use: visuals, saes: sweep, acts: acts}
+  sheets: {use: sheets, visuals: visuals}
   figures: {use: draw, figures: [front, grid], of: [sweep, visuals]}
 """
 
@@ -52,7 +53,7 @@ def sql(path: Path, query: str) -> list[str]:
 
 def test_every_stage_is_made(path: Path) -> None:
     assert sql(path, "SELECT stage, count(*) FROM unit GROUP BY ALL ORDER BY ALL") == [
-        "draw,2", "record,1", "train,1", "visuals,1",
+        "draw,2", "record,1", "sheets,1", "train,1", "visuals,1",
     ]  # fmt: skip
     assert sql(path, "SELECT count(*), max(label) FROM example") == ["40,-1"]
     assert sql(path, "SELECT split, count(*) FROM example GROUP BY ALL ORDER BY ALL") == [
@@ -86,7 +87,7 @@ def test_a_probe_says_what_it_lacks(path: Path, store: str) -> None:
         said = CliRunner().invoke(app, [*command, str(other)])
         assert (said.exit_code, said.stdout) == (1, "")
         assert said.stderr == (
-            f"{other}:13:3: stages.probes: vit on ours, layer 5: has 0 classes; a probe tells two or more apart\n"
+            f"{other}:14:3: stages.probes: vit on ours, layer 5: has 0 classes; a probe tells two or more apart\n"
         )
     assert not path.with_name("nothing-made-yet").exists()
 

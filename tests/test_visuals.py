@@ -23,7 +23,6 @@ from saefw.plugin import BackboneInfo, Pick, Run, SaeConfig, Unit, UserError
 from saefw.stages import visuals
 from saefw.stages.drawings import FeatureGrid
 from saefw.stages.record import Record
-from saefw.stages.sheets import percent
 from saefw.stages.train import Train
 from saefw.stages.visuals import Visuals
 from saefw.style import styled
@@ -65,7 +64,7 @@ def made(run: Run, **settings: Any) -> list[Unit]:
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, list[Unit]]:
     run = trained(tmp_path_factory.mktemp("visuals"))
-    return run, made(run, n_features=4, include=[31])
+    return run, made(run)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +77,7 @@ def of_cls(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, list[Unit]]:
     units = list(stage.units(run))[:1]
     stage.make(units, run)
     run.listed("sweep", [patches, *units])
-    return run, made(run, n_features=4, include=[31])
+    return run, made(run)
 
 
 def test_an_sae_of_cls_is_ranked_by_its_value_there(
@@ -102,8 +101,6 @@ def test_an_sae_of_cls_is_ranked_by_its_value_there(
             np.testing.assert_allclose(top["value"][top["feature"] == s], x[wanted, s], rtol=1e-5)
             lit = np.rint(x[wanted, s] / max(x[:, s].max(), 1e-9) * 255)
             assert abs(maps[s, : len(wanted), 0].numpy() - lit).max(initial=0) <= 1
-        sheets = list((run.folder(unit) / "features").iterdir())
-        assert 4 <= len(sheets) <= 5
         with run.db() as db:
             told = names(db, unit.address, TOP, acts.grid)
         assert {name.place for name in told.values()} == {0.0} and max(name.purity for name in told.values()) > 0.3
@@ -141,13 +138,13 @@ def test_what_does_not_fit_in_memory_is_seen_in_another_pass(
     monkeypatch.setattr(visuals, "_fitting", counted)
     one = visuals.Job(unit := of_cls[1][0], Path(), sizes := Sizes(32, 16, 3, TOP)).bytes
     assert one > sizes.bytes
-    units = made(run, n_features=4, include=[31], memory_mb=1.5 * one / 2**20)
+    units = made(run, memory_mb=1.5 * one / 2**20)
     assert held == [1, 1, 1, 1]
     assert digests(run.folder(units[0])) == digests(of_cls[0].folder(unit))
     for made_of in units:
         shutil.rmtree(run.folder(made_of))
     held.clear()
-    again = made(run, n_features=4, include=[31])
+    again = made(run)
     assert held == [2, 2] and digests(run.folder(again[0])) == digests(of_cls[0].folder(unit))
 
 
@@ -225,7 +222,7 @@ def test_maps_pictures_and_metrics_belong_to_the_top_images(seen: tuple[Run, lis
 
 def test_the_view_counts_the_images_of_each_unit_apart(seen: tuple[Run, list[Unit]]) -> None:
     run, units = seen
-    more = made(run, n_features=0)
+    more = made(run, rank_by="sum")
     with run.db() as db:
         rows = db.execute("SELECT unit, feature, class, n FROM feature_class").fetchall()
     for unit in [*units, *more]:
@@ -239,29 +236,13 @@ def test_the_view_counts_the_images_of_each_unit_apart(seen: tuple[Run, list[Uni
         assert {row[:3]: row[3] for row in rows if row[0] == unit.address} == wanted
 
 
-def test_sheets_are_of_the_features_asked_for(seen: tuple[Run, list[Unit]]) -> None:
+def test_the_folder_holds_tables_maps_and_pictures(seen: tuple[Run, list[Unit]]) -> None:
     run, units = seen
-    names = {path.stem for path in (run.folder(units[0]) / "features").iterdir()}
-    assert "31" in names and 4 <= len(names) <= 5
-    for path in (run.folder(units[0]) / "features").iterdir():
-        with Image.open(path) as sheet:
-            assert sheet.width > 400 and sheet.height > 150
     left = {path.name for path in run.folder(units[0]).iterdir()}
     assert left == {
         *(f"{name}.parquet" for name in FEATURE_TABLES),
-        "metric.parquet", "picture.parquet", "maps.safetensors", "features", "unit.json", "made.json",
+        "metric.parquet", "picture.parquet", "maps.safetensors", "unit.json", "made.json",
     }  # fmt: skip
-
-
-def test_the_lot_passes_the_filters() -> None:
-    frequency = np.array([0, 1e-4, 1e-3, 1e-2, 0.1, 1.0])
-    mean = np.array([0, 2.0, 2.0, 2.0, 2.0, 20.0])
-    anything = Visuals(saes="s", acts="a", n_features=99)
-    assert anything.choose(frequency, mean) == [1, 2, 3, 4, 5]
-    assert len(anything.model_copy(update={"n_features": 2}).choose(frequency, mean)) == 2
-    narrow = Visuals(saes="s", acts="a", log_frequency=(-3.5, -0.5), include=[5])
-    assert narrow.choose(frequency, mean) == [2, 3, 4, 5]
-    assert Visuals(saes="s", acts="a", log_value=(0.5, 2)).choose(frequency, mean) == [5]
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -285,7 +266,7 @@ def test_stopped_and_started_again_it_makes_the_same_bytes(
             raise KeyboardInterrupt
         add(self, example_e, *rest)
 
-    settings: dict[str, Any] = {"n_features": 4, "include": [31], "checkpoint_every": 0.0}
+    settings: dict[str, Any] = {"checkpoint_every": 0.0}
     monkeypatch.setattr(visuals, "SELDOM", 0)
     monkeypatch.setattr(Tally, "add", stopping)
     with pytest.raises(KeyboardInterrupt):
@@ -308,7 +289,7 @@ def test_a_damaged_checkpoint_is_not_used(
     run = trained(tmp_path)
     monkeypatch.setattr(visuals, "SELDOM", 0)
     monkeypatch.setattr(visuals, "READ", 8 * 16)
-    settings: dict[str, Any] = {"n_features": 4, "include": [31], "checkpoint_every": 0.0}
+    settings: dict[str, Any] = {"checkpoint_every": 0.0}
 
     def stopping(self: Run, *units: Unit, without: Sequence[str] = ()) -> None:
         raise KeyboardInterrupt
@@ -326,8 +307,6 @@ def test_a_damaged_checkpoint_is_not_used(
 
 def test_what_does_not_fit_is_said(tmp_path: Path, seen: tuple[Run, list[Unit]]) -> None:
     run, _ = seen
-    with pytest.raises(UserError, match="include: feature 32 is not among the 32 of topk"):
-        made(run, include=[32])
     (sae,) = run.made_by("sweep")
     run.listed("elsewhere", list(Record(backbone="tiny", datasets=["tiny"], layers=[1]).units(run)))
     with pytest.raises(UserError, match="'elsewhere' has no recording of the backbone and layer of topk"):
@@ -344,7 +323,7 @@ def test_what_does_not_fit_is_said(tmp_path: Path, seen: tuple[Run, list[Unit]])
 @pytest.mark.parametrize("rank_by", ["sum", "cls"])
 def test_images_are_ranked_as_asked(seen: tuple[Run, list[Unit]], rank_by: Any) -> None:
     run, _ = seen
-    unit = made(run, n_features=0, rank_by=rank_by)[0]
+    unit = made(run, rank_by=rank_by)[0]
     x, examples = codes(run, unit)
     score = x.astype(np.float64).sum(axis=1) if rank_by == "sum" else codes(run, unit, "cls")[0][:, 0]
     top = table(run, unit, "top_example")
@@ -360,7 +339,7 @@ def test_images_are_ranked_as_asked(seen: tuple[Run, list[Unit]], rank_by: Any) 
 
 def test_an_sae_of_patches_can_be_seen_on_cls(seen: tuple[Run, list[Unit]]) -> None:
     run, _ = seen
-    unit = made(run, n_features=1, tokens="cls")[0]
+    unit = made(run, tokens="cls")[0]
     x, _ = codes(run, unit, "cls")
     np.testing.assert_allclose(table(run, unit, "feature")["frequency"], (x[:, 0] > 0).mean(axis=0), rtol=1e-6)
     assert np.ma.getmaskarray(table(run, unit, "top_example")["token"]).all()
@@ -384,7 +363,7 @@ def test_monosemanticity_is_by_the_embeddings_of_the_backbone(tmp_path: Path, to
         units = list(stage.units(run))
         run.listed(name, units)
         stage.make(units, run)
-    (unit,) = made(run, n_features=0, tokens=tokens, monosemanticity=True)
+    (unit,) = made(run, tokens=tokens, monosemanticity=True)
     acts = Acts(run.folder(unit.needs[1]))
     examples = acts.of_split("train")
     ((_, x_etd),) = acts.read("all", examples, batch=1000)
@@ -454,28 +433,10 @@ def test_an_image_that_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.Monk
         made(run)
 
 
-@pytest.mark.parametrize(
-    ("share", "text"), [(0.034, "3.4 %"), (0.000123, "0.012 %"), (0.5, "50 %"), (1, "100 %"), (0, "0 %")]
-)
-def test_percent(share: float, text: str) -> None:
-    assert percent(share) == text
-
-
-def test_a_lit_picture_glows_where_the_patch_is_on() -> None:
-    view = Image.new("RGB", (16, 8), (128, 128, 128))
-    patches = np.zeros((2, 4), dtype=np.uint8)
-    patches[1, 2] = 255
-    shown = np.asarray(pictures.lit(view, patches, 64)).astype(int)
-    assert shown.shape == (32, 64, 3)
-    colour = shown.max(axis=2) - shown.min(axis=2)
-    on = np.zeros((32, 64), dtype=bool)
-    on[16:, 32:48] = True
-    assert (colour[on] > 20).all() and (colour[~on] == 0).all()
-
-
 def test_equal_pictures_are_equal_bytes(tmp_path: Path) -> None:
-    one, other = (pictures.png(Image.new("RGB", (4, 4), (1, 2, 3))) for _ in range(2))
-    assert one == other
-    assert Image.open(BytesIO(one)).getpixel((0, 0)) == (1, 2, 3)
+    for written in (pictures.png, pictures.webp):
+        one, other = (written(Image.new("RGB", (4, 4), (0, 0, 0))) for _ in range(2))
+        assert one == other
+        assert Image.open(BytesIO(one)).convert("RGB").getpixel((0, 0)) == (0, 0, 0)
     with pytest.raises(UserError, match="cannot be read"):
         pictures.read(tmp_path / "picture.parquet", [1])

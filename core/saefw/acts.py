@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saefw import rows
 from saefw import tensors as files
-from saefw.care import NOT_THERE, Unread
+from saefw.care import NOT_THERE, PASSING, Unread
 from saefw.errors import UserError
 from saefw.moments import Moments
 from saefw.shards import DTYPES, INDEX, KINDS, STATS, STORED, Layout, Shard, shard_name, shard_of, stats_of
@@ -124,6 +124,8 @@ class Acts:
             ):
                 raise ValueError
             return found
+        except PASSING as error:
+            raise Unread(path, error) from error
         except (duckdb.Error, ValueError) as error:
             raise UserError(f"{path}: cannot be read; delete {self.folder} to make it again") from error
 

@@ -7,6 +7,7 @@ has no such list: what a stage goes on from has a checksum of its own (see `saef
 import errno
 import json
 import os
+import shutil
 import stat
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,9 @@ REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 """How the system says that there is no such file, as against one that cannot be read now."""
+
+PASSING = duckdb.InterruptException, duckdb.OutOfMemoryException
+"""What DuckDB raises that says nothing of the file that it reads."""
 
 BLOCK = 1 << 20
 """Bytes read at a time for a checksum."""
@@ -90,16 +94,30 @@ def settle(path: Path) -> None:
         os.close(handle)
 
 
+def remove(folder: Path) -> None:
+    """Delete a folder and all in it; of a link to one, the link alone.
+
+    Raises:
+        OSError: something in it cannot be deleted.
+
+    """
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
+
+
 # Checking
 
 
 class Unread(UserError):
     """A file cannot be read, which says nothing of what it holds: for that nothing is set back or deleted."""
 
-    def __init__(self, path: Path, error: OSError) -> None:
+    def __init__(self, path: Path, error: OSError | duckdb.Error) -> None:
         """Say which file, and why."""
+        why = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         super().__init__(
-            f"{path}: cannot be read ({error.strerror}); nothing is deleted for that; make it readable, or delete it, "
+            f"{path}: cannot be read ({why}); nothing is deleted for that; make it readable, or delete it, "
             "and its unit is made again"
         )
 

@@ -112,7 +112,9 @@ def run(
             print(f"How long it takes is not known here: {error}")
             return
         pace = Pace()
-        seconds = {plan.name: pipeline.seconds(registry, desk, plan, pace) for plan in plans if plan.missing}
+        seconds = {
+            plan.name: pipeline.seconds(registry, desk, plan, pace) for plan in plans if plan.missing or plan.likely
+        }
         printer.dry(plans, costs, seconds, device)
         return
     if any(plan.missing or plan.reason for plan in plans):

@@ -20,7 +20,7 @@ from pathlib import Path
 import duckdb
 
 from saefw import notes
-from saefw.care import MADE, PART, REFUSED, Damage, damages, found, writing
+from saefw.care import MADE, PART, PASSING, REFUSED, Damage, damages, found, writing
 from saefw.errors import UserError
 from saefw.unit import canonical
 
@@ -181,7 +181,7 @@ class Index:
     def _passes(self, error: duckdb.Error) -> bool:
         """Whether an error says nothing of the index that was copied."""
         return (
-            isinstance(error, duckdb.InterruptException | duckdb.OutOfMemoryException)
+            isinstance(error, PASSING)
             or any(os.strerror(number) in str(error) for number in REFUSED)
             or (isinstance(error, DISK) and self.whole())
         )
@@ -293,13 +293,13 @@ class Index:
             raise
 
     def whole(self) -> bool:
-        """Whether every block of the index that holds rows can be read."""
+        """Whether every block of the index that holds rows can be read, as far as memory and Ctrl-C let one see."""
         try:
             with duckdb.connect(local(self.root / INDEX), read_only=True) as db:
                 for table in (*types(), "note"):
                     db.execute(f'SELECT max(hash(COLUMNS(*))) FROM "{table}"').fetchall()
-        except duckdb.Error:
-            return False
+        except duckdb.Error as error:
+            return isinstance(error, PASSING)
         return True
 
     def drop(self) -> None:

@@ -3,7 +3,7 @@
 What the model saw is drawn grey; where a feature fires, the patch glows. Patches lie on the picture in row-major order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from saefw.care import PASSING, Unread
 from saefw.errors import UserError, escaped
 
 if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
     from PIL.Image import Image
     from PIL.ImageFont import FreeTypeFont
 
@@ -22,8 +24,16 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 INK, FAINT, PAPER = (29, 31, 36), (112, 117, 128), (255, 255, 255)
 """The colours of a sheet: text, lesser text, ground."""
 
-GLOW = ((66, 10, 92), (203, 53, 60), (252, 165, 30), (253, 245, 170))
-"""From a faint patch to the brightest: violet, red, orange, pale yellow, rising in lightness for all kinds of sight."""
+COLOURS, FAINTEST = "inferno", 0.4
+"""Patches glow in the colours of this map of matplotlib, from here to its end: red, orange, pale yellow. It is uniform:
+equal steps of a value look equally large, also to who sees no red or green, or in print without colour."""
+
+COVER = 0.6
+"""A patch of value v (1: the feature's largest) hides v to this power of the grey picture below it: the steps from the
+grey on stay nearly equal."""
+
+READ = 64
+"""Pictures read from a file at a time."""
 
 
 class Tile(NamedTuple):
@@ -46,8 +56,25 @@ def png(image: "Image") -> bytes:
     return file.getvalue()
 
 
+def webp(image: "Image") -> bytes:
+    """Return an image as the bytes of a WebP file, a fraction of a PNG's; equal images give equal bytes."""
+    file = BytesIO()
+    image.save(file, format="WEBP", quality=82, method=2)
+    return file.getvalue()
+
+
 def read(path: Path, examples: Sequence[int]) -> dict[int, "Image"]:
     """Return the pictures of some examples from a `picture.parquet`, those that are in it.
+
+    Raises:
+        UserError: the file cannot be read.
+
+    """
+    return dict(each(path, examples))
+
+
+def each(path: Path, examples: Sequence[int]) -> Iterator[tuple[int, "Image"]]:
+    """Yield the pictures of some examples, those that are in a `picture.parquet`, few of them in memory at a time.
 
     Raises:
         UserError: the file cannot be read.
@@ -57,11 +84,16 @@ def read(path: Path, examples: Sequence[int]) -> dict[int, "Image"]:
 
     try:
         with duckdb.connect() as db:
-            rows = db.execute(
-                "SELECT example, png FROM read_parquet(?) WHERE list_contains(?, example)",
+            found = db.execute(
+                "SELECT example, png FROM read_parquet(?) SEMI JOIN (SELECT unnest(?::INTEGER[]) AS example) "
+                "USING (example)",
                 [str(path), [int(example) for example in examples]],
-            ).fetchall()
-        return {example: opened(data) for example, data in rows}
+            )
+            while rows := found.fetchmany(READ):
+                for example, data in rows:
+                    yield example, opened(data)
+    except PASSING as error:
+        raise Unread(path, error) from error
     except (duckdb.Error, ValueError) as error:
         raise UserError(f"{path}: cannot be read; delete {path.parent} to make it again") from error
 
@@ -109,6 +141,14 @@ def enlarged(view: "Image", side: int) -> "Image":
     return view.convert("RGB").resize((width, height), Resampling.BICUBIC if scale > 1 else Resampling.LANCZOS)
 
 
+def grid(db: "DuckDBPyConnection", unit: str) -> tuple[int, int]:
+    """Return the patches, rows and columns, of the images that a visuals unit looked at."""
+    ((rows, columns),) = db.execute(
+        "SELECT a.grid_h, a.grid_w FROM acts a JOIN need n ON n.needs = a.unit WHERE n.unit = ?", [unit]
+    ).fetchall()
+    return rows, columns
+
+
 def on_grid(map_p: Bytes, grid: tuple[int, int]) -> Bytes | None:
     """Return a map of a feature as its patches lie, [rows, columns]; one of [CLS], a single number, has none."""
     return map_p.reshape(grid) if len(map_p) > 1 else None
@@ -128,30 +168,50 @@ def lit(view: "Image", patches: Bytes | None, side: int) -> "Image":
     large = enlarged(view, side)
     if patches is None:
         return large
-    grey_hw1 = np.asarray(large.convert("L"), dtype=np.float32)[..., None] / 255
     # Patch borders stay sharp: the patch is what the model knows, not the pixel.
     rows, columns = patches.shape
     y = np.arange(large.height) * rows // large.height
     x = np.arange(large.width) * columns // large.width
-    value_hw1 = patches[y][:, x][..., None].astype(np.float32) / 255
-    off_hw3 = (0.10 + 0.42 * grey_hw1) * np.ones(3, dtype=np.float32)
-    colour_hw3 = _glow(value_hw1[..., 0])
+    shade_hw = patches.astype(np.uint16)[y][:, x] << 8 | np.asarray(large.convert("L"))
+    return Image.fromarray(shades().reshape(-1, 3).take(shade_hw, axis=0))
+
+
+@lru_cache
+def shades() -> Bytes:
+    """Return the colour of a pixel by the value of its patch and its own grey, uint8 [256, 256, 3]."""
+    from matplotlib import colormaps
+
+    value_v11 = np.linspace(0, 1, 256)[:, None, None]
+    grey_g1 = np.linspace(0, 1, 256)[:, None]
+    colour_v13 = colormaps[COLOURS](FAINTEST + (1 - FAINTEST) * value_v11[..., 0])[..., :3]
     # Dark strokes stay dark and bright ones bright under the colour, so that what lies there can be read.
-    on_hw3 = colour_hw3 * (0.62 + 0.38 * grey_hw1) + 0.25 * grey_hw1 * (1 - colour_hw3)
-    cover_hw1 = np.where(value_hw1 > 0, 0.15 + 0.85 * value_hw1**0.6, 0)
-    shown_hw3 = off_hw3 * (1 - cover_hw1) + on_hw3 * cover_hw1
-    return Image.fromarray((shown_hw3.clip(0, 1) * 255).round().astype(np.uint8))
+    on_vg3 = colour_v13 * (0.75 + 0.25 * grey_g1) + 0.25 * grey_g1 * (1 - colour_v13)
+    cover_v11 = value_v11**COVER
+    shown_vg3 = (0.10 + 0.42 * grey_g1) * (1 - cover_v11) + on_vg3 * cover_v11
+    found: Bytes = (shown_vg3.clip(0, 1) * 255).round().astype(np.uint8)
+    return found
 
 
-def _glow(value_hw: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    stops = np.linspace(0, 1, len(GLOW))
-    return np.stack(
-        [np.interp(value_hw, stops, [colour[i] / 255 for colour in GLOW]) for i in range(3)], axis=-1
-    ).astype(np.float32)
+def bar() -> Bytes:
+    """Return the colours of a patch of middle grey from value 0 to the largest, uint8 [256, 3]."""
+    found: Bytes = shades()[:, 128]
+    return found
 
 
-def sheet(tiles: Sequence[Tile], title: str, subtitle: str, columns: int, side: int = 112) -> "Image":
-    """Return tiles in rows on white, a title above and a caption below each."""
+def sheet(
+    tiles: Sequence[Tile], title: str, subtitle: str, columns: int, side: int = 112, largest: float | None = None
+) -> "Image":
+    """Return tiles in rows on white, a title above and a caption below each.
+
+    Args:
+        tiles: of one feature.
+        title: shown as it is, as `subtitle`.
+        subtitle: cut to the width.
+        columns: tiles in a row.
+        side: of a tile, in pixels.
+        largest: what the brightest colour stands for, in SAE units; a bar says it. None: no patch is lit, no bar.
+
+    """
     from PIL import Image, ImageDraw
 
     gap, head, foot = 10, 58, 20
@@ -161,6 +221,12 @@ def sheet(tiles: Sequence[Tile], title: str, subtitle: str, columns: int, side: 
     draw = ImageDraw.Draw(made)
     draw.text((gap, 10), title, INK, _font(18))
     draw.text((gap, 34), fitted(subtitle, width - 2 * gap, 12), FAINT, _font(12))
+    if largest is not None:
+        text, ramp = f"{largest:.3g} SAE units", Image.fromarray(bar()[None].repeat(10, axis=0)).resize((120, 10))
+        right = width - gap - round(_font(11).getlength(text))
+        made.paste(ramp, (right - 126, 17))
+        draw.text((right, 15), text, FAINT, _font(11))
+        draw.text((right - 132, 15), "0", FAINT, _font(11), anchor="ra")
     for i, tile in enumerate(tiles):
         picture = lit(tile.view, tile.patches, side)
         left, top = gap + i % columns * (side + gap), head + i // columns * (side + foot)
@@ -169,6 +235,7 @@ def sheet(tiles: Sequence[Tile], title: str, subtitle: str, columns: int, side: 
     return made
 
 
+@lru_cache(maxsize=4096)
 def fitted(text: str, width: int, size: int) -> str:
     """Return text in one line, cut with an ellipsis to a width in pixels at a font size."""
     font, text = _font(size), escaped(text)

@@ -8,7 +8,7 @@ import logging
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,9 @@ class StagePlan:
 
     reason: str = ""
     """Why its units cannot be listed yet; empty if they are."""
+
+    likely: tuple[Unit, ...] = ()
+    """Then, units like those that it will make."""
 
 
 class Observer:
@@ -119,7 +122,7 @@ def plan(registry: Registry, catalog: Catalog, only: str | None = None, run: Run
         try:
             planned, _ = _list(registry, name, run)
         except NotYet as error:
-            planned = StagePlan(name, [], [], [], str(error))
+            planned = StagePlan(name, [], [], [], str(error), _guess(registry, name, run))
         else:
             run.listed(name, planned.units)
         plans.append(planned)
@@ -137,7 +140,7 @@ class Cost(NamedTuple):
 
 
 def costs(registry: Registry, run: Run, planned: StagePlan) -> dict[Unit, Cost]:
-    """Return what each missing unit of a planned stage is about to cost.
+    """Return what each missing or likely unit of a planned stage is about to cost.
 
     Raises:
         UserError: images that are to be counted are not there, with the place of the stage.
@@ -154,7 +157,7 @@ def costs(registry: Registry, run: Run, planned: StagePlan) -> dict[Unit, Cost]:
 
 
 def seconds(registry: Registry, run: Run, planned: StagePlan, pace: Pace) -> float:
-    """Return about how long the missing units of a planned stage take; nan where the stage cannot say.
+    """Return about how long the missing or likely units of a planned stage take; nan where the stage cannot say.
 
     Raises:
         UserError: images that are to be counted are not there, with the place of the stage.
@@ -167,14 +170,25 @@ def seconds(registry: Registry, run: Run, planned: StagePlan, pace: Pace) -> flo
 
 
 def _missing(registry: Registry, run: Run, planned: StagePlan) -> list[tuple[StageConfig, list[Unit]]]:
-    """Return the missing units of a planned stage, by the member that makes them."""
-    if not planned.missing:
+    """Return the missing or likely units of a planned stage, by the member that makes them."""
+    missing = {*planned.missing, *planned.likely}
+    if not missing:
         return []
-    missing = set(planned.missing)
-    members = [
-        (stage, [unit for unit in units if unit in missing]) for stage, units in _list(registry, planned.name, run)[1]
-    ]
+    with run.guessing() if planned.reason else nullcontext():
+        listed = _list(registry, planned.name, run)[1]
+    members = [(stage, [unit for unit in units if unit in missing]) for stage, units in listed]
     return [(stage, units) for stage, units in members if units]
+
+
+def _guess(registry: Registry, name: str, run: Run) -> tuple[Unit, ...]:
+    """Return units like those that a stage will make: as if any of what it chooses among were the best."""
+    with run.guessing():
+        try:
+            planned, _ = _list(registry, name, run)
+        except UserError:  # which the best might not meet
+            return ()
+        run.listed(name, planned.units)
+    return tuple(planned.missing)
 
 
 def run(

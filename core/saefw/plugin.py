@@ -20,6 +20,7 @@ from saefw.pace import Pace, timed
 from saefw.run import Pick, Run
 from saefw.sae import Codes, Sae
 from saefw.splits import Split, carve, stratified
+from saefw.style import WIDTH
 from saefw.unit import Unit
 from saefw.vision import mend_torchvision
 
@@ -484,8 +485,17 @@ class FigureConfig(Entry):
     names_features: ClassVar[bool] = False
     """Whether it shows what people call features, so that it is drawn again when they say something else."""
 
+    width: float = Field(WIDTH, ge=2, le=40)
+    """Inches; 7.2 for both columns of a paper, 3.4 for one."""
+
+    height: float | None = Field(None, ge=1, le=40)
+    """Inches; null: as fits what is shown."""
+
+    title: str | None = None
+    """In place of the figure's own title; an empty text: none."""
+
     def draw(self, db: "DuckDBPyConnection", units: Mapping[str, Sequence[Path]]) -> "Figure":
-        """Draw it.
+        """Draw it; it is brought to its size and given its title afterwards, if they are set.
 
         Args:
             db: the index, read-only; tables as in schema.sql.

@@ -51,7 +51,9 @@ class Printer(Observer):
         self._live: Live | None = None
         self._bar: Bar | None = None
         self._line_at = time.monotonic()
-        self._measured: dict[str, dict[str, float]] = {}
+        self._measured: dict[Unit, dict[str, float]] = {}
+        self._news: dict[Unit, None] = {}
+        """Units measured since the last line of progress that tells of them."""
         self._stage: StagePlan | None = None
         self._width = 0
         self._waits: set[str] = set()
@@ -87,7 +89,7 @@ class Printer(Observer):
         """End a stage."""
         self.close()
         self.made += len(made)
-        self._measured.clear()
+        self._measured, self._news = {}, {}
         if made:
             text = Text(f"{plan.name:<{self._width}}  ", style="bold")
             text.append(f"{len(made):,} made", style="green")
@@ -99,9 +101,10 @@ class Printer(Observer):
     @hookimpl
     def saefw_logged(self, unit: Unit, step: int, values: Mapping[str, float]) -> None:
         """Remember what was measured last."""
-        self._measured.setdefault(unit.address, {}).update(values)
-        if self._bar and self._live:
-            self._bar.note = f"{numbers(values)}: {unit.label}"
+        # A new one each time: another thread draws it.
+        self._measured = {**self._measured, unit: {**self._measured.get(unit, {}), **values}}
+        if not values.keys().isdisjoint(MEASURES):
+            self._news[unit] = None
 
     @hookimpl
     def saefw_progressed(self, stage: str, done: int, total: int, what: str) -> None:
@@ -114,19 +117,18 @@ class Printer(Observer):
         if not self.console.is_terminal and time.monotonic() - self._line_at >= EVERY:
             self._line_at = time.monotonic()
             self.say(bar.text())
+            for unit in list(self._news)[:FEW]:
+                self.say(self._row(unit, self._measured[unit]))
+            self._news.clear()
 
     @hookimpl
     def saefw_kept(self, unit: Unit, folder: Path, seconds: float) -> None:
         """Name a unit that was made, if they are few."""
-        measured = self._measured.pop(unit.address, {})
+        measured = self._measured.get(unit, {})
+        self._measured = {other: values for other, values in self._measured.items() if other != unit}
+        self._news.pop(unit, None)
         if seconds and self._stage and len(self._stage.missing) <= FEW:
-            row = grid(2, ratios=(1, 1))
-            told = {name: measured[name] for name in MEASURES if name in measured}
-            row.add_row(
-                Cut(f"  {unit.label}"),
-                Text(numbers(told), style="dim", overflow="ellipsis", no_wrap=True),
-            )
-            self.say(row)
+            self.say(self._row(unit, measured))
 
     # After
 
@@ -151,18 +153,27 @@ class Printer(Observer):
             if unit.stage == "draw"
             for path in sorted(store.folder(unit).glob("*.png"))
         ]
+        galleries = [
+            store.folder(unit) / "site" / "index.html"
+            for plan in done
+            for unit in plan.units
+            if unit.stage == "gallery"
+        ]
         saefw = called()
         other = "" if registry == Path("registry.yaml") else f" --registry {registry}"
         page = "" if registry == Path("registry.yaml") else f" {registry}"
         if not self.made:
             folder = f"Pictures: {short(pictures[0].parent.parent)}. " if pictures else ""
-            self.say(f'{folder}Tables: {saefw} sql "FROM pareto"{other}. Page: {saefw} serve{page}')
+            gallery = f"Gallery: {short(galleries[0])}. " if galleries else ""
+            self.say(f'{folder}{gallery}Tables: {saefw} sql "FROM pareto"{other}. Page: {saefw} serve{page}')
             return
         where = grid(2)
         for i, path in enumerate(pictures[:FEW]):
             where.add_row("pictures" if i == 0 else "", short(path))
         if len(pictures) > FEW:
             where.add_row("", f"and {len(pictures) - FEW} more in {short(pictures[0].parent.parent)}")
+        for i, path in enumerate(galleries):
+            where.add_row("gallery" if i == 0 else "", short(path))
         where.add_row("tables", f'{saefw} sql "FROM pareto"{other}')
         where.add_row("page", f"{saefw} serve{page}")
         self.console.print(where, soft_wrap=True)
@@ -178,7 +189,7 @@ class Printer(Observer):
 
         Args:
             plans: of all stages.
-            costs: of all missing units.
+            costs: of all missing and likely units.
             seconds: by stage, nan where nothing is known; none if nothing is known at all.
             device: on which it takes so long.
 
@@ -196,11 +207,12 @@ class Printer(Observer):
                     size(costs[unit].disk) if unit in missing else "",
                 )
         self.console.print(shown)
-        to_make, kept = sum(len(plan.missing) for plan in plans), sum(len(plan.kept) for plan in plans)
+        to_make, kept = sum(map(_to_make, plans)), sum(len(plan.kept) for plan in plans)
         if to_make:
             self.say("")
             self._stages(plans, costs, seconds)
-        open_ended = " Those decided later are not counted." if any(plan.reason for plan in plans) else ""
+        later = [plan for plan in plans if plan.reason]
+        open_ended = " Those decided later are not counted." if any(not plan.likely for plan in later) else ""
         need = f", about {size(sum(cost.disk for cost in costs.values())) or 'little disk'}" if to_make else ""
         known = {name: n for name, n in seconds.items() if not math.isnan(n)}
         if known:
@@ -214,8 +226,8 @@ class Printer(Observer):
         """List what each stage needs in all."""
         shown = table("stage", "to make>", "disk>", "time>", "")
         for plan in plans:
-            disk = size(sum(costs[unit].disk for unit in plan.missing))
-            count = "" if plan.reason else f"{len(plan.missing):,}"
+            disk = size(sum(costs[unit].disk for unit in (*plan.missing, *plan.likely)))
+            count = f"{_to_make(plan):,}" if plan.likely or not plan.reason else ""
             shown.add_row(plan.name, count, disk, roughly(seconds.get(plan.name, math.nan)), plan.reason)
         self.console.print(shown)
 
@@ -238,6 +250,21 @@ class Printer(Observer):
 
     # Inside
 
+    def __rich__(self) -> RenderableType:
+        """The bar, and a line for each unit in the making: what was measured of it last."""
+        rows = [self._row(unit, values) for unit, values in list(self._measured.items())[:FEW]]
+        if len(self._measured) > FEW:
+            rows.append(Text(f"  and {len(self._measured) - FEW} more", style="dim"))
+        return Group(*([self._bar] if self._bar else []), *rows)
+
+    @staticmethod
+    def _row(unit: Unit, measured: Mapping[str, float]) -> RenderableType:
+        """A line for a unit: its name and what was measured of it."""
+        row = grid(2, ratios=(1, 1))
+        told = {name: measured[name] for name in MEASURES if name in measured} or dict(list(measured.items())[:3])
+        row.add_row(Cut(f"  {unit.label}"), Text(numbers(told), style="dim", overflow="ellipsis", no_wrap=True))
+        return row
+
     @property
     def _name(self) -> str:
         return self._stage.name if self._stage else ""
@@ -248,10 +275,8 @@ class Printer(Observer):
             return
         if self._live is None:
             # Refreshed by its own thread, so that a stage that reports rarely still shows that time goes on.
-            self._live = Live(bar, console=self.console, transient=True, refresh_per_second=8)
+            self._live = Live(self, console=self.console, transient=True, refresh_per_second=8)
             self._live.start()
-        else:
-            self._live.update(bar)
 
 
 class Cut:
@@ -280,7 +305,7 @@ class Bar:
 
     def __init__(self, stage: str, done: int, total: int, what: str) -> None:
         """Start the clock at what was done already."""
-        self.stage, self.total, self.what, self.note = stage, total, what, ""
+        self.stage, self.total, self.what = stage, total, what
         self.done = self._first = done
         self._start = time.monotonic()
 
@@ -307,7 +332,7 @@ class Bar:
         return f"{self.stage}: {self.done:,} of {self.total:,} {self.what}{share}, {self.times()}".removesuffix(", ")
 
     def __rich__(self) -> RenderableType:
-        """A line for a terminal, and below it what was measured last."""
+        """A line for a terminal."""
         line = Table.grid(padding=(0, 1), expand=True)
         line.add_column(no_wrap=True)
         line.add_column(ratio=1)
@@ -316,9 +341,7 @@ class Bar:
         right = ", ".join(filter(None, [count, self.times()]))
         bar = ProgressBar(self.total or None, self.done, pulse=not self.total)
         line.add_row(Text(self.stage, style="bold"), bar, right)
-        return (
-            Group(line, Text(f"  {self.note}", style="dim", overflow="ellipsis", no_wrap=True)) if self.note else line
-        )
+        return line
 
 
 def numbers(values: Mapping[str, float]) -> str:
@@ -382,6 +405,11 @@ def called() -> str:
     """Return how the command line is called from here: by its name where the shell finds it, else by its path."""
     path = Path(sys.argv[0])
     return str(short(path.absolute())) if path.name == "saefw" and not shutil.which("saefw") else "saefw"
+
+
+def _to_make(plan: StagePlan) -> int:
+    """Return how many units a stage makes, as far as that is known."""
+    return len(plan.missing) + len(plan.likely)
 
 
 def _count(n: int, word: str) -> str:

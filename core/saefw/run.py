@@ -141,6 +141,8 @@ class Run:
         self._families, self._device = families, device
         self._made_with, self._watcher = made_with or {}, watcher or Watcher()
         self._made: dict[str, list[Unit]] = {}
+        self._guessed: dict[str, list[Unit]] = {}
+        self._guessing = False
         self._datasets: dict[str, Dataset] = {}
         self._started = time.monotonic()
         self._unindexed: dict[str, Path] = {}
@@ -176,14 +178,16 @@ class Run:
             NotYet: that stage cannot list them yet.
 
         """
-        if stage not in self._made:
+        known = {**self._guessed, **self._made} if self._guessing else self._made
+        if stage not in known:
             raise NotYet(f"decided once {stage} is made")
-        return self._made[stage]
+        return known[stage]
 
     def best(self, stage: str, pick: Pick, among: Callable[[Unit], bool] = lambda unit: True) -> Unit:
         """Return the unit of a stage that `pick` chooses by its last metrics, from those that `among` admits.
 
-        Of equals one by address, so that the order of the file does not matter.
+        Of equals one by address, so that the order of the file does not matter. While guessing, any, where not all of
+        them are made.
 
         Raises:
             NotYet: not all of them are made.
@@ -192,6 +196,8 @@ class Run:
         """
         units = sorted(filter(among, self.made_by(stage)), key=lambda unit: unit.address)
         if not all(self.store.has(unit) for unit in units):
+            if self._guessing:
+                return units[0]
             raise NotYet(f"decided once {stage} is made")
         with self.db() as db:
             rows = db.execute(
@@ -381,7 +387,16 @@ class Run:
 
     def listed(self, stage: str, units: Sequence[Unit]) -> None:
         """Note what a stage makes, for the stages below it."""
-        self._made[stage] = list(units)
+        (self._guessed if self._guessing else self._made)[stage] = list(units)
+
+    @contextmanager
+    def guessing(self) -> Iterator[None]:
+        """Let stages list what they might make while it is not known what they will choose."""
+        self._guessing = True
+        try:
+            yield
+        finally:
+            self._guessing = False
 
     def found(self, *units: Unit) -> None:
         """Tell that units were found already made."""

@@ -36,6 +36,8 @@ CREATE TABLE top_feature (unit TEXT, sae TEXT, acts TEXT, example INTEGER, rank 
 -- purity: share of the feature's top images that are of the class.
 CREATE TABLE class_feature (unit TEXT, sae TEXT, acts TEXT, label SMALLINT, feature INTEGER, rate REAL, mean REAL, share REAL,
     ap REAL, purity REAL);
+-- The features that have a contact sheet, in the folder of the unit; visuals: whose tables it was drawn from.
+CREATE TABLE sheet (unit TEXT, visuals TEXT, feature INTEGER, file TEXT);
 
 -- Probes and steering. prediction: of test images; margin: top logit minus the second. An edit: place is patches or cls,
 -- role says whose features (own class, other class, by hand), target is that class, chosen_by is how they were chosen

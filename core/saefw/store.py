@@ -7,7 +7,6 @@ queries; it is only ever replaced whole, so a reader neither waits for a run nor
 
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -27,6 +26,7 @@ from saefw.care import (
     damages,
     found,
     listed,
+    remove,
     settle,
     write_atomically,
     writing,
@@ -93,7 +93,7 @@ class Store(Index):
             if _says(folder, unit):
                 return folder
             log.warning("%s: is not what it should be; '%s' is begun anew", folder / "unit.json", unit.label)
-            shutil.rmtree(folder)
+            remove(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / "unit.json", unit.text.encode())
@@ -184,14 +184,14 @@ class Store(Index):
             if path.relative_to(partial).as_posix() not in whole:
                 path.unlink()
         if self.has(unit):  # another machine put it there meanwhile
-            shutil.rmtree(partial)
+            remove(partial)
             return folder
         if found(folder):
             if not any(damages(folder)):  # whole after all, whatever was thought of it
                 self.forgive(folder)
-                shutil.rmtree(partial)
+                remove(partial)
                 return folder
-            shutil.rmtree(folder)
+            remove(folder)
         partial.rename(folder)
         settle(folder.parent)
         return folder
@@ -229,7 +229,7 @@ class Store(Index):
                 file.unlink(missing_ok=True)
         partial = folder.with_name(folder.name + PARTIAL)
         if partial.exists():
-            shutil.rmtree(partial)
+            remove(partial)
         folder.rename(partial)
         (partial / MADE).unlink(missing_ok=True)
         settle(partial.parent)
@@ -263,11 +263,11 @@ class Store(Index):
                     raise UserError(f"{folder}: is a link, and stays; delete it and what it leads to yourself")
                 if folder != gone and folder.exists():
                     if gone.exists():
-                        shutil.rmtree(gone)
+                        remove(gone)
                     folder.rename(gone)
                     settle(gone.parent)
                 if gone.exists():
-                    shutil.rmtree(gone)
+                    remove(gone)
             except OSError as error:
                 raise UserError(f"{error.filename or folder}: cannot be deleted ({error.strerror or error})") from error
 

@@ -5,12 +5,14 @@ Importing it draws in nothing of matplotlib.
 
 import warnings
 from io import BytesIO
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from saefw.errors import escaped
+from saefw.errors import UserError, escaped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -19,7 +21,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, FAINT, RULE, ZERO = "#1d1f24", "#707580", "#e3e5ea", "#a9adb6"
 
 WIDTH = 7.2
-"""Of every figure, in inches: as wide as a README shows without scaling much."""
+"""Of a figure, in inches, unless its entry says another: as wide as a README shows without scaling much."""
 
 STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
@@ -70,7 +72,12 @@ def styled() -> Any:
 
 
 def rendered(figure: "Figure") -> dict[str, bytes]:
-    """Return a figure as bytes of `png`, `svg` and `pdf` files, without the time or matplotlib's version in them."""
+    """Return a figure as bytes of `png`, `svg` and `pdf` files, without the time or matplotlib's version in them.
+
+    Raises:
+        UserError: it is too small for what it shows.
+
+    """
     metadata: dict[str, dict[str, Any]] = {
         "png": {"Software": None},
         "svg": {"Date": None, "Creator": None},
@@ -80,10 +87,16 @@ def rendered(figure: "Figure") -> dict[str, bytes]:
     with warnings.catch_warnings():
         # A name in a writing that the font does not have is drawn as boxes; the tables have it as it is.
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
+        warnings.filterwarnings("error", "constrained_layout not applied", UserWarning)
         for kind, told in metadata.items():
             file = BytesIO()
-            figure.savefig(file, format=kind, metadata=told)
+            try:
+                figure.savefig(file, format=kind, metadata=told)
+            except UserWarning as warning:
+                width, height = figure.get_size_inches()
+                raise UserError(f"{width:g} by {height:g} inches are too few for what it shows") from warning
             files[kind] = file.getvalue()
+            figure.set_layout_engine("none")  # laid out once, alike in all of them
     return files
 
 
@@ -93,23 +106,28 @@ def shown(name: str, most: int = 30) -> str:
     return text if len(text) <= most else text[: most - 1].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
 
 
-def panels(n: int, height: float) -> "tuple[Figure, list[Axes]]":
-    """Return a figure with n panels, two in a row; a single one takes the whole width."""
+def wrapped(text: str, width: float) -> str:
+    """Return a title with its lines broken so that they fit into a figure of a width in inches."""
+    return "\n".join(fill(line, int(12.5 * width)) for line in text.split("\n"))
+
+
+def panels(n: int, height: float, width: float) -> "tuple[Figure, list[Axes]]":
+    """Return a figure with n panels, two in a row where it is wide; a single one takes the whole width."""
     from matplotlib.figure import Figure
 
-    columns = min(n, 2)
+    columns = min(n, 2 if width > 5 else 1)
     rows = -(-n // columns)
-    figure = Figure(figsize=(WIDTH, height * rows))
+    figure = Figure(figsize=(width, height * rows))
     grid = figure.add_gridspec(rows, columns)
     return figure, [figure.add_subplot(grid[divmod(i, columns)]) for i in range(n)]
 
 
-def plain_ticks(axes: "Axes") -> None:
-    """Label both logarithmic axes with plain numbers, and the places between the powers where there are few."""
+def plain_ticks(*axes: "Axis") -> None:
+    """Label logarithmic axes with plain numbers: the powers of ten and, where they are few, 2 and 5 times these."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    for axis in (axes.xaxis, axes.yaxis):
+    for axis in axes:
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.set_minor_formatter(NullFormatter())

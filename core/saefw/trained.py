@@ -140,7 +140,7 @@ def _text(path: Path) -> bytes:
             raise ValueError("not a file")
         return path.read_bytes()
     except OSError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(error.strerror or str(error)) from error
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:

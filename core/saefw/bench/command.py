@@ -15,6 +15,7 @@ BENCHES = {
     "read": "recordings, in random order and in their own",
     "train": "a training step, beside the product with W_enc",
     "features": "the pass over features, beside the encoder alone",
+    "pictures": "contact sheets, by the lit tile",
     "tables": "queries on tables as large as those of ImageNet-1K",
     "steer": "edits of features, beside the blocks that they run",
 }

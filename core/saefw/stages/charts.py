@@ -47,7 +47,7 @@ class Pareto(FigureConfig):
         if not rows:
             raise UserError("no SAE has both nmse and l0")
         recordings = list(dict.fromkeys((row[0], row[1]) for row in sorted(rows, key=lambda row: (row[2], row[1]))))
-        figure, all_axes = panels(len(recordings), height=3.6)
+        figure, all_axes = panels(len(recordings), 3.6, self.width)
         for (acts, label), axes in zip(recordings, all_axes, strict=True):
             whole = [row for row in rows if row[0] == acts]
             # A logarithmic axis has no place for them.
@@ -71,8 +71,10 @@ class Pareto(FigureConfig):
                     )  # fmt: skip
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
-            plain_ticks(axes)
             axes.margins(x=0.12, y=0.12)
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter("")
+            plain_ticks(axes.yaxis)
             n = next((f", N = {row[8]:,.0f} valid tokens" for row in here if row[8]), "")
             axes.set(
                 xlabel="L0: features that fire on a token, mean", ylabel=f"normalised MSE{n}", title=shown(label, 100)
@@ -102,7 +104,7 @@ class ProbeGrid(FigureConfig):
         if not rows:
             raise UserError("no probe was measured")
         recordings = list(dict.fromkeys((row[0], row[1]) for row in rows))
-        figure, all_axes = panels(len(recordings), height=3.3)
+        figure, all_axes = panels(len(recordings), 3.3, self.width)
         for (acts, label), axes in zip(recordings, all_axes, strict=True):
             self._panel(axes, label, [(json.loads(row[2]), row[3]) for row in rows if row[0] == acts])
         return figure

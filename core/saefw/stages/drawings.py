@@ -11,12 +11,13 @@ import numpy as np
 from pydantic import Field
 
 from saefw import pictures
+from saefw.choice import PUREST, Choice, best_classes, picked
 from saefw.errors import did_you_mean
 from saefw.plugin import FigureConfig, Pick, UserError, hookimpl
-from saefw.stages.sized import Sized
 from saefw.store import SAVED
 from saefw.style import FAINT, WIDTH, shown
 from saefw.tensors import number, parsed
+from saefw.wording import or_listed
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -37,11 +38,17 @@ class FeatureGrid(FigureConfig):
     names_features: ClassVar[bool] = True
     wants: ClassVar[tuple[str, ...]] = ("visuals",)
 
-    sae: Pick = Pick(highest="n_pure")
+    sae: Pick = PUREST
     """Which SAE, by its own metrics (nmse, l0, dead) or those of its features (n_pure, n_live)."""
 
     rows: int = Field(10, gt=0)
     """How many features: the best detector of each class, or the strongest features where there are no classes."""
+
+    classes: list[str] = Field(default_factory=list)
+    """The classes whose best detectors are shown, by name; empty: as many of the best detected as there are rows."""
+
+    features: Choice | None = None
+    """Which features are shown instead, `n` of them."""
 
     images: int = Field(8, gt=0)
     """How many images of each."""
@@ -50,8 +57,8 @@ class FeatureGrid(FigureConfig):
         """Draw the SAE that is picked."""
         from matplotlib.figure import Figure
 
-        folder, label, measured = self._picked(db, units["visuals"])
-        unit = folder.name
+        unit, label, measured = picked(db, self.sae, f"figure {self.use}", [path.name for path in units["visuals"]])
+        folder, label = next(path for path in units["visuals"] if path.name == unit), shown(label, 100)
         chosen = self._chosen(db, unit)
         if not chosen:
             raise UserError(f"no feature of {label} fires")
@@ -59,50 +66,51 @@ class FeatureGrid(FigureConfig):
         side, gap, left = 88, 6, 168
         strips = [_strip(db, folder, feature, self.images, side, gap) for feature, _ in chosen]
         height, width = len(chosen) * (side + gap), left + max(strip.image.shape[1] for strip in strips)
-        scale = WIDTH / width
-        figure = Figure(figsize=(WIDTH, height * scale + 0.58))
+        lit = any(strip.largest is not None for strip in strips)
+        size, bottom = self.width / WIDTH, height + 30 * lit
+        figure = Figure(figsize=(self.width, bottom * self.width / width + 0.58))
         axes = figure.add_subplot()
-        axes.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
+        axes.set(xlim=(0, width), ylim=(bottom, 0), aspect="equal")
         axes.axis("off")
+        if lit:
+            axes.imshow(pictures.bar()[None], extent=(left, left + 180, height + 22, height + 8), aspect="equal")
+            meant = "from 0 to the feature’s largest value, in SAE units"
+            axes.text(left + 188, height + 15, meant, fontsize=7 * size, va="center", color=FAINT)
         for i, ((feature, name), strip) in enumerate(zip(chosen, strips, strict=True)):
             top = i * (side + gap)
             axes.imshow(strip.image, extent=(left, left + strip.image.shape[1], top + side, top))
-            axes.text(0, top + 0.33 * side, name or f"feature {feature}", fontsize=9.5, va="center")
+            axes.text(0, top + 0.27 * side, name or f"feature {feature}", fontsize=9.5 * size, va="center")
             said = [f"feature {feature}"] if name else []
             said += [called[feature]] if feature in called else []
             said += [strip.purity] if strip.purity else []
-            axes.text(0, top + 0.68 * side, "\n".join(said), fontsize=7, va="center", color=FAINT, linespacing=1.4)
+            said += [f"up to {strip.largest:.3g}"] if strip.largest is not None else []
+            axes.text(
+                0, top + 0.67 * side, "\n".join(said), fontsize=7 * size, va="center", color=FAINT, linespacing=1.35
+            )
         told = f"{measured['n_live']:.0f} features that fire here"
         if "n_pure" in measured:
             told = f"{measured['n_pure']:.0f} of {told} are pure (at least 80 % of their top images of one class)"
         figure.suptitle(f"{label}\n{told}", x=0.006, ha="left", fontsize=9)
         return figure
 
-    def _picked(self, db: "DuckDBPyConnection", folders: Sequence[Path]) -> tuple[Path, str, dict[str, float]]:
-        """Return the folder of the picked SAE's tables, its label, and its metrics."""
-        rows = db.execute(
-            "SELECT u.unit, u.label, f.name, f.value FROM unit u JOIN need n ON n.unit = u.unit "
-            "JOIN final f ON f.unit IN (u.unit, n.needs) WHERE list_contains(?, u.unit) ORDER BY u.label, u.unit",
-            [[folder.name for folder in folders]],
-        ).fetchall()
-        metrics: dict[tuple[str, str], dict[str, float]] = {}
-        for unit, label, name, value in rows:
-            metrics.setdefault((unit, label), {})[name] = value
-        unlabelled = self.sae == Pick(highest="n_pure") and not any("n_pure" in known for known in metrics.values())
-        pick = Pick(highest="n_live") if unlabelled else self.sae
-        unit, label = pick.choose(f"figure {self.use}", metrics)
-        return next(folder for folder in folders if folder.name == unit), shown(label, 100), metrics[unit, label]
-
     def _chosen(self, db: "DuckDBPyConnection", unit: str) -> list[tuple[int, str]]:
         """Return features, each with the class it detects best of all features, in the order of the classes."""
+        if self.features is not None:
+            best = best_classes(db, unit)
+            return [(s, shown(best[s].name) if s in best else "") for s in self.features.choose(db, unit)]
         pairs = db.execute(
             "SELECT t.label, c.name, t.feature FROM class_feature t JOIN class c ON c.unit = t.acts AND "
             "c.label = t.label WHERE t.unit = ? ORDER BY t.ap DESC, t.label, t.feature",
             [unit],
         ).fetchall()
+        known = dict.fromkeys(name for _, name, _ in pairs)
+        for name in self.classes:
+            if name not in known:
+                raise UserError(f"classes: no feature fires on '{shown(name)}'{or_listed(name, known)}")
         taken: dict[int, tuple[str, int]] = {}
         for label, name, feature in pairs:
-            if len(taken) < self.rows and label not in taken and feature not in (f for _, f in taken.values()):
+            wanted = name in self.classes if self.classes else len(taken) < self.rows
+            if wanted and label not in taken and feature not in (f for _, f in taken.values()):
                 taken[label] = name, feature
         if taken:
             return [(feature, shown(name)) for _, (name, feature) in sorted(taken.items())]
@@ -113,7 +121,7 @@ class FeatureGrid(FigureConfig):
         return [(feature, "") for (feature,) in strongest]
 
 
-class BeforeAfter(Sized):
+class BeforeAfter(FigureConfig):
     """One steered image: the features that were edited, and what the probe said before and after."""
 
     use: Literal["before-after"] = "before-after"
@@ -165,7 +173,7 @@ class BeforeAfter(Sized):
 
         tables = [path for path in visuals if path.name in case.seen]
         strips = [_strip(db, tables[0], feature, self.images, 72, 5) for feature in case.features] if tables else []
-        figure = Figure(figsize=(self.width, self.height or 3.0), layout=ConstrainedLayoutEngine(wspace=0.04))
+        figure = Figure(figsize=(self.width, 3.0), layout=ConstrainedLayoutEngine(wspace=0.04))
         wide = [1.2, 2.1, 1.5] if strips else [1.2, 1.5]
         grid = figure.add_gridspec(1, len(wide), width_ratios=wide)
         _show_image(figure.add_subplot(grid[0]), case, tables)
@@ -194,9 +202,8 @@ class BeforeAfter(Sized):
         axes.set(xlim=(0, 1.0), xlabel=said, title="what the probe says")
         axes.grid(axis="y", visible=False)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=7.5)
-        title = f"{case.source} → {case.target}: {case.done}" if self.title is None else shown(self.title, 160)
-        if title:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+        title = f"{case.source} → {case.target}: {case.done}"
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
         return figure
 
 
@@ -212,6 +219,9 @@ class Strip(NamedTuple):
     purity: str
     """`14 of 16: seven`; empty without classes."""
 
+    largest: float | None
+    """The value of the brightest colour; None: no patch is lit."""
+
 
 def _strip(db: "DuckDBPyConnection", folder: Path, feature: int, n: int, side: int, gap: int) -> Strip:
     rows = db.execute(
@@ -220,10 +230,10 @@ def _strip(db: "DuckDBPyConnection", folder: Path, feature: int, n: int, side: i
         "WHERE t.unit = ? AND t.feature = ? ORDER BY t.rank",
         [folder.name, feature],
     ).fetchall()
-    (grid,) = db.execute(
-        "SELECT a.grid_h, a.grid_w FROM acts a JOIN need n ON n.needs = a.unit WHERE n.unit = ?", [folder.name]
+    ((largest,),) = db.execute(
+        "SELECT max FROM feature WHERE unit = ? AND feature = ?", [folder.name, feature]
     ).fetchall()
-    maps_tp = pictures.maps(folder / "maps.safetensors", feature)
+    grid, maps_tp = pictures.grid(db, folder.name), pictures.maps(folder / "maps.safetensors", feature)
     views = pictures.read(folder / "picture.parquet", [example for _, example, _ in rows[:n]])
     tiles = [
         np.asarray(pictures.lit(views[example], pictures.on_grid(maps_tp[rank], grid), side))
@@ -235,7 +245,8 @@ def _strip(db: "DuckDBPyConnection", folder: Path, feature: int, n: int, side: i
         strip[: tile.shape[0], i * (side + gap) : i * (side + gap) + tile.shape[1]] = tile
     names = [shown(name) for _, _, name in rows if name is not None]
     commonest = max(dict.fromkeys(names), key=names.count) if names else ""
-    return Strip(strip, f"{names.count(commonest)} of {len(rows)}: {commonest}" if names else "")
+    purity = f"{names.count(commonest)} of {len(rows)}: {commonest}" if names else ""
+    return Strip(strip, purity, largest if maps_tp.shape[1] > 1 else None)
 
 
 def _called(db: "DuckDBPyConnection", unit: str) -> dict[int, str]:

@@ -3,14 +3,17 @@
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from saefw import notes
 from saefw.care import write_atomically
 from saefw.plugin import FigureConfig, Names, Pace, Run, StageConfig, Unit, UserError, hookimpl, timed
-from saefw.style import panels, rendered, styled
+from saefw.style import WIDTH, panels, rendered, shown, styled, wrapped
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger("saefw")
 
@@ -72,7 +75,7 @@ class Draw(StageConfig):
                 figure: FigureConfig = unit.given["figure"]
                 try:
                     with styled():
-                        files = rendered(figure.draw(db, folders))
+                        files = rendered(sized(figure, figure.draw(db, folders)))
                 except UserError as error:
                     failed.append(f"figure '{unit.label}' cannot be drawn: {error}")
                     continue
@@ -93,9 +96,17 @@ def _named(root: Path, units: Sequence[Unit]) -> dict[str, dict[str, str]]:
     return {sae: names for sae, names in said.items() if names}
 
 
+def sized(entry: FigureConfig, figure: "Figure") -> "Figure":
+    """Return a figure in the size and with the title that its entry sets."""
+    figure.set_size_inches(entry.width, entry.height or figure.get_figheight())
+    if entry.title is not None:
+        figure.suptitle(wrapped(shown(entry.title, 160), entry.width), x=0.012, ha="left", fontsize=9.5)
+    return figure
+
+
 def _figure_seconds() -> float:
     with styled():
-        return timed(lambda: rendered(panels(2, 3.0)[0]))
+        return timed(lambda: rendered(panels(2, 3.0, WIDTH)[0]))
 
 
 @hookimpl

@@ -171,6 +171,8 @@ class Steer(StageConfig):
         if self.probe.lowest or self.probe.highest:
             return run.best(self.probes, self.probe, among)
         most = run.best(self.probes, self.probe.model_copy(update={"highest": "valid_accuracy"}), among)
+        if not run.store.has(most):  # guessed
+            return most
         with run.db() as db:
             told = db.execute("SELECT value FROM final WHERE unit = ? AND name = 'valid_accuracy'", [most.address])
             ((accuracy,),) = told.fetchall()

@@ -5,7 +5,6 @@ Each is read off the index alone.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from textwrap import fill
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -13,8 +12,7 @@ from pydantic import Field
 
 from saefw.outcome import KINDS, ROLES, WAYS, bootstrap
 from saefw.plugin import FigureConfig, UserError, hookimpl
-from saefw.stages.sized import Sized
-from saefw.style import FAINT, PALETTE, ZERO, shown
+from saefw.style import FAINT, PALETTE, ZERO, shown, wrapped
 from saefw.wording import or_listed
 
 if TYPE_CHECKING:
@@ -73,7 +71,7 @@ class Steered(NamedTuple):
         return {"scale": "factor", "ablate": "share taken away"}.get(self.mode, "amount, × p99 of each feature")
 
 
-class OfSteering(Sized):
+class OfSteering(FigureConfig):
     """A chart with a part for each steered dataset."""
 
     wants: ClassVar[tuple[str, ...]] = ("steer",)
@@ -90,9 +88,8 @@ class OfSteering(Sized):
         figure = Figure(figsize=(self.width, self.height or sum(heights)))
         parts = figure.subfigures(len(steered), squeeze=False, height_ratios=heights)[:, 0]
         for one, part in zip(steered, parts, strict=True):
-            title = shown(one.label if self.title is None else self.title, 160)
-            if title:
-                part.suptitle(fill(title, int(12.5 * self.width)), x=0.012, ha="left", fontsize=9.5)
+            if self.title is None:
+                part.suptitle(wrapped(shown(one.label, 160), self.width), x=0.012, ha="left", fontsize=9.5)
             self.fill(db, one, part)
             handles: dict[str, Any] = {}
             for axes in part.axes:

@@ -145,12 +145,12 @@ class Train(StageConfig):
         return chosen
 
     def disk(self, unit: Unit, run: Run) -> int:
-        """Return the bytes of the weights, in float32."""
+        """Return the bytes of all weights, built without memory for them."""
         config: SaeConfig = unit.given["sae"]
         backbone: BackboneConfig = unit.needs[0].given["backbone"]
-        d_model = backbone.describe().d_model
-        d_sae = config.width(d_model)
-        return 4 * (2 * d_model * d_sae + d_sae + 2 * d_model)
+        with torch.device("meta"):
+            sae = config.fresh(backbone.describe().d_model)
+        return sum(tensor.numel() * tensor.element_size() for tensor in sae.state_dict().values())
 
     def work(self, unit: Unit, run: Run) -> str:
         """Return how many tokens there are to train on."""

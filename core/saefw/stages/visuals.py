@@ -1,4 +1,4 @@
-"""Finds each feature's strongest images and draws them.
+"""Finds each feature's strongest images, and says what it fires on.
 
 An SAE of [CLS] has one token an image: its features light no patch, and what is said of patches is said of images.
 
@@ -22,9 +22,10 @@ from safetensors.torch import save
 from saefw import pictures, samples, sealed
 from saefw import tensors as files
 from saefw.acts import Acts
-from saefw.care import write_atomically, writing
+from saefw.care import write_atomically
 from saefw.firing import grouped
 from saefw.live import acts_of
+from saefw.originals import Unreadable
 from saefw.plugin import (
     Backbone,
     BackboneInfo,
@@ -41,7 +42,6 @@ from saefw.plugin import (
     timed,
 )
 from saefw.shards import check_tokens
-from saefw.stages.sheets import TILE, Findings, picture_seconds, sheet, sheet_seconds
 from saefw.stages.train import Clock, narrow
 from saefw.tally import IMAGES, PAIRS, Sizes, Tally, feed
 from saefw.tally import check as check_state
@@ -70,7 +70,7 @@ SELDOM = 20
 
 
 class Visuals(StageConfig):
-    """Finds the strongest images of every feature, its classes and its statistics, and draws contact sheets."""
+    """Finds the strongest images of every feature, its classes and its statistics."""
 
     use: Literal["visuals"] = "visuals"
     revision: ClassVar[int] = 2
@@ -96,21 +96,6 @@ class Visuals(StageConfig):
     split: Split = "train"
     """Which images to rank and to count over; everything this stage says is of this split alone."""
 
-    n_features: int = Field(64, ge=0)
-    """How many features get a contact sheet, drawn by lot from those that fire and pass the filters."""
-
-    log_frequency: tuple[float, float] | None = None
-    """Sheets only for features with log10 of the frequency strictly between these; null: any that fire."""
-
-    log_value: tuple[float, float] | None = None
-    """Sheets only for features with log10 of the mean positive value strictly between these; null: any that fire."""
-
-    include: list[int] = Field(default_factory=list)
-    """Features that get a sheet in any case, beside those drawn by lot."""
-
-    seed: int = Field(0, ge=0)
-    """Of the lot."""
-
     checkpoint_every: Annotated[float, Knob] = Field(60.0, ge=0)
     """Seconds between two checkpoints of the pass over the images."""
 
@@ -121,8 +106,7 @@ class Visuals(StageConfig):
         """List one unit for each SAE and recording of its backbone and layer.
 
         Raises:
-            UserError: an SAE has no such recording, one that does not hold what is looked at, or `include` names a
-                feature that it does not have.
+            UserError: an SAE has no such recording, or one that does not hold what is looked at.
 
         """
         content = {name: value for name, value in self.content().items() if name != "use"}
@@ -135,9 +119,6 @@ class Visuals(StageConfig):
                     f"visuals: '{self.acts}' has no recording of the backbone and layer of {sae.label}; "
                     f"record layer {trained_on.content['layer']} there"
                 )
-            wrong = [feature for feature in self.include if not 0 <= feature < _d_sae(sae)]
-            if wrong:
-                raise UserError(f"visuals: include: feature {wrong[0]} is not among the {_d_sae(sae)} of {sae.label}")
             for acts in found:
                 self._check(acts, sae)
                 label = sae.label if acts == trained_on else f"{sae.label}, seen on {acts.label}"
@@ -164,36 +145,31 @@ class Visuals(StageConfig):
         return self.monosemanticity or (self.rank_by == "cls" and looked == "patches")
 
     def disk(self, unit: Unit, run: Run) -> int:
-        """Return about the bytes of the sheets and maps; how well pictures pack is not known before."""
-        d_sae = _d_sae(unit.needs[0])
+        """Return about the bytes of the maps; how well pictures pack is not known before."""
         grid = unit.needs[1].given["backbone"].describe().grid
-        n_patches = grid[0] * grid[1] if _tokens(unit) == "patches" else 1
-        sheets = min(d_sae, len(self.include) + self.n_features)
-        return d_sae * self.top * n_patches + sheets * self.top * TILE
+        return d_sae(unit.needs[0]) * self.top * (grid[0] * grid[1] if looked_at(unit) == "patches" else 1)
 
     def duration(self, units: Sequence[Unit], run: Run, pace: Pace) -> float:
-        """Return the seconds of encoding and counting, of the pictures of the top images, and of the sheets."""
+        """Return the seconds of encoding and counting, and of the pictures of the top images."""
         total = 0.0
         for (recording, tokens), group in _groups(units).items():
             info, n = samples.shape(recording), samples.sizes(recording, run)[self.split]
             n_tokens = n * (info.grid[0] * info.grid[1] if tokens == "patches" else 1)
-            sheet = pace(f"a sheet, {recording.label}", partial(sheet_seconds, recording, run, self.top))
             picture = samples.picture(pace, recording, run) + pace(
-                f"a picture, {recording.label}", partial(picture_seconds, recording, run)
+                f"a picture, {recording.label}", partial(_picture_seconds, recording, run)
             )
             # As many of the images as so many draws with replacement would show.
-            shown = [-n * math.expm1(-_d_sae(unit.needs[0]) * self.top / n) if n else 0.0 for unit in group]
+            shown = [-n * math.expm1(-d_sae(unit.needs[0]) * self.top / n) if n else 0.0 for unit in group]
             total += samples.reading(pace, recording, run, n)
             total += picture * (max(shown) if max(shown) <= PNGS else sum(shown))
             counted = pace(f"a token of {FIRING} features, counted", _count_seconds)
             for unit in group:
-                config, d_sae = unit.needs[0].given["sae"], _d_sae(unit.needs[0])
+                config = unit.needs[0].given["sae"]
                 encoded = pace(
                     f"a token and feature of a {config.use} SAE of {info.d_model}, encoded",
                     partial(_encode_seconds, config, info.d_model, run.device),
                 )
-                total += n_tokens * (encoded * d_sae + counted)
-                total += sheet * min(d_sae, len(self.include) + self.n_features)
+                total += n_tokens * (encoded * d_sae(unit.needs[0]) + counted)
         return total
 
     def make(self, units: Sequence[Unit], run: Run) -> None:
@@ -213,12 +189,12 @@ class Visuals(StageConfig):
             n_classes = len(acts.classes) if (acts.labels >= 0).any() else 0
             d_embed = recording.given["backbone"].describe().d_embed if self.monosemanticity else 0
             jobs = [
-                Job(unit, run.folder(unit), Sizes(_d_sae(unit.needs[0]), n_patches, n_classes, self.top, d_embed))
+                Job(unit, run.folder(unit), Sizes(d_sae(unit.needs[0]), n_patches, n_classes, self.top, d_embed))
                 for unit in group
             ]
             for some in _fitting(jobs, self.memory_mb * 2**20):
                 for job, tally in zip(some, self._watch(some, tokens, acts, examples, run), strict=True):
-                    self._write(job, tally, acts, views, run)
+                    self._write(job, tally, views, run)
 
     def _watch(self, jobs: Sequence["Job"], tokens: str, acts: Acts, examples: Array, run: Run) -> Iterator[Tally]:
         """Feed the images to every SAE's tally, going on where an earlier run stopped; yield the tallies."""
@@ -253,45 +229,24 @@ class Visuals(StageConfig):
         while tallies:
             yield tallies.pop(0)  # one that is written down is let go
 
-    def _write(self, job: "Job", tally: Tally, acts: Acts, views: Views, run: Run) -> None:
-        """Write tables, maps, pictures and sheets of a unit, and keep it."""
-        unit, on_patches = job.unit, _tokens(job.unit) == "patches"
+    def _write(self, job: "Job", tally: Tally, views: Views, run: Run) -> None:
+        """Write tables, maps and pictures of a unit, and keep it."""
+        unit = job.unit
         whose: dict[str, Any] = {"sae": unit.needs[0].address, "acts": unit.needs[1].address}
-        found = Findings.of(tally)
-        run.put(unit, "feature", **whose, **found.features)
+        features, top = tally.features(), tally.top_examples()
+        run.put(unit, "feature", **whose, **features)
         run.put(unit, "feature_histogram", **tally.histogram())
-        run.put(unit, "top_example", **{**whose, **found.top, **({} if on_patches else {"token": None})})
+        run.put(unit, "top_example", **{**whose, **top, **({"token": None} if looked_at(unit) == "cls" else {})})
         run.put(unit, "top_feature", **whose, **tally.top_features())
         run.put(unit, "class_feature", **whose, **tally.class_features())
-        write_atomically(job.folder / MAPS, save({"maps": torch.from_numpy(found.maps_stp)}))
-        views.write(job.folder / PICTURES, unit, np.unique(found.top["example"]))
-        chosen = self.choose(found.features["frequency"], found.features["mean"])
-        (job.folder / "features").mkdir(exist_ok=True)
-        shown = found.top["example"][np.isin(found.top["feature"], chosen)]
-        drawn_from = pictures.read(job.folder / PICTURES, np.unique(shown).tolist())
-        for i, feature in enumerate(chosen):
-            drawn = sheet(feature, found, acts, drawn_from, self.top, on_patches)
-            # Not forced to the disk one by one: an interrupted run draws them all again.
-            path = job.folder / "features" / f"{feature}.png"
-            with writing(path):
-                path.write_bytes(pictures.png(drawn))
-            run.progress(i + 1, len(chosen), "sheets")
-        measured = {"n_live": int((found.features["frequency"] > 0).sum()), "n_images": tally.seen}
+        write_atomically(job.folder / MAPS, save({"maps": tally.maps()}))
+        views.write(job.folder / PICTURES, unit, np.unique(top["example"]))
+        measured = {"n_live": int((features["frequency"] > 0).sum()), "n_images": tally.seen}
         if job.sizes.n_classes:
-            measured["n_pure"] = int((found.share_s >= PURE).sum())
+            # Of as many images as were asked for: a feature with fewer is less pure than it looks.
+            measured["n_pure"] = int((tally.purity().max(axis=0) >= PURE).sum())
         run.log(unit, 0, **measured)
         run.keep(unit, without=[CHECKPOINT, PAIRS, IMAGES])
-
-    def choose(self, frequency_s: Array, mean_s: Array) -> list[int]:
-        """Return the features that get a sheet, ascending."""
-        with np.errstate(divide="ignore"):
-            logs = (self.log_frequency, np.log10(frequency_s)), (self.log_value, np.log10(mean_s))
-        passes_s = frequency_s > 0
-        for bounds, log_s in logs:
-            if bounds is not None:
-                passes_s &= (log_s > bounds[0]) & (log_s < bounds[1])
-        lot = np.random.default_rng(self.seed).permutation(np.flatnonzero(passes_s))
-        return sorted({*self.include, *lot[: self.n_features].tolist()})
 
 
 class Job(NamedTuple):
@@ -312,7 +267,7 @@ def _groups(units: Sequence[Unit]) -> dict[tuple[Unit, str], list[Unit]]:
     """Return the units of each recording and kind of token, which look at it together."""
     groups: dict[tuple[Unit, str], list[Unit]] = {}
     for unit in units:
-        groups.setdefault((unit.needs[1], _tokens(unit)), []).append(unit)
+        groups.setdefault((unit.needs[1], looked_at(unit)), []).append(unit)
     return groups
 
 
@@ -337,14 +292,23 @@ def _count_seconds() -> float:
         ) / (images * n_patches)
 
 
-def _d_sae(sae: Unit) -> int:
+def _picture_seconds(recording: Unit, run: Run) -> float:
+    """Return the seconds in which an image becomes a PNG; nan if the first one cannot be read."""
+    try:
+        view = samples.view(recording, run, 0)
+    except Unreadable:
+        return math.nan
+    return timed(lambda: pictures.png(view))
+
+
+def d_sae(sae: Unit) -> int:
     """Return how many features an SAE has."""
     config: SaeConfig = sae.given["sae"]
     backbone: BackboneInfo = sae.needs[0].given["backbone"].describe()
     return config.width(backbone.d_model)
 
 
-def _tokens(unit: Unit) -> str:
+def looked_at(unit: Unit) -> str:
     """Return the tokens that a visuals unit looks at: `patches` or `cls`."""
     return str(unit.content["tokens"] or unit.needs[0].content["tokens"])
 
