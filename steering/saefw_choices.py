@@ -2,12 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from threading import RLock
+from typing import NamedTuple
 
 from saefw import pipeline, registry
 from saefw.catalog import Catalog
 from saefw.errors import NotYet
+from saefw.index import INDEX
 from saefw.plugin import Run, Unit, UserError
+from saefw.registry import Registry
 from saefw.stages.steer import Steer
 
 
@@ -79,15 +84,65 @@ class Choice:
         return Choice(self.registry, self.store, unit, self.run, self.stage, self.name)
 
 
+class Planned(NamedTuple):
+    """What a registry stood for when it was planned."""
+
+    version: tuple[float, ...]
+    choices: list[Choice]
+
+
+_PLANNED: dict[Path, Planned] = {}
+_TURN = RLock()
+
+
 def choices(path: Path) -> list[Choice]:
     """List what the steer stages of a registry edit: what is made first, then what only lacks its measurements.
+
+    A registry is planned once a process, and again once it or the index of its store has changed.
 
     Raises:
         UserError: the registry cannot be read, or there is none; the text says what to do.
 
     """
+    with _TURN:
+        # Before anything is looked at: what changes meanwhile is planned again.
+        version = *_stat(path), *_stat(store_of(path) / INDEX)
+        if path not in _PLANNED or _PLANNED[path].version != version:
+            _PLANNED[path] = Planned(version, _planned(path))
+        found = [choice for choice in _PLANNED[path].choices if all(map(choice.run.store.has, choice.unit.needs))]
+        if not found:
+            del _PLANNED[path]  # what a run keeps is in the index only after its stage
+            raise UserError(f"Nothing is made yet that could be steered: run `saefw run {path}` first.")
+    return sorted(found, key=lambda choice: not choice.steered)
+
+
+def store_of(path: Path) -> Path:
+    """Return the folder of a registry's store.
+
+    Raises:
+        UserError: the registry cannot be read.
+
+    """
+    return _read(path, _stat(path))[0].store
+
+
+@lru_cache(maxsize=4)
+def _read(path: Path, version: tuple[float, ...]) -> tuple[Registry, Catalog]:
+    """Read a registry, once a process and version."""
     catalog = Catalog()
-    read = registry.read(path, catalog)
+    return registry.read(path, catalog), catalog
+
+
+def _stat(path: Path) -> tuple[float, ...]:
+    try:
+        told = path.stat()
+    except OSError:
+        return ()
+    return told.st_mtime_ns, told.st_size, told.st_ino
+
+
+def _planned(path: Path) -> list[Choice]:
+    read, catalog = _read(path, _stat(path))
     stages = [
         (name, member.entry)
         for name, members in read.families["stages"].items()
@@ -104,11 +159,8 @@ def choices(path: Path) -> list[Choice]:
         Choice(path.resolve(), read.store, unit, run, stage, name)
         for name, stage in stages
         for unit in _units(stage, run)
-        if all(map(run.store.has, unit.needs))
     ]
-    if not found:
-        raise UserError(f"Nothing is made yet that could be steered: run `saefw run {path}` first.")
-    return sorted(dict.fromkeys(found), key=lambda choice: not choice.steered)
+    return list(dict.fromkeys(found))
 
 
 def _units(stage: Steer, run: Run) -> list[Unit]:

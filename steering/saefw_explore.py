@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from bokeh.events import SelectionGeometry
+from bokeh.models.callbacks import CustomJS
 from bokeh.models.filters import IndexFilter
 from bokeh.models.layouts import Column, Row
 from bokeh.models.sources import CDSView, ColumnDataSource
@@ -253,7 +254,7 @@ class Explore:
     def _name_all(self) -> None:
         """Show the names that features have by now; somebody else may have given some."""
         now = self._names()
-        if now != self.source.data["name"]:  # a table does not show what is only patched
+        if now != self.source.data["name"]:
             self.source.data = {**self.source.data, "name": now}
 
     # How it is laid out
@@ -308,9 +309,12 @@ class Explore:
         return np.zeros(1) if column.field == "name" else values
 
     def _table(self) -> DataTable:
+        view = CDSView(filter=self.filter)
+        # A table draws its rows again only where others are shown: this tells it of new names.
+        self.source.js_on_change("data", CustomJS(args={"view": view}, code="setTimeout(() => view.change.emit())"))
         return DataTable(
             source=self.source,
-            view=CDSView(filter=self.filter),
+            view=view,
             columns=[],
             name="features",
             index_position=None,

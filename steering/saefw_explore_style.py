@@ -34,6 +34,9 @@ HEAD = """
   align-items: center; }
 """
 
+GLOW = ", ".join(f"rgb{tuple(colour)}" for colour in bar().reshape(-1, 3)[::51].tolist())
+"""The colours of lit patches, from the weakest to the strongest."""
+
 PAGE = (
     TEXT
     + f"""
@@ -45,7 +48,7 @@ PAGE = (
   white-space: nowrap; }}
 .glow {{ display: flex; align-items: center; gap: 8px; font-size: 12px; color: var(--faint); margin-top: 8px; }}
 .glow i {{ flex: 0 1 180px; height: 9px; border-radius: 3px;
-  background: linear-gradient(90deg, {", ".join(f"rgb{tuple(colour)}" for colour in bar().reshape(-1, 3)[::51].tolist())}); }}
+  background: linear-gradient(90deg, {GLOW}); }}
 dl {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(70px, 1fr)); gap: 8px; margin: 0; }}
 dt {{ font-size: 11.5px; color: var(--faint); }}
 dd {{ margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; }}

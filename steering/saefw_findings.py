@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from saefw import pictures, registry, tensors
-from saefw.catalog import Catalog
+from saefw import pictures, tensors
 from saefw.errors import UserError, escaped
 from saefw.index import INDEX
 from saefw.outcome import KINDS, ROLES
@@ -28,16 +27,6 @@ Floats = NDArray[np.float64]
 
 SIDE = 112
 """Pixels of the longer side of a picture on a feature's page."""
-
-
-def store_of(path: Path) -> Path:
-    """Return the folder of a registry's store.
-
-    Raises:
-        UserError: the registry cannot be read.
-
-    """
-    return registry.read(path, Catalog()).store
 
 
 class Look(NamedTuple):

@@ -21,11 +21,10 @@ import saefw_steering_script as script
 import saefw_steering_state as states
 import saefw_steering_style as style
 from saefw.errors import UserError
-from saefw_choices import choices
+from saefw_choices import choices, store_of
 from saefw_compare import Compare
 from saefw_experiment import opened
 from saefw_explore import Explore
-from saefw_findings import store_of
 from saefw_steering_layout import card
 from saefw_steering_tab import Steer
 from saefw_steering_views import div
@@ -52,7 +51,8 @@ class Page:
             "Compare": lambda: Compare(store_of(path), self._look_at).panel,
         }
         self._built: set[int] = set()
-        self._bodies = [Column(sizing_mode="stretch_width") for _ in self._kinds]
+        # Bokeh warns of a column without anything in it.
+        self._bodies = [Column(children=[div("")], sizing_mode="stretch_width") for _ in self._kinds]
         panels: list[Any] = [
             TabPanel(title=title, child=body) for title, body in zip(self._kinds, self._bodies, strict=True)
         ]

@@ -36,7 +36,7 @@ class Steer:
         self._dataset = Select(**field, name="dataset", title="Dataset", options=[])
         self._probe = Select(**field, name="probe", title="Probe", options=[])
         self._head = div("")
-        self._body = Column(sizing_mode="stretch_width", name="experiment")
+        self._body = Column(children=[div("")], sizing_mode="stretch_width", name="experiment")
         selects: list[Any] = [self._stage, self._sae, self._dataset, self._probe]
         chooser = Row(children=selects, spacing=8, sizing_mode="stretch_width")
         self.panel = Column(
@@ -199,7 +199,7 @@ class Steer:
 
     def _failed(self, choice: Choice, text: str) -> None:
         if choice == self.choice:
-            self._body.children = []
+            self._body.children = [div("")]
             self._say(text)
 
 

@@ -332,6 +332,7 @@ def test_in_a_browser_a_note_is_saved_found_and_still_there_after_a_reload(
         seen.get_by_label("Name", exact=True).press("Tab")
         seen.get_by_text("Save the note").click()
         seen.locator("h1", has_text=EVIL).wait_for()
+        seen.locator(".slick-row", has_text=EVIL).wait_for()
         assert seen.title() == "saefw steering"
     with looking(chromium, address) as seen:
         seen.get_by_label("Search").press_sequentially("onerror")

@@ -159,6 +159,25 @@ def test_cls_is_edited_alone() -> None:
     torch.testing.assert_close(of.edit(reading, [Edit(feature, "set", 4.0)]), of.probe(moved))
 
 
+def test_straight_into_the_probe_is_by_the_residual_stream_alone() -> None:
+    of, (_, _, images) = steering("cls", dtype=torch.float64), parts()
+    reading = of.read(images.double())
+    edits = [Edit(4, "set", 2.0), Edit(9, "add", 0.5)]
+    z_bs = of.sae.dense(reading.tokens_btd[:, 0])
+    change_bs = torch.zeros_like(z_bs)
+    change_bs[:, 4], change_bs[:, 9] = 2.0 - z_bs[:, 4], 0.5
+    delta_bd = float(of.sae.scale) * change_bs @ of.sae.W_dec
+    # What the last block puts out for the unedited image, and the delta on top of it, as if no block had read it.
+    cls_bd = tokens_after(of.backbone, images.double(), 2)[:, 0]
+    after_bc = of.directly(reading, of.change(reading, edits))
+    torch.testing.assert_close(after_bc, of.probe(cls_bd + delta_bd))
+    through_bc = of.edit(reading, edits)
+    assert (after_bc - through_bc).abs().max() > 1e-3
+    with pytest.raises(UserError) as caught:
+        steering().directly(reading, delta_bd[:, None])
+    assert str(caught.value) == ("steer: only an edit of [CLS] goes straight into the probe; patches do through blocks")
+
+
 @pytest.mark.parametrize("place", ["patches", "cls"])
 def test_the_predicted_effect_is_the_finite_difference(place: str) -> None:
     of, (_, _, images) = steering(place, dtype=torch.float64), parts()
