@@ -7,6 +7,7 @@ Shapes: t tokens, p patches, s d_sae, c classes, d d_model; images one at a time
 
 from base64 import b64encode
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from threading import RLock
@@ -16,13 +17,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from saefw import controls, notes, pictures, tensors
+from saefw import controls, inputs, notes, pictures, tensors
 from saefw.blocks import tokens_after
 from saefw.errors import escaped
 from saefw.live import acts_of
 from saefw.originals import again
 from saefw.plugin import Backbone, UserError
-from saefw.stages.probe import open_probe, task_of
+from saefw.stages.readers import opened as opened_probe
 from saefw.stages.steer_plan import GRADIENT, gradient_form
 from saefw.stages.visuals import MAPS, PICTURES
 from saefw.steering import FACTORS, Edit, Reading, Steering
@@ -147,7 +148,6 @@ class Experiment:
         run.check(sae, probe, *([unit] if self.steered else []))
         self.choice, self.unit, self._run, self._looks = choice, unit, run, run.folder(classes)
         self.acts = acts_of(recording, run)
-        read = acts_of(probe.needs[0], run)
         self.trained_on = str(sae.content["tokens"])
         self.counted = "images" if self.trained_on == "cls" else "patches"
         self.place: Place = unit.content["place"]
@@ -159,19 +159,19 @@ class Experiment:
         parts = (
             built(Model(canonical(recording.given["backbone"].content()), run.device, recording.given["backbone"])),
             open_sae(sae.given["sae"], run.folder(sae), run.device),
-            open_probe(probe.given["probe"], run.folder(probe), task_of(read), run.device),
+            opened_probe(probe, run),
         )
         self.sae = parts[1]
         self.steerings: dict[str, Steering] = {}
-        """By place; patches are missing where the probe reads a block that they cannot have reached."""
-        places: tuple[Place, ...] = ("patches", "cls")
+        """By place, those in which an edit reaches what the probe reads."""
+        layers = self.acts.layer, int(probe.needs[0].content["layer"])
+        token: inputs.Token = probe.content["token"]
+        places: list[Place] = ["patches", "cls"] if parts[0].info.has_cls else ["patches"]
         for place in places:
-            if place == self.place or read.layer > self.acts.layer:
-                self.steerings[place] = Steering(
-                    *parts, self.acts.layer, read.layer, place, bool(unit.content["keep_error"])
-                )
-        self.through = read.layer - self.acts.layer
-        """How many blocks there are between the edit and the probe."""
+            with nullcontext() if place == self.place else suppress(UserError):
+                self.steerings[place] = Steering(*parts, *layers, place, bool(unit.content["keep_error"]), token)
+        self.direct = [place for place in self.steerings if layers[1] > layers[0] and inputs.held(token) == place]
+        """The places of edits that the probe itself reads, past the blocks between."""
         self._images = run.dataset(recording.given["dataset"])
         self.about = Features(run, tables, classes, self.sae.d_sae, self.labels)
         self.title, self.subtitle = title_of(unit, run, self.acts.layer)
@@ -184,6 +184,17 @@ class Experiment:
         self.view = lru_cache(maxsize=32)(self._view)
         self.thumbnails = lru_cache(maxsize=512)(self._thumbnails)
         self.ranked = lru_cache(maxsize=64)(self._ranked)
+
+    def check_place(self, place: str) -> None:
+        """See that an edit somewhere reaches what the probe reads.
+
+        Raises:
+            UserError: it does not.
+
+        """
+        if place not in self.steerings:
+            one, other = ("[CLS]", "patches") if place == "cls" else ("patches", "[CLS]")
+            raise UserError(f"the probe reads nothing that an edit of {one} reaches; edit {other}")
 
     # Notes
 
@@ -350,7 +361,7 @@ class Experiment:
             changes: what is done to which features.
             place: the tokens that are edited, `patches` or `cls`; by default where the stage edits.
             patches: which to edit; null: all.
-            directly: past the blocks between, into the [CLS] that the probe reads.
+            directly: past the blocks between, into the tokens that the probe reads.
             raw: amounts are in the units of codes.
 
         """

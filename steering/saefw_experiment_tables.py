@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saefw import tensors
+from saefw.inputs import called
 from saefw.plugin import Entry, Run, Unit, UserError, settings
 
 Ints = NDArray[np.int64]
@@ -183,9 +184,9 @@ def title_of(unit: Unit, run: Run, layer: int) -> tuple[str, str]:
         ).fetchall()
     measured: dict[tuple[str, str], float] = {(who, name): value for who, name, value in rows}
 
-    def told(who: Unit, name: str, called: str, form: str) -> list[str]:
+    def told(who: Unit, name: str, title: str, form: str) -> list[str]:
         value = measured.get((who.address, name))
-        return [] if value is None else [f"{called} {value:{form}}".replace("%", " %")]
+        return [] if value is None else [f"{title} {value:{form}}".replace("%", " %")]
 
     def chosen(entry: Entry, *keys: str) -> list[str]:
         given = settings(entry)
@@ -202,6 +203,6 @@ def title_of(unit: Unit, run: Run, layer: int) -> tuple[str, str]:
     title = f"{names.get('dataset', recording.label)} · {names.get('backbone', '')}".rstrip(" ·")
     parts = [
         f"SAE {variant.use} on {sae.content['tokens']} of layer {layer}: {', '.join(short)}",
-        f"probe {reader.use} on [CLS]: {', '.join(learnt)}",
+        f"probe {reader.use} on {called(probe.content['token'])}: {', '.join(learnt)}",
     ]
     return title, " — ".join(parts)

@@ -130,7 +130,7 @@ class Shot:
             patches: which to edit, row by row from 0; None: all. Edits of [CLS] have none.
             raw: amounts are in the units of codes.
             place: the tokens that are edited, `patches` or `cls`; None: those that the stage edits.
-            directly: past the blocks, into the [CLS] that the probe reads.
+            directly: past the blocks, into the tokens that the probe reads.
 
         Raises:
             UserError: there is no such mode, feature, place or patch; or the edit cannot go straight into the probe.

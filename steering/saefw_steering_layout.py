@@ -166,7 +166,7 @@ class Widgets:
         """Say where edits are made."""
         chosen, of = picture.chosen, picture.grid[0] * picture.grid[1]
         picture.choosing = place == "patches"
-        self.directly.visible = place == "cls" and experiment.through > 0
+        self.directly.visible = place in experiment.direct
         self.buttons["all-patches"].disabled = not chosen or place == "cls"
         if place == "cls":
             where, hint = "[CLS]", "which the patches are not part of"

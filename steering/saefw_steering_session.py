@@ -173,7 +173,7 @@ class Session:
             example=self.example,
             target=int(w.target.value),
             place=self.place,
-            directly=w.directly.active and self.place == "cls",
+            directly=w.directly.active and self.place in self.experiment.direct,
             patches=tuple(sorted(self.picture.chosen)) if self.place == "patches" else (),
             edits=tuple(self.edits.values()),
             finder=w.finder.value,
@@ -195,8 +195,7 @@ class Session:
         for edit in state.edits:
             if edit.feature not in experiment.about:
                 raise UserError(f"feature {edit.feature}: none of this number fires on the training images")
-        if state.place not in experiment.steerings:
-            raise UserError("the probe reads a block that edited patches cannot have reached; edit [CLS]")
+        experiment.check_place(state.place)
         if state.example is not None:
             self._check(state.example)
         self._quiet = True
@@ -324,7 +323,7 @@ class Session:
             self._quiet = True
             self.w.place.active = 1 - int(self.w.place.active or 0)
             self._quiet = False
-            raise UserError("the probe reads a block that edited patches cannot have reached; edit [CLS]")
+            self.experiment.check_place("cls" if self.place == "patches" else "patches")
         self.show_features()
 
     def _edited(self, feature: int) -> None:
@@ -476,7 +475,7 @@ class Session:
         """Run the edit, and show what the probe reads."""
         place, patches = self.place, sorted(self.picture.chosen) or None
         changes = [Change(edit.feature, edit.mode, edit.amount) for edit in self.edits.values()]
-        directly = bool(self.w.directly.active) and place == "cls"
+        directly = bool(self.w.directly.active) and place in self.experiment.direct
         self.w.places(place, self.picture, self.experiment)
         self._remember(what)
         state, seen = self.state(), self.seen
@@ -501,7 +500,8 @@ class Session:
             return ""
         where = f"{len(state.patches)} of {of} patches" if state.patches else "all patches"
         if state.place == "cls":
-            where = "[CLS], straight into the probe" if state.directly else "[CLS]"
+            where = "[CLS]"
+        where += ", straight into the probe" if state.directly else ""
         return f"{n} feature{'s' * (n > 1)} edited on {where}"
 
     def _cards(self) -> list[FeatureCard]:

@@ -19,6 +19,7 @@ from saefw_steering_layout import card
 from saefw_steering_session import Session
 from saefw_steering_state import State
 from saefw_steering_views import div
+from saefw_steering_work import later
 
 
 class Steer:
@@ -178,9 +179,9 @@ class Steer:
         try:
             await loop.run_in_executor(None, opened, choice)
         except (UserError, OSError) as error:
-            self._doc.add_next_tick_callback(partial(self._failed, choice, str(error)))
+            later(self._doc, partial(self._failed, choice, str(error)))
         else:
-            self._doc.add_next_tick_callback(partial(self._opened, choice, state))
+            later(self._doc, partial(self._opened, choice, state))
 
     def _opened(self, choice: Choice, state: State | None) -> None:
         if choice != self.choice:  # another was chosen meanwhile

@@ -14,6 +14,12 @@ POOL = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saefw")
 """One at a time, for all sessions: a model uses every core anyway."""
 
 
+def later(doc: Document, call: Callable[[], Any]) -> None:
+    """Call back under the document's lock, if its visitor is still there."""
+    if doc.session_context is not None and not doc.session_context.destroyed:
+        doc.add_next_tick_callback(call)
+
+
 class Newest:
     """Takes wishes, carries out the newest, and shows what came of it."""
 
@@ -51,8 +57,8 @@ class Newest:
                 try:
                     result = await loop.run_in_executor(POOL, job)
                 except (UserError, OSError) as error:
-                    self._doc.add_next_tick_callback(partial(self._failed, str(error)))
+                    later(self._doc, partial(self._failed, str(error)))
                 else:
-                    self._doc.add_next_tick_callback(partial(show, result))
+                    later(self._doc, partial(show, result))
         finally:
             self._busy = False

@@ -157,7 +157,7 @@ stage     unit           what                    disk
 numbers   faae90296342   number 1   one number   1 MB
           3548c2f3ea9f   number 2   one number   2 MB
           a6e71fee52b1   number 3   one number   3 MB
-figures   c046a5f3a792   dots       to make
+figures   ff9597ad216b   dots       to make
 
 stage     to make   disk   time
 ──────────────────────────────────────────────────────────────

@@ -233,11 +233,13 @@ def test_the_example_on_real_data_runs(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     store = tmp_path / "runs" / "real_small"
     assert sorted(picture.stem for picture in store.glob("draw/*/*.png")) == [
-        "before-after", "dose-response", "feature-grid", "pareto", "probe-grid",
+        "before-after", "class-coverage", "confusion", "dose-response", "feature-grid", "pareto", "probe-grid",
     ]  # fmt: skip
     with duckdb.connect(str(store / "saefw.duckdb"), read_only=True) as db:
         counts = dict(db.execute("SELECT stage, count(*) FROM unit GROUP BY ALL").fetchall())
-        assert counts == {"record": 3, "train": 5, "visuals": 10, "probe": 16, "steer": 1, "draw": 5}
+        assert counts == {
+            "record": 3, "train": 5, "visuals": 10, "probe": 16, "faithfulness": 5, "gallery": 1, "steer": 1, "draw": 7,
+        }  # fmt: skip
         (nmse,) = db.execute("SELECT max(nmse) FROM pareto").fetchall()[0]
         (accuracy,) = db.execute("SELECT max(value) FROM final WHERE name = 'test_accuracy'").fetchall()[0]
         assert nmse < 0.8 and accuracy > 0.3

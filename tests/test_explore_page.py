@@ -37,8 +37,10 @@ EVIL = '<img src=x onerror="document.title=1">'
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A registry on images with odd names, with everything made."""
     folder = tmp_path_factory.mktemp("explore")
-    (folder / "odd.py").write_text(ODD)
-    text = REGISTRY.replace("k: 4, expansion: 2, lr: 0.003", "expansion: 2, lr: 0.003, vary: {k: [2, 4]}")
+    (folder / "odds.py").write_text(ODD)  # another test has an odd.py in the same process
+    text = REGISTRY.replace("odd.py", "odds.py").replace(
+        "k: 4, expansion: 2, lr: 0.003", "expansion: 2, lr: 0.003, vary: {k: [2, 4]}"
+    )
     text = text.replace("lr: 0.01}", "vary: {lr: [0.01, 0.1], weight_decay: [0.0, 1.0]}}")
     (folder / "registry.yaml").write_text(
         text.replace("saes: sweep, probes", "saes: sweep, sae: {lowest: nmse}, probes")
@@ -348,7 +350,9 @@ def test_in_a_browser_a_box_over_the_points_and_a_row_of_the_table_choose(chromi
     with looking(chromium, address) as seen:
         count = seen.locator(".count h2")
         every = count.inner_text()
-        plot = seen.locator(".bk-Figure canvas").first.bounding_box()
+        canvas = seen.locator(".bk-Figure:visible canvas").first
+        canvas.hover()  # once it stays where it is
+        plot = canvas.bounding_box()
         assert plot
         seen.mouse.move(plot["x"] + plot["width"] / 2, plot["y"] + 8)
         seen.mouse.down()

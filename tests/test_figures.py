@@ -24,6 +24,7 @@ from saefw.stages.charts import Pareto, ProbeGrid
 from saefw.stages.drawings import BeforeAfter, FeatureGrid
 from saefw.stages.feature_charts import ActivationHistograms, ClassCoverage, FeatureDistributions
 from saefw.stages.figures import Draw, sized
+from saefw.stages.probe_charts import Calibration, Confusion
 from saefw.stages.steer_charts import DoseResponse, Effects, Specificity
 from saefw.style import STYLE, rendered, styled
 
@@ -32,6 +33,8 @@ FIGURES: dict[str, FigureConfig] = {
     "pareto": Pareto(),
     "grid": FeatureGrid(rows=3, images=4),
     "probes": ProbeGrid(),
+    "confused": Confusion(),
+    "sure": Calibration(),
     "doses": DoseResponse(),
     "effects": Effects(),
     "specific": Specificity(),
@@ -101,7 +104,22 @@ def probed(run: Run, acts: Unit, lr: float, weight_decay: float, **more: Any) ->
     config = json.dumps({"lr": lr, "weight_decay": weight_decay, "steps": 100, **more})
     run.put(unit, "probe", acts=acts.address, variant="linear", config=config)
     good = 0.9 - abs(lr - 0.1) - weight_decay / 10
-    run.log(unit, 0, valid_accuracy=good, valid_loss=1 - good, test_accuracy=good - 0.01, n_valid=50, n_test=60)
+    measured = {"valid_accuracy": good, "valid_loss": 1 - good, "test_accuracy": good - 0.01, "test_ece": 0.125}
+    run.log(unit, 0, **measured, n_valid=50, n_test=60)
+    # Of class 0 all are right, of class 1 half are taken for 2, of class 2 all for 0.
+    predicted = [0, 1, 0, 0, 2, 0] * 2
+    run.put(unit, "prediction", acts=acts.address, example=np.arange(12), predicted=predicted, confidence=0.9)
+    edges = np.array([0.8, 0.9])
+    run.put(
+        unit,
+        "calibration",
+        bin=[12, 13],
+        low=edges,
+        high=edges + 0.1,
+        n=[4, 8],
+        confidence=edges + 0.05,
+        accuracy=[0.5, 0.75],
+    )
     run.keep(unit)
     return unit
 
@@ -183,7 +201,7 @@ def test_the_stage_draws_each_figure_as_png_svg_and_pdf(stock: Run) -> None:
     assert [set(unit.needs) for unit in units] == [
         set(stock.made_by("sweep")),
         set(stock.made_by("seen")),
-        set(stock.made_by("probes")),
+        *[set(stock.made_by("probes"))] * 3,
         *[set(stock.made_by("steer"))] * 3,
         {*stock.made_by("seen"), *stock.made_by("steer")},
         *[set(stock.made_by("seen"))] * 3,
@@ -193,7 +211,7 @@ def test_the_stage_draws_each_figure_as_png_svg_and_pdf(stock: Run) -> None:
         use = figure.content()["use"]
         folder = stock.store.folder(unit)
         with Image.open(folder / f"{use}.png") as image:
-            assert 1100 < image.width < 1300
+            assert (1100 if figure.wants != ("probe",) or use == "probe-grid" else 800) < image.width < 1300
             assert len(np.unique(np.asarray(image.convert("L")))) > 20
         svg = (folder / f"{use}.svg").read_text()
         assert "<svg" in svg and "dc:date" not in svg
@@ -437,6 +455,39 @@ def test_probe_grid_frames_the_picked_one_and_says_its_test_accuracy(stock: Run)
     assert "89.0% on test (N = 60)" in said and "framed: highest valid accuracy" in said
     worst = drawn(stock, ProbeGrid(probe=Pick(highest="valid_loss")), "probes")
     assert "-11.0% on test" in texts(worst)
+
+
+def test_confusion_shows_the_share_of_each_class_that_is_taken_for_each(stock: Run) -> None:
+    axes, colours = drawn(stock, Confusion(), "probes").axes
+    assert axes.images[0].get_array().tolist() == [[100, 0, 0], [0, 50, 50], [100, 0, 0]]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == list(CLASSES)
+    assert sorted(text.get_text() for text in axes.texts) == ["100", "100", "50", "50"]
+    assert axes.get_title("left").replace("\n", " ") == "vit on pets, layer 1: 89.0% right (N = 60)"
+    assert colours.get_ylabel() == "% of the test images of the class"
+    some = drawn(stock, Confusion(classes=["eel", "cat"], width=3.4, title=""), "probes")
+    assert some.axes[0].images[0].get_array().tolist() == [[0, 100], [0, 100]] and some.get_figwidth() == 3.4
+    assert some.axes[0].get_title("left") == ""
+    with pytest.raises(UserError, match=r"^classes: there is no class 'ell'; did you mean 'eel'\?$"):
+        drawn(stock, Confusion(classes=["ell"]), "probes")
+
+
+def test_of_many_classes_the_most_mistaken_are_shown() -> None:
+    counts = np.eye(40) * 5
+    counts[7, 3], counts[30, 31], counts[31, 30] = 4, 3, 2
+    names = {c: str(c) for c in range(40)}
+    assert Confusion()._chosen(names, counts, 4) == [3, 7, 30, 31]
+    assert Confusion()._chosen(names, counts, 3) == [3, 7]
+    assert Confusion()._chosen(names, counts, 40) == list(range(40))
+
+
+def test_calibration_shows_accuracy_by_confidence(stock: Run) -> None:
+    (axes,) = drawn(stock, Calibration(), "probes").axes
+    heights = [bar.get_height() for bar in axes.patches]
+    assert heights == pytest.approx([0.5, 0.75, -0.1, -0.2])
+    (dots,) = [line for line in axes.lines if line.get_marker() == "o"]
+    assert dots.get_xydata().tolist() == pytest.approx(np.array([[0.85, 0.5], [0.95, 0.75]]))
+    said = axes.get_title("left").replace("\n", " ")
+    assert said == "vit on pets, layer 1: expected calibration error 0.125 (N = 60)"
 
 
 def test_dose_response_shows_each_feature_on_the_logits_of_three_classes(stock: Run) -> None:

@@ -60,7 +60,7 @@ def test_what_is_not_needed_is_listed_and_deleted(saefw: Saefw) -> None:
     head = """\
 stage unit what disk age
 ─
-draw c046a5f3a792 dots N kB T s
+draw ff9597ad216b dots N kB T s
 numbers a6e71fee52b1 number 3 N kB T s
 sums 222a64fe6360 sum of numbers N kB T s"""
     assert plain(saefw("gc", "--dry")) == f"{head}\n3 units, N kB, can go; 4 kept and needed."
@@ -208,7 +208,7 @@ def test_a_unit_that_is_a_link_stays(saefw: Saefw) -> None:
         f"{stays}\n"
         "stage unit what disk age\n"
         "─\n"
-        "draw c046a5f3a792 dots N kB T s\n"
+        "draw ff9597ad216b dots N kB T s\n"
         "sums 222a64fe6360 sum of numbers N kB T s\n"
         "Deleted 2 units, N kB."
     )

@@ -34,7 +34,7 @@ def by_torch(config: Linear, x_nd: Tensor, y_n: Tensor) -> nn.Linear:
         {"params": [layer.bias], "weight_decay": 0.0},
     ]
     optimiser = torch.optim.AdamW(decays, lr=config.lr)
-    z_nd = (x_nd - x_nd.mean(0)) / x_nd.std(0, correction=0)
+    z_nd = (x_nd - x_nd.mean(0)) / x_nd.std(0, correction=0) if config.standardise else x_nd
     n, size = len(x_nd), min(config.batch_size, len(x_nd))
     generator = torch.Generator().manual_seed(config.seed)
     epochs = torch.cat([torch.randperm(n, generator=generator) for _ in range(config.steps * size // n + 1)])
@@ -64,6 +64,20 @@ def test_the_stacked_fit_is_torchs_fit_of_each_member(batch_size: int) -> None:
         # The mean is kept in float32, which Adam's division by small gradients makes visible.
         torch.testing.assert_close(probe.weight.double(), oracle.weight.detach().T, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(probe.bias.double(), oracle.bias.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_as_they_are_are_fitted_as_they_are() -> None:
+    """As torch's fit without the shift and the scale; in one sweep with a standardised member, and by itself."""
+    x_nd, y_n = clouds(61)
+    raw, standard = Linear(lr=0.01, steps=40, standardise=False), Linear(lr=0.01, steps=40)
+    together = Linear.fit_many([raw, standard], TASK, x_nd, y_n, lambda done, total: None)
+    layer = by_torch(raw, x_nd, y_n)
+    probe = together[0]
+    assert isinstance(probe, LinearProbe)
+    torch.testing.assert_close(probe.weight.double(), layer.weight.detach().T, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(probe(x_nd.float()).double(), layer(x_nd).detach(), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(probe.weight, together[1].state_dict()["weight"])
+    assert "standardise" not in standard.content() and raw.content()["standardise"] is False
 
 
 @pytest.mark.parametrize("batch_size", [16, 1000])

@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 
 from saefw.acts import Acts
 from saefw.errors import UserError
-from saefw.plugin import Dataset, DatasetConfig, Example, Pick, Run, Unit
+from saefw.inputs import Token
+from saefw.plugin import Dataset, DatasetConfig, Example, Pick, Run, Task, Unit
 from saefw.run import Watcher
-from saefw.stages.probe import ProbeStage, open_probe, task_of
+from saefw.stages.probe import ProbeStage, open_probe
+from saefw.stages.readers import opened
 from saefw.stages.record import Record
 from saefw_linear import Linear, LinearProbe
 
@@ -101,6 +103,83 @@ def test_tables_hold_the_test_images_and_the_settings(run: Run) -> None:
     assert about == (unit.needs[0].address, "linear", "0.01")
 
 
+def test_confidence_accuracy_of_classes_and_confusion_are_those_of_numpy(run: Run) -> None:
+    for unit in run.made_by("probes"):
+        _, labels, logits = naive(run, unit, "test")
+        shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+        shares /= shares.sum(axis=1, keepdims=True)
+        sure, predicted = shares.max(axis=1), shares.argmax(axis=1)
+        right = predicted == labels
+        with run.db() as db:
+            told = dict(db.execute("SELECT name, value FROM final WHERE unit = ?", [unit.address]).fetchall())
+            asked = [
+                db.execute(f"SELECT {columns} WHERE unit = ? ORDER BY ALL", [unit.address]).fetchall()
+                for columns in (
+                    "bin, n, confidence, accuracy FROM calibration",
+                    "label, predicted, n FROM confusion",
+                    "label, class, n, accuracy FROM class_accuracy",
+                )
+            ]
+        bins, confusion, by_class = asked
+        wanted = []
+        for i in range(15):
+            here = (sure > i / 15) & (sure <= (i + 1) / 15)
+            if here.any():
+                wanted.append((i, here.sum(), sure[here].mean(), right[here].mean()))
+        np.testing.assert_allclose(bins, wanted, rtol=1e-5)
+        ece = sum(n * abs(confidence - accuracy) for _, n, confidence, accuracy in wanted) / len(right)
+        assert told["test_ece"] == pytest.approx(ece, rel=1e-4)
+        pairs = sorted(zip(labels.tolist(), predicted.tolist(), strict=True))
+        assert confusion == [(*pair, pairs.count(pair)) for pair in sorted(set(pairs))]
+        assert by_class == [
+            (i, name, (labels == i).sum(), right[labels == i].mean()) for i, name in enumerate(tiny.TinyImages.classes)
+        ]
+
+
+def test_the_interval_of_the_accuracy_is_that_of_the_binomial(run: Run) -> None:
+    """Right or wrong drawn anew over n images is a binomial number, of which scipy knows the quantiles."""
+    from scipy.stats import binom
+
+    for unit in run.made_by("probes"):
+        with run.db() as db:
+            told = dict(db.execute("SELECT name, value FROM final WHERE unit = ?", [unit.address]).fetchall())
+        n, share = told["n_test"], told["test_accuracy"]
+        for name, quantile in (("low", 0.025), ("high", 0.975)):
+            near = [binom.ppf(q, n, share) / n for q in (quantile - 0.01, quantile + 0.01)]
+            assert near[0] <= told[f"test_accuracy_{name}"] <= near[1]
+
+
+@pytest.mark.parametrize("token", ["mean", 0, 15])
+def test_other_tokens_are_read(run: Run, token: Token) -> None:
+    (unit,) = made(run, f"of {token}", ProbeStage(acts="acts", token=token, layer=1, probes=["p1"]))
+    assert unit.needs[0].content["layer"] == 1 and unit.content["token"] == token
+    acts = Acts(run.folder(unit.needs[0]))
+    x_etd = torch.cat([x.double() for _, x in acts.read("all", acts.of_split("train"))])
+    x_nd = (x_etd[:, 1:].mean(dim=1) if token == "mean" else x_etd[:, 1 + int(token)]).numpy()
+    state = load_file(run.folder(unit) / "probe.safetensors")
+    np.testing.assert_allclose(state["mean"], x_nd.mean(axis=0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(state["std"], x_nd.std(axis=0), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "token", "message"),
+    [
+        ("patches", "cls", "holds patches alone; record it with tokens: all or cls"),
+        ("cls", "mean", "holds [CLS] alone; record it with tokens: all or patches"),
+        (3, "mean", "holds 3 patches of each image; record it with tokens: all or patches"),
+        ("patches", "embedding", "holds patches alone; record it with tokens: all"),
+    ],
+)
+def test_a_token_that_is_not_recorded_is_refused_when_it_is_planned(
+    tmp_path: Path, tokens: Any, token: Token, message: str
+) -> None:
+    run = tiny.desk(tmp_path, {"probes": SWEEP})
+    run.listed("acts", list(Record(backbone="tiny", datasets=["tiny"], layers=[2], tokens=tokens).units(run)))
+    with pytest.raises(UserError) as caught:
+        list(ProbeStage(acts="acts", probes=["p0"], token=token).units(run))
+    assert str(caught.value) == f"probe: token: tiny on tiny, layer 2 {message}"
+
+
 def test_the_last_layer_is_read_and_standardised_on_train(run: Run) -> None:
     unit = run.made_by("probes")[0]
     assert unit.needs[0].content["layer"] == 2
@@ -116,7 +195,9 @@ def test_the_sweep_is_fitted_as_one_by_one(run: Run) -> None:
         acts = Acts(run.folder(unit.needs[0]))
         train = acts.of_split("train")
         x_nd = torch.cat([x[:, 0] for _, x in acts.read("cls", train)])
-        alone = unit.given["probe"].fit(task_of(acts), x_nd, torch.from_numpy(acts.labels[train]))
+        alone = unit.given["probe"].fit(
+            Task(acts.d_model, tuple(acts.classes)), x_nd, torch.from_numpy(acts.labels[train])
+        )
         state = load_file(run.folder(unit) / "probe.safetensors")
         assert isinstance(alone, LinearProbe)
         torch.testing.assert_close(state["weight"], alone.weight.data, rtol=1e-3, atol=1e-4)
@@ -150,7 +231,7 @@ def test_the_view_shows_the_best_of_each_recording_also_of_two_with_one_name(tmp
 def test_a_probe_is_reopened(run: Run) -> None:
     unit = run.made_by("probes")[2]
     acts = Acts(run.folder(unit.needs[0]))
-    probe = open_probe(unit.given["probe"], run.folder(unit), task_of(acts))
+    probe = opened(unit, run)
     _, x = next(acts.read("cls", acts.of_split("test")))
     _, _, logits = naive(run, unit, "test")
     np.testing.assert_allclose(probe(x[:, 0]).numpy(), logits, rtol=1e-4, atol=1e-4)
@@ -161,7 +242,7 @@ def test_a_damaged_probe_is_named(run: Run, tmp_path: Path) -> None:
     unit = run.made_by("probes")[0]
     (tmp_path / "probe.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError) as caught:
-        open_probe(unit.given["probe"], tmp_path, task_of(Acts(run.folder(unit.needs[0]))))
+        open_probe(unit.given["probe"], tmp_path, Task(16, tiny.TinyImages.classes))
     assert str(caught.value) == (
         f"{tmp_path / 'probe.safetensors'}: is not the probe it should be; delete {tmp_path} to make it again (Error "
         "while deserializing header: header too small)"

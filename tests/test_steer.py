@@ -8,9 +8,10 @@ import torch
 from tiny import TinyVit
 from torch import Tensor
 
-from saefw.blocks import tokens_after
+from saefw.blocks import outputs, tokens_after
 from saefw.controls import Drawn, balanced, others, strongest
 from saefw.errors import UserError
+from saefw.inputs import Token, check_reach, taken
 from saefw.outcome import KINDS, MEASURES, WAYS, Readout, agreement, bootstrap, first, found, summary
 from saefw.plugin import Backbone, Task
 from saefw.sae import Sae
@@ -159,23 +160,30 @@ def test_cls_is_edited_alone() -> None:
     torch.testing.assert_close(of.edit(reading, [Edit(feature, "set", 4.0)]), of.probe(moved))
 
 
-def test_straight_into_the_probe_is_by_the_residual_stream_alone() -> None:
-    of, (_, _, images) = steering("cls", dtype=torch.float64), parts()
+@pytest.mark.parametrize(("place", "token"), [("cls", "cls"), ("patches", "mean"), ("patches", 3)])
+def test_straight_into_the_probe_is_by_the_residual_stream_alone(place: str, token: Token) -> None:
+    plain, (_, _, images) = steering("cls", dtype=torch.float64), parts()
+    of = Steering(plain.backbone, plain.sae, plain.probe, LAYER, 2, place, token=token)
     reading = of.read(images.double())
-    edits = [Edit(4, "set", 2.0), Edit(9, "add", 0.5)]
-    z_bs = of.sae.dense(reading.tokens_btd[:, 0])
-    change_bs = torch.zeros_like(z_bs)
-    change_bs[:, 4], change_bs[:, 9] = 2.0 - z_bs[:, 4], 0.5
-    delta_bd = float(of.sae.scale) * change_bs @ of.sae.W_dec
+    z_bps = of.sae.dense(reading.tokens_btd.flatten(0, 1)).view(2, 17, -1)
+    change_bps = torch.zeros_like(z_bps)
+    where = [0] if place == "cls" else range(1, 17)
+    for t in where:
+        change_bps[:, t, 4], change_bps[:, t, 9] = 2.0 - z_bps[:, t, 4], 0.5
     # What the last block puts out for the unedited image, and the delta on top of it, as if no block had read it.
-    cls_bd = tokens_after(of.backbone, images.double(), 2)[:, 0]
+    moved_btd = tokens_after(of.backbone, images.double(), 2) + float(of.sae.scale) * change_bps @ of.sae.W_dec
+    wanted_bd = {"cls": moved_btd[:, 0], "mean": moved_btd[:, 1:].mean(dim=1), 3: moved_btd[:, 4]}[token]
+    edits = [Edit(4, "set", 2.0), Edit(9, "add", 0.5)]
     after_bc = of.directly(reading, of.change(reading, edits))
-    torch.testing.assert_close(after_bc, of.probe(cls_bd + delta_bd))
-    through_bc = of.edit(reading, edits)
-    assert (after_bc - through_bc).abs().max() > 1e-3
+    torch.testing.assert_close(after_bc, of.probe(wanted_bd))
+    assert (after_bc - of.edit(reading, edits)).abs().max() > 1e-3
+
+
+def test_what_the_probe_does_not_read_does_not_go_straight_into_it() -> None:
+    of = steering()
     with pytest.raises(UserError) as caught:
-        steering().directly(reading, delta_bd[:, None])
-    assert str(caught.value) == ("steer: only an edit of [CLS] goes straight into the probe; patches do through blocks")
+        of.directly(of.read(parts()[2]), torch.zeros(2, 16, 16))
+    assert str(caught.value) == ("steer: an edit of patches goes through blocks alone, since the probe reads [CLS]")
 
 
 @pytest.mark.parametrize("place", ["patches", "cls"])
@@ -195,15 +203,101 @@ def test_the_predicted_effect_is_the_finite_difference(place: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("probe_layer", "place", "message"),
+    ("layer", "probe_layer", "place", "token", "message"),
     [
-        (0, "patches", "choose an SAE of a layer below 0, or a probe of a layer above 0"),
-        (-1, "cls", "before it is edited after block 0; choose an SAE of layer -1 or lower"),
+        (
+            0,
+            0,
+            "patches",
+            "cls",
+            "[CLS] after block 0, which patches edited after block 0 cannot reach; choose a probe of layer 1 "
+            "or higher, or a probe with token: mean of layer 0",
+        ),
+        (
+            2,
+            2,
+            "patches",
+            "cls",
+            "[CLS] after block 2, which patches edited after block 2 cannot reach; choose an SAE of layer 1 "
+            "or lower, or a probe with token: mean of layer 2",
+        ),
+        (
+            1,
+            0,
+            "patches",
+            "mean",
+            "the mean of the patches after block 0, which patches edited after block 1 cannot reach; choose "
+            "an SAE of layer 0, or a probe of layer 1 or higher",
+        ),
+        (
+            2,
+            1,
+            "cls",
+            "cls",
+            "[CLS] after block 1, which [CLS] edited after block 2 cannot reach; choose an SAE of layer 1 or "
+            "lower, or a probe of layer 2",
+        ),
+        (
+            1,
+            1,
+            "cls",
+            3,
+            "patch 3 after block 1, which [CLS] edited after block 1 cannot reach; choose an SAE of layer 0, "
+            "a probe of layer 2, or a probe with token: cls of layer 1",
+        ),
+        (
+            2,
+            2,
+            "patches",
+            "embedding",
+            "the image embedding after block 2, which patches edited after block 2 may not reach; choose an "
+            "SAE of layer 1 or lower, or a probe with token: mean of layer 2",
+        ),
     ],
 )
-def test_an_edit_that_cannot_reach_the_probe_is_refused(probe_layer: int, place: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        steering(place, probe_layer)
+def test_an_edit_that_cannot_reach_the_probe_is_refused(
+    layer: int, probe_layer: int, place: str, token: Token, message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        check_reach("steer", TinyVit().describe(), layer, probe_layer, place, token)
+    assert str(caught.value) == f"steer: the probe reads {message}"
+
+
+@pytest.mark.parametrize("place", ["patches", "cls"])
+@pytest.mark.parametrize("token", ["cls", "mean", 0, 15])
+@pytest.mark.parametrize("probe_layer", [0, 1, 2])
+def test_what_is_said_to_reach_does_and_nothing_else(place: str, token: Token, probe_layer: int) -> None:
+    """Against the blocks themselves: all tokens of the place are moved after block 1, and what is read is compared."""
+    backbone, _, images = parts()
+    before = outputs(backbone, images, range(3))
+    moved = before[1].clone()
+    moved[:, slice(0, 1) if place == "cls" else slice(1, None)] += torch.randn(16)
+    after = {0: before[0], 1: moved, 2: backbone.tail(moved, 2, 2)}
+    reached = not torch.equal(*(taken(x[probe_layer], token, 1) for x in (before, after)))
+    try:
+        check_reach("steer", backbone.info, 1, probe_layer, place, token)
+    except UserError:
+        assert not reached
+    else:
+        assert reached
+
+
+@pytest.mark.parametrize("token", ["mean", 5])
+def test_a_probe_of_patches_reads_an_edit_of_its_own_block(token: Token) -> None:
+    """By hand: the tokens are moved by scale times the change of the code times the row, and read as they are."""
+    plain, (_, _, images) = steering(), parts()
+    of = Steering(plain.backbone, plain.sae, plain.probe, 0, 0, "patches", True, token)
+    reading = of.read(images)
+    feature = int(reading.codes.indices[5, 0])
+    z_bp = of.observed(reading, torch.full((2, 1), feature))[..., 0]
+    moved_bpd = reading.tokens_btd[:, 1:] + of.sae.scale * (3.0 - z_bp)[..., None] * of.sae.W_dec[feature]
+    wanted_bd = moved_bpd.mean(dim=1) if token == "mean" else moved_bpd[:, 5]
+    torch.testing.assert_close(of.edit(reading, [Edit(feature, "set", 3.0)]), of.probe(wanted_bd), rtol=1e-4, atol=1e-5)
+    step, p99_s = 1e-3, torch.ones(32)
+    gradient_cd = of.gradients(reading.tokens_btd, torch.arange(3).expand(2, 3)).mean(dim=0)
+    up, down = (of.edit(reading, [Edit(feature, "add", sign * step)]) for sign in (1, -1))
+    slope_c = ((up - down) / (2 * step)).mean(dim=0)
+    torch.testing.assert_close(of.effects(gradient_cd, p99_s)[feature].float(), slope_c, rtol=1e-2, atol=1e-2)
 
 
 def test_controls_are_as_long_as_the_edit() -> None:

@@ -21,7 +21,8 @@ from saefw.metrics import Nmse
 from saefw.plugin import NotYet, Run, Unit
 from saefw.run import Watcher
 from saefw.stages import steer, steer_edits
-from saefw.stages.probe import ProbeStage, open_probe, task_of
+from saefw.stages.probe import ProbeStage
+from saefw.stages.readers import opened
 from saefw.stages.record import Record
 from saefw.stages.steer import SaePick, Steer
 from saefw.stages.train import Train
@@ -75,7 +76,7 @@ class Steered:
         sae, probe, _, _, recording = self.unit.needs
         self.acts = Acts(run.folder(recording))
         self.sae = open_sae(sae.given["sae"], run.folder(sae))
-        self.probe = open_probe(probe.given["probe"], run.folder(probe), task_of(self.acts))
+        self.probe = opened(probe, run)
         self.backbone = recording.given["backbone"].build("cpu")
         self.engine = Steering(self.backbone, self.sae, self.probe, 0, 2)
         self.test = self.acts.of_split("test")
@@ -424,7 +425,7 @@ def test_same_seed_same_bytes_and_another_seed_other_controls(steered: Steered, 
 
 def test_a_probe_before_the_end_is_read_there(steered: Steered) -> None:
     (unit,) = made(steered.run, "half", Steer(**{**SETTINGS, "probes": "early", "n_examples": 6, "mode": "add"}))
-    probe = open_probe(unit.needs[1].given["probe"], steered.run.folder(unit.needs[1]), task_of(steered.acts))
+    probe = opened(unit.needs[1], steered.run)
     table = tables(steered.run.folder(unit), "1, 2")
     edits, logits = table["edit"], table["edit_logit"]
     assert sorted(steered.acts.labels[np.unique(edits["example"])]) == [0, 0, 1, 1, 2, 2]
@@ -440,8 +441,8 @@ def test_a_probe_before_the_end_is_read_there(steered: Steered) -> None:
     [
         (
             {"sae": SaePick(layer=-1)},
-            "steer: the probe reads [CLS] after block 2, where patches edited after block 2 cannot have reached it; "
-            "choose an SAE of a layer below 2, or a probe of a layer above 2",
+            "steer: the probe reads [CLS] after block 2, which patches edited after block 2 cannot reach; "
+            "choose an SAE of layer 1 or lower, or a probe with token: mean of layer 2",
         ),
         ({"sae": SaePick(layer=1)}, "steer: sae: 'sweep' has no SAE of layer 1 (there are: 0, 2)"),
         (
@@ -456,6 +457,17 @@ def test_what_does_not_fit_together_is_refused(steered: Steered, settings: dict[
     with pytest.raises(UserError) as caught:
         list(Steer(**{**SETTINGS, **settings}).units(steered.run))
     assert str(caught.value) == message
+
+
+def test_tables_over_other_tokens_are_refused(steered: Steered) -> None:
+    run = steered.run
+    run.listed("looks", list(Visuals(saes="sweep", acts="acts", top=4, tokens="cls").units(run)))
+    with pytest.raises(UserError) as error:
+        list(Steer(**{**SETTINGS, "visuals": "looks"}).units(run))
+    assert str(error.value) == (
+        "steer: 'looks' has no tables of topk, tiny on tiny, layer 0 over the patches of the images of tiny on tiny, "
+        "layer 2"
+    )
 
 
 def test_tables_over_other_images_than_train_are_refused(steered: Steered) -> None:
@@ -492,17 +504,39 @@ def test_an_sae_of_cls_is_edited_on_cls(steered: Steered) -> None:
     with run.db() as db:
         p99 = dict(db.execute("SELECT feature, p99 FROM feature WHERE unit = ?", [looks.address]).fetchall())
     recording = Acts(run.folder(sae.needs[0]))
-    opened = open_sae(sae.given["sae"], run.folder(sae))
-    probe = open_probe(unit.needs[1].given["probe"], run.folder(unit.needs[1]), task_of(recording))
+    trained = open_sae(sae.given["sae"], run.folder(sae))
+    probe = opened(unit.needs[1], run)
     # Block 2 is the last and the probe reads what it puts out, so an edit of [CLS] there is one product by hand.
     rows = edits["edit"]["edit"][(edits["edit"]["chosen_by"] == "effect") & (edits["edit"]["dose"] == 4)]
     for edit in rows[::7]:
         here = edits["edit_feature"]["edit"] == edit
         features = edits["edit_feature"]["feature"][here]
         ((_, x_11d),) = recording.read("cls", edits["edit"]["example"][edits["edit"]["edit"] == edit])
-        before = opened.dense(x_11d[0])[0, features]
+        before = trained.dense(x_11d[0])[0, features]
         change = torch.tensor([4 * p99[f] for f in features.tolist()]) - before
-        wanted = probe(x_11d[0] + opened.scale * (change @ opened.W_dec[features]))[0]
+        wanted = probe(x_11d[0] + trained.scale * (change @ trained.W_dec[features]))[0]
+        told = edits["edit_logit"]["after"][edits["edit_logit"]["edit"] == edit]
+        np.testing.assert_allclose(told, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_patches_of_the_last_block_are_read_by_the_mean_of_patches(steered: Steered) -> None:
+    """Where [CLS] cannot be reached: one product by hand, as no block follows."""
+    run = steered.run
+    made(run, "means", ProbeStage(acts="acts", probes=["p1"], token="mean"))
+    settings = {"probes": "means", "sae": SaePick(layer=-1), "n_examples": 6, "mode": "add"}
+    (unit,) = made(run, "steer by mean", Steer(**{**SETTINGS, **settings}))
+    sae, probe, looks, _, recording = unit.needs
+    trained, reader, acts = open_sae(sae.given["sae"], run.folder(sae)), opened(probe, run), Acts(run.folder(recording))
+    assert probe.content["token"] == "mean" and acts.layer == probe.needs[0].content["layer"] == 2
+    with run.db() as db:
+        p99 = dict(db.execute("SELECT feature, p99 FROM feature WHERE unit = ?", [looks.address]).fetchall())
+    edits = tables(run.folder(unit), "1, 2")
+    rows = edits["edit"]["edit"][(edits["edit"]["chosen_by"] == "effect") & (edits["edit"]["dose"] == 4)]
+    for edit in rows[::5]:
+        features = edits["edit_feature"]["feature"][edits["edit_feature"]["edit"] == edit]
+        ((_, x_1pd),) = acts.read("patches", edits["edit"]["example"][edits["edit"]["edit"] == edit])
+        change = torch.tensor([4 * p99[f] for f in features.tolist()]) @ trained.W_dec[features]
+        wanted = reader(x_1pd.mean(dim=1) + trained.scale * change)[0]
         told = edits["edit_logit"]["after"][edits["edit_logit"]["edit"] == edit]
         np.testing.assert_allclose(told, wanted, rtol=1e-3, atol=1e-3)
 
@@ -517,6 +551,7 @@ def test_it_cannot_be_planned_before_the_sweep_is_made(tmp_path: Path) -> None:
     run = tiny.desk(tmp_path, {"saes": {"topk": TopK(k=3)}, "probes": {"p": Linear()}})
     run.listed("acts", list(Record(backbone="tiny", datasets=["tiny"], layers=[0, 2]).units(run)))
     run.listed("sweep", list(Train(acts="acts", saes=["topk"], layers=[0]).units(run)))
+    run.listed("probes", list(ProbeStage(acts="acts", probes=["p"]).units(run)))
     with pytest.raises(NotYet, match="decided once sweep is made"):
         list(Steer(**SETTINGS).units(run))
 

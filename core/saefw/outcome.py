@@ -68,11 +68,11 @@ class Readout:
         return dict(zip(labels, before, strict=True)), dict(zip(labels, after, strict=True))
 
 
-def bootstrap(values_nv: Floats, seed: int) -> tuple[Floats, Floats]:
-    """Return the 95 % percentile intervals of the means of columns, [v] each, over the rows that are not NaN.
+def resampled(values_nv: Floats, seed: int) -> Floats:
+    """Return the means of columns over rows that are drawn anew, [DRAWS, v], each over the rows that are not NaN.
 
-    All columns are drawn together, so that what is compared is compared on the same images. Without bounds where fewer
-    than two rows are there. (Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.)
+    All columns are drawn together, so that what is compared is compared on the same images; NaN where none is drawn.
+    (Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.)
     """
     there_nv = ~np.isnan(values_nv)
     n, filled_nv = len(values_nv), np.nan_to_num(values_nv)
@@ -82,8 +82,16 @@ def bootstrap(values_nv: Floats, seed: int) -> tuple[Floats, Floats]:
         times = rng.multinomial(n, np.full(n, 1 / n), size=len(draws)).astype(np.float64)
         drawn = times @ there_nv
         means.append(np.divide(times @ filled_nv, drawn, out=np.full(drawn.shape, np.nan), where=drawn > 0))
-    few = there_nv.sum(axis=0) < 2
-    whole = np.where(few, 0, np.concatenate(means))
+    return np.concatenate(means)
+
+
+def bootstrap(values_nv: Floats, seed: int) -> tuple[Floats, Floats]:
+    """Return the 95 % percentile intervals of the means of columns, [v] each, over the rows that are not NaN.
+
+    Without bounds where fewer than two rows are there.
+    """
+    few = (~np.isnan(values_nv)).sum(axis=0) < 2
+    whole = np.where(few, 0, resampled(values_nv, seed))
     low, high = np.nanpercentile(whole, [2.5, 97.5], axis=0)
     return np.where(few, -np.inf, low), np.where(few, np.inf, high)
 

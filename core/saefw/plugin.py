@@ -184,6 +184,9 @@ class Backbone(nn.Module):
 class BackboneConfig(Entry):
     """A vision transformer that a plugin can load."""
 
+    has_text: ClassVar[bool] = False
+    """Whether its backbones have a text tower."""
+
     def describe(self) -> BackboneInfo:
         """Say its shapes without loading or downloading weights, so that planning is cheap."""
         raise NotImplementedError(f"{type(self).__name__} does not describe itself")
@@ -404,6 +407,9 @@ class Task(NamedTuple):
     classes: tuple[str, ...]
     """Names of the classes, by label."""
 
+    backbone: Callable[[], Backbone] | None = None
+    """Loads the backbone that the inputs come from, for a probe that asks it for more; None: there is none at hand."""
+
 
 class Probe(nn.Module):
     """Reads classes off a token; all its state is in parameters and buffers."""
@@ -415,6 +421,19 @@ class Probe(nn.Module):
 
 class ProbeConfig(Entry):
     """A probe that a plugin can fit."""
+
+    def check(self, task: Task, backbone: BackboneConfig, token: str | int) -> None:
+        """See, before anything is made, that it can read the task off a backbone; by default it can.
+
+        Args:
+            task: what to learn, without a backbone at hand.
+            backbone: where the inputs come from.
+            token: what they are: `cls`, `mean`, `embedding` or the number of a patch.
+
+        Raises:
+            UserError: it cannot.
+
+        """
 
     def build(self, task: Task) -> Probe:
         """Return an unfitted one, into which `load_state_dict` may put a stored state."""

@@ -183,6 +183,19 @@ class Run:
             raise NotYet(f"decided once {stage} is made")
         return known[stage]
 
+    def decided(self, stage: str, units: Sequence[Unit]) -> bool:
+        """Whether one can choose among units of a stage by what was measured: all are made; False only while guessing.
+
+        Raises:
+            NotYet: they are not.
+
+        """
+        if all(self.store.has(unit) for unit in units):
+            return True
+        if self._guessing:
+            return False
+        raise NotYet(f"decided once {stage} is made")
+
     def best(self, stage: str, pick: Pick, among: Callable[[Unit], bool] = lambda unit: True) -> Unit:
         """Return the unit of a stage that `pick` chooses by its last metrics, from those that `among` admits.
 
@@ -195,10 +208,8 @@ class Run:
 
         """
         units = sorted(filter(among, self.made_by(stage)), key=lambda unit: unit.address)
-        if not all(self.store.has(unit) for unit in units):
-            if self._guessing:
-                return units[0]
-            raise NotYet(f"decided once {stage} is made")
+        if not self.decided(stage, units):
+            return units[0]
         with self.db() as db:
             rows = db.execute(
                 "SELECT unit, name, value FROM final WHERE list_contains(?, unit) AND NOT isnan(value)",

@@ -39,7 +39,9 @@ CREATE TABLE class_feature (unit TEXT, sae TEXT, acts TEXT, label SMALLINT, feat
 -- The features that have a contact sheet, in the folder of the unit; visuals: whose tables it was drawn from.
 CREATE TABLE sheet (unit TEXT, visuals TEXT, feature INTEGER, file TEXT);
 
--- Probes and steering. prediction: of test images; margin: top logit minus the second. An edit: place is patches or cls,
+-- Probes and steering. prediction: of test images; margin: top logit minus the second; confidence: the largest
+-- probability. calibration: of the test images whose confidence is above low and at most high, how many, their mean
+-- confidence and their accuracy; bins without images have no row. An edit: place is patches or cls,
 -- role says whose features (own class, other class, by hand), target is that class, chosen_by is how they were chosen
 -- (effect, mass, ap, single, hand) or of which control it is (like features, random directions), way is how those were
 -- chosen that the control stands beside (of an edit: chosen_by); norm: L2 norm of the whole change; before, after: the
@@ -47,7 +49,14 @@ CREATE TABLE sheet (unit TEXT, visuals TEXT, feature INTEGER, file TEXT);
 -- dose of an edit, amount of each of its features: in units of its p99 with mode set or add, a factor with mode scale,
 -- a share with mode ablate.
 CREATE TABLE probe (unit TEXT PRIMARY KEY, acts TEXT, variant TEXT, config JSON);
-CREATE TABLE prediction (unit TEXT, acts TEXT, example INTEGER, predicted SMALLINT, margin REAL);
+CREATE TABLE prediction (unit TEXT, acts TEXT, example INTEGER, predicted SMALLINT, margin REAL, confidence DOUBLE);
+CREATE TABLE calibration (unit TEXT, bin SMALLINT, low DOUBLE, high DOUBLE, n INTEGER, confidence DOUBLE, accuracy DOUBLE);
+-- Whether probes still read what an SAE writes back. Of labelled images of a split, with the tokens of the place as they
+-- are (clean), replaced by the SAE's reconstruction, and by their mean over the train split (ablated); measure: accuracy,
+-- cross_entropy (nats); recovered: (reconstructed - ablated) / (clean - ablated), with its 95 % bootstrap interval; NaN
+-- where clean and ablated do not differ.
+CREATE TABLE faithfulness (unit TEXT, sae TEXT, probe TEXT, acts TEXT, place TEXT, split TEXT, measure TEXT, n INTEGER,
+    clean DOUBLE, reconstructed DOUBLE, ablated DOUBLE, recovered DOUBLE, low DOUBLE, high DOUBLE);
 CREATE TABLE edit (unit TEXT, sae TEXT, probe TEXT, acts TEXT, edit INTEGER, example INTEGER, place TEXT, role TEXT,
     way TEXT, chosen_by TEXT, mode TEXT, dose REAL, target SMALLINT, norm REAL, before REAL, after REAL, others REAL,
     spread REAL);
@@ -80,3 +89,9 @@ CREATE VIEW best_probe AS SELECT DISTINCT ON (p.acts) p.acts, a.backbone, a.data
 CREATE VIEW feature_class AS SELECT t.unit, t.sae, t.acts, t.feature, c.name AS class, count(*) AS n, avg(t.value) AS mean_value
     FROM top_example t JOIN example e ON e.unit = t.acts AND e.example = t.example
     JOIN class c ON c.unit = t.acts AND c.label = e.label GROUP BY ALL;
+-- Of the test images of a class, how many a probe takes for another, and for its own.
+CREATE VIEW confusion AS SELECT p.unit, p.acts, e.label, p.predicted, count(*) AS n
+    FROM prediction p JOIN example e ON e.unit = p.acts AND e.example = p.example GROUP BY ALL;
+CREATE VIEW class_accuracy AS SELECT f.unit, f.acts, f.label, c.name AS class, sum(f.n)::INTEGER AS n,
+    coalesce(sum(f.n) FILTER (f.predicted = f.label), 0) / sum(f.n) AS accuracy
+    FROM confusion f JOIN class c ON c.unit = f.acts AND c.label = f.label GROUP BY ALL;

@@ -15,7 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saefw import inputs
 from saefw.blocks import tokens_after
+from saefw.inputs import Token
 from saefw.plugin import Backbone, Codes, Probe, UserError
 from saefw.sae import Sae
 
@@ -59,7 +61,7 @@ class Reading(NamedTuple):
 
 
 class Steering:
-    """A backbone, an SAE on the output of one of its blocks, and a probe on [CLS] of a later one."""
+    """A backbone, an SAE on the output of one of its blocks, and a probe on the output of that or a later one."""
 
     def __init__(
         self,
@@ -70,27 +72,30 @@ class Steering:
         probe_layer: int,
         place: str = "patches",
         keep_error: bool = True,
+        token: Token = "cls",
     ) -> None:
         """Put the parts together; all in eval mode and on one device.
 
         Args:
-            backbone: with a [CLS] token.
+            backbone: with a [CLS] token, if the probe reads that.
             sae: on the output of block `layer`.
-            probe: on [CLS] of the output of block `probe_layer`, before any final norm.
+            probe: on the output of block `probe_layer`, before any final norm.
             layer: counted from 0.
             probe_layer: counted from 0; only the blocks up to it are run.
             place: the tokens that are edited, `patches` or `cls`.
             keep_error: add edits to the tokens as they are; if not, to the SAE's reconstruction of them.
+            token: what the probe reads.
 
         Raises:
             UserError: an edit there cannot reach the probe.
 
         """
-        check_reach(layer, probe_layer, place)
-        if not backbone.info.has_cls:
+        inputs.check_reach("steer", backbone.info, layer, probe_layer, place, token)
+        if token == "cls" and not backbone.info.has_cls:
             raise UserError("steer: the backbone has no [CLS], which the probe reads")
         self.backbone, self.sae, self.probe = backbone, sae, probe
         self.layer, self.probe_layer, self.place, self.keep_error = layer, probe_layer, place, keep_error
+        self.token = token
         self.edited = slice(0, 1) if place == "cls" else slice(backbone.info.n_prefix, None)
 
     # Before
@@ -112,7 +117,11 @@ class Steering:
 
     def logits(self, tokens_btd: Tensor) -> Tensor:
         """Return what the probe says, [b, c], if block `layer` puts out these tokens."""
-        out: Tensor = self.probe(self.backbone.tail(tokens_btd, self.layer + 1, self.probe_layer)[:, 0])
+        return self._read(self.backbone.tail(tokens_btd, self.layer + 1, self.probe_layer))
+
+    def _read(self, tokens_btd: Tensor) -> Tensor:
+        """Return what the probe says, [b, c], of the tokens of its own block."""
+        out: Tensor = self.probe(inputs.taken(tokens_btd, self.token, self.backbone.info.n_prefix, self.backbone))
         return out
 
     def observed(self, reading: Reading, features_bf: Tensor) -> Tensor:
@@ -180,20 +189,21 @@ class Steering:
         return self.logits(tokens_btd)
 
     @torch.no_grad()
-    def directly(self, reading: Reading, delta_b1d: Tensor) -> Tensor:
-        """Return the logits [b, c] when `delta_b1d` is added to the [CLS] that the probe reads, past the blocks.
+    def directly(self, reading: Reading, delta_bpd: Tensor) -> Tensor:
+        """Return the logits [b, c] when `delta_bpd` is added to the tokens that the probe reads, past the blocks.
 
-        That is the direct part of an edit of [CLS]: what it does by way of the residual stream alone.
+        That is the direct part of an edit: what it does by way of the residual stream alone.
 
         Raises:
-            UserError: the edit is on patches, none of which the probe reads.
+            UserError: the probe reads none of the edited tokens.
 
         """
-        if self.place != "cls":
-            raise UserError("steer: only an edit of [CLS] goes straight into the probe; patches do through blocks")
-        cls_b1d = self.backbone.tail(reading.tokens_btd, self.layer + 1, self.probe_layer)[:, :1]
-        out: Tensor = self.probe((cls_b1d + delta_b1d)[:, 0])
-        return out
+        if inputs.held(self.token) != self.place:
+            edited, read = inputs.called("cls") if self.place == "cls" else "patches", inputs.called(self.token)
+            raise UserError(f"steer: an edit of {edited} goes through blocks alone, since the probe reads {read}")
+        tokens_btd = self.backbone.tail(reading.tokens_btd, self.layer + 1, self.probe_layer).clone()
+        tokens_btd[:, self.edited] += delta_bpd
+        return self._read(tokens_btd)
 
     def _written(self, change_bpf: Tensor, features_bf: Tensor) -> Tensor:
         """Return what a change of codes writes into the tokens, in their own units, [b, p, d]."""
@@ -234,25 +244,6 @@ class Steering:
         """
         W_dec_sd = self.sae.W_dec.detach().cpu().double() * float(self.sae.scale)
         return (W_dec_sd @ gradient_cd.cpu().double().T) * p99_s.cpu().double()[:, None]
-
-
-def check_reach(layer: int, probe_layer: int, place: str) -> None:
-    """See that an edit of tokens after block `layer` reaches [CLS] after block `probe_layer`.
-
-    Raises:
-        UserError: it does not; the text says which layers would do.
-
-    """
-    if place == "patches" and probe_layer <= layer:
-        raise UserError(
-            f"steer: the probe reads [CLS] after block {probe_layer}, where patches edited after block {layer} cannot "
-            f"have reached it; choose an SAE of a layer below {probe_layer}, or a probe of a layer above {layer}"
-        )
-    if place == "cls" and probe_layer < layer:
-        raise UserError(
-            f"steer: the probe reads [CLS] after block {probe_layer}, before it is edited after block {layer}; "
-            f"choose an SAE of layer {probe_layer} or lower, or a probe of layer {layer} or higher"
-        )
 
 
 def like_norm(delta_bpd: Tensor, model_bpd: Tensor) -> Tensor:

@@ -5,13 +5,13 @@ Shapes: m members, n tokens, b tokens of a batch, d d_model, c classes; `W_cmd` 
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
-from typing import Literal, NamedTuple, cast
+from typing import Annotated, Literal, NamedTuple, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from saefw.plugin import Probe, ProbeConfig, Task, hookimpl
+from saefw.plugin import Late, Probe, ProbeConfig, Task, hookimpl
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
@@ -22,7 +22,7 @@ PART = 1 << 16
 
 
 class Linear(ProbeConfig):
-    """Softmax regression on standardised tokens, fitted by AdamW from weights at zero."""
+    """Softmax regression, by default on standardised tokens, fitted by AdamW from weights at zero."""
 
     use: Literal["linear"] = "linear"
 
@@ -41,6 +41,10 @@ class Linear(ProbeConfig):
     seed: int = Field(0, ge=0, lt=2**32)
     """Of the order of the batches; without effect when every step sees all tokens."""
 
+    standardise: Annotated[bool, Late] = True
+    """Shift and scale every dimension to mean 0 and standard deviation 1 over the train tokens, which the probe keeps
+    and does to all it reads; false: fit to the tokens as they are."""
+
     def build(self, task: Task) -> "LinearProbe":
         """Return one with all weights at zero."""
         return LinearProbe(task.d_model, len(task.classes))
@@ -55,7 +59,7 @@ class Linear(ProbeConfig):
     ) -> list[Probe]:
         """Fit all members at once, each with its own lr and weight decay.
 
-        Members that differ in steps, batch size or seed see other batches and are stacked apart.
+        Members that differ in steps, batch size, seed or standardisation see other batches and are stacked apart.
 
         Args:
             members: of this class.
@@ -66,13 +70,15 @@ class Linear(ProbeConfig):
 
         """
         linear = cast("Sequence[Linear]", members)
-        mean_d, std_d = _standard(x_nd)
+        as_is = torch.zeros_like(x_nd[0]), torch.ones_like(x_nd[0])
+        standard = _standard(x_nd) if any(member.standardise for member in linear) else as_is
         order = sorted(range(len(linear)), key=lambda i: linear[i]._schedule())
         stacks = [list(stack) for _, stack in groupby(order, key=lambda i: linear[i]._schedule())]
-        tokens = Tokens(x_nd, y_n, mean_d, std_d)
         total, before = sum(linear[stack[0]].steps for stack in stacks), 0
         fitted: dict[int, Probe] = {}
         for stack in stacks:
+            mean_d, std_d = standard if linear[stack[0]].standardise else as_is
+            tokens = Tokens(x_nd, y_n, mean_d, std_d)
             W_cmd, b_cm = _fit([linear[i] for i in stack], len(task.classes), tokens, done, before, total)
             before += linear[stack[0]].steps
             for place, i in enumerate(stack):
@@ -82,9 +88,9 @@ class Linear(ProbeConfig):
                 fitted[i] = probe.requires_grad_(False).eval()
         return [fitted[i] for i in range(len(linear))]
 
-    def _schedule(self) -> tuple[int, int, int]:
+    def _schedule(self) -> tuple[int, int, int, bool]:
         """What members of one stack have in common."""
-        return self.steps, self.batch_size, self.seed
+        return self.steps, self.batch_size, self.seed, self.standardise
 
 
 class LinearProbe(Probe):
@@ -156,6 +162,8 @@ def _fit(
     # Classes first: one matmul serves all members, and a softmax over the first axis runs along memory.
     W_cmd, b_cm1 = tokens.x_nd.new_zeros(n_classes, m, d), tokens.x_nd.new_zeros(n_classes, m, 1)
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in (W_cmd, b_cm1)]
+    # Taken once: memory that is asked for anew in every step costs more than what is computed in it.
+    spare = [(torch.empty_like(p), torch.empty_like(p)) for p in (W_cmd, b_cm1)]
     whole = tokens.batch(slice(None)) if n <= batch_size else None
     generator = torch.Generator().manual_seed(seed)
     left = torch.empty(0, dtype=torch.int64)
@@ -167,17 +175,20 @@ def _fit(
                 left = torch.cat([left, torch.randperm(n, generator=generator)])
             batch, left = left[:batch_size].to(device), left[batch_size:]
             z_bd, y_b = tokens.batch(batch)
-        logits_cmb = (W_cmd.view(-1, d) @ z_bd.T).view(n_classes, m, -1) + b_cm1
+        logits_cmb = (W_cmd.view(-1, d) @ z_bd.T).view(n_classes, m, -1).add_(b_cm1)
         error_cmb = logits_cmb.softmax(dim=0)
         error_cmb[y_b, :, torch.arange(len(y_b), device=device)] -= 1
         error_cmb /= len(y_b)
         gradients = ((error_cmb.view(n_classes * m, -1) @ z_bd).view_as(W_cmd), error_cmb.sum(dim=2, keepdim=True))
         W_cmd.mul_(kept_m1)
-        for parameter, gradient, (first, second) in zip((W_cmd, b_cm1), gradients, moments, strict=True):
+        for parameter, gradient, (first, second), (divisor, change) in zip(
+            (W_cmd, b_cm1), gradients, moments, spare, strict=True
+        ):
             first.lerp_(gradient, 1 - BETAS[0])
             second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-            divisor = (second / (1 - BETAS[1] ** step)).sqrt_().add_(EPS)
-            parameter.sub_(lr_m1 * (first / (1 - BETAS[0] ** step)) / divisor)
+            torch.div(second, 1 - BETAS[1] ** step, out=divisor).sqrt_().add_(EPS)
+            torch.div(first, 1 - BETAS[0] ** step, out=change).mul_(lr_m1).div_(divisor)
+            parameter.sub_(change)
         done(before + step, total)
     return W_cmd, b_cm1[:, :, 0]
 

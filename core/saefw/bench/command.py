@@ -17,6 +17,7 @@ BENCHES = {
     "features": "the pass over features, beside the encoder alone",
     "pictures": "contact sheets, by the lit tile",
     "tables": "queries on tables as large as those of ImageNet-1K",
+    "probe": "a sweep of linear probes, beside its members one by one",
     "steer": "edits of features, beside the blocks that they run",
 }
 """What each module of this package measures, beside the frame."""

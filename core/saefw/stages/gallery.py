@@ -23,7 +23,7 @@ from saefw.care import PART, writing
 from saefw.choice import picked
 from saefw.errors import escaped
 from saefw.originals import Unreadable
-from saefw.plugin import Names, NotYet, Pace, Pick, Run, StageConfig, Unit, hookimpl, timed
+from saefw.plugin import Names, Pace, Pick, Run, StageConfig, Unit, hookimpl, timed
 from saefw.recording import cores
 from saefw.stages.gallery_data import SCRIPTS, SHARD, Tables, features, index, neighbours, packed, script
 from saefw.trained import open_sae
@@ -88,10 +88,10 @@ class Gallery(StageConfig):
         picks = [self.sae] if isinstance(self.sae, Pick) else self.sae
         needs = list(seen.values())
         if picks:
-            if not all(run.store.has(unit) for unit in needs):
-                raise NotYet(f"decided once {self.visuals} is made")
-            with run.db() as db:
-                chosen = [picked(db, pick, self.use, sorted(seen))[0] for pick in picks]
+            chosen = list(seen)[: len(picks)]
+            if run.decided(self.visuals, needs):
+                with run.db() as db:
+                    chosen = [picked(db, pick, self.use, sorted(seen))[0] for pick in picks]
             needs = [seen[address] for address in dict.fromkeys(chosen)]
         content = {name: value for name, value in self.content().items() if name not in ("use", "sae")}
         if needs:

@@ -1,14 +1,14 @@
 """Fits every probe of a sweep at once; saves and reopens them.
 
-Shapes: n tokens, d d_model, c classes.
+Shapes: n images, d width of what the probe reads, c classes.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any, Literal, NamedTuple, cast
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -17,14 +17,19 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from saefw import samples, sealed
+from saefw import inputs, samples, sealed
 from saefw import tensors as files
 from saefw.acts import Acts
 from saefw.blocks import resolve
+from saefw.calibration import Bin, expected_error, reliability
 from saefw.care import write_atomically
+from saefw.inputs import Token
 from saefw.live import acts_of
+from saefw.outcome import bootstrap
 from saefw.pace import ENOUGH
 from saefw.plugin import (
+    Backbone,
+    BackboneConfig,
     DatasetConfig,
     Names,
     Pace,
@@ -38,7 +43,6 @@ from saefw.plugin import (
     hookimpl,
     settings,
 )
-from saefw.shards import check_tokens
 from saefw.unit import canonical
 
 FILE = "probe.safetensors"
@@ -53,6 +57,7 @@ class ProbeStage(StageConfig):
     """Fits probes on the train split of a recording; valid is there to choose by, test to report on."""
 
     use: Literal["probe"] = "probe"
+    revision: ClassVar[int] = 2
 
     acts: Annotated[str, Names("stages")]
     """The stage that recorded the activations."""
@@ -60,8 +65,9 @@ class ProbeStage(StageConfig):
     layer: int = -1
     """Which of the recorded layers, negative ones from the end."""
 
-    token: Literal["cls"] = "cls"
-    """What the probe reads: the [CLS] token."""
+    token: Token = "cls"
+    """What the probe reads: `cls`, the [CLS] token; `mean`, the mean of all patches; a number, that patch, counted row
+    by row from 0; `embedding`, the image embedding that the backbone makes of the last block's output."""
 
     probes: Annotated[list[str], Names("probes")] = Field(min_length=1)
     """The probes to fit."""
@@ -70,7 +76,8 @@ class ProbeStage(StageConfig):
         """List one unit for each recording of the layer and probe.
 
         Raises:
-            UserError: the layer was not recorded, there is no [CLS] to read, or there are fewer than two classes.
+            UserError: the layer was not recorded, there is no such token to read, a probe cannot read it, or there are
+                fewer than two classes.
 
         """
         units = run.made_by(self.acts)
@@ -79,9 +86,7 @@ class ProbeStage(StageConfig):
             layers = ", ".join(map(str, sorted({unit.content["layer"] for unit in units})))
             raise UserError(f"probe: layer {self.layer} is not recorded by '{self.acts}' (there are: {layers})")
         for unit in recordings:
-            check_tokens("probe: token", unit, "all", self.token)
-            if not unit.given["backbone"].describe().has_cls:
-                raise UserError(f"probe: token: the backbone of {unit.label} has no [CLS], which the probe would read")
+            inputs.check_input("probe", unit, self.token)
         # Names are not hashed, and the layer is that of the recording: renaming either makes nothing anew.
         shared = {"revision": self.revision, "token": self.token}
         listed = {
@@ -95,12 +100,16 @@ class ProbeStage(StageConfig):
             for acts in recordings
             for member in run.family("probes", self.probes)
         }
-        for acts in dict.fromkeys(unit.needs[0] for unit in listed if not run.store.has(unit)):
+        for unit in (unit for unit in listed if not run.store.has(unit)):
+            (acts,) = unit.needs
             try:
                 dataset = run.dataset(acts.given["dataset"])
             except UserError:  # what needs no images goes on without them
                 continue
             _tellable(acts, dataset.classes)
+            backbone = cast(BackboneConfig, acts.given["backbone"])
+            task = Task(inputs.width(backbone.describe(), self.token), tuple(dataset.classes))
+            cast(ProbeConfig, unit.given["probe"]).check(task, backbone, self.token)
         yield from listed
 
     def duration(self, units: Sequence[Unit], run: Run, pace: Pace) -> float:
@@ -108,7 +117,7 @@ class ProbeStage(StageConfig):
         total = 0.0
         for (acts, kind), group in _groups(units).items():
             dataset = run.dataset(cast(DatasetConfig, acts.given["dataset"]))
-            task = Task(samples.shape(acts).d_model, tuple(dataset.classes))
+            task = Task(inputs.width(samples.shape(acts), self.token), tuple(dataset.classes))
             members = [unit.given["probe"] for unit in group]
             n = min(samples.sizes(acts, run)["train"], BATCH)
             what = f"{len(group)} {members[0].use} probes on {n} tokens of {acts.label}"
@@ -128,27 +137,44 @@ class ProbeStage(StageConfig):
 
     def _fit(self, run: Run, acts: Unit, kind: type[ProbeConfig], units: Sequence[Unit]) -> None:
         recording = acts_of(acts, run)
-        task = task_of(recording)
+        given = cast(BackboneConfig, acts.given["backbone"])
+        # Loaded once, and only for those that ask for it.
+        backbone: Callable[[], Backbone] = cache(lambda: given.build(run.device))
+        task = Task(inputs.width(given.describe(), self.token), tuple(recording.classes), backbone)
         _tellable(acts, task.classes)
-        splits = {split: labelled(recording, split, acts.label, run.device) for split in ("train", "valid", "test")}
+        splits = {
+            split: _labelled(recording, split, acts.label, self.token, task, run.device)
+            for split in ("train", "valid", "test")
+        }
         members = [unit.given["probe"] for unit in units]
         probes = _fitted(run, kind, units, task, splits["train"])
         for unit, config, probe in zip(units, members, probes, strict=True):
             probe = probe.to(run.device).eval().requires_grad_(False)
             measured = {split: measure(probe, data) for split, data in splits.items()}
+            test = measured["test"]
+            low, high = bootstrap(test.right_n[:, None].astype(np.float64), 0)
+            bins = reliability(test.confidence_n, test.right_n)
             run.log(
                 unit,
                 0,
                 **{f"{split}_accuracy": m.accuracy for split, m in measured.items()},
                 **{f"{split}_loss": m.loss for split, m in measured.items()},
                 **{f"n_{split}": len(data.examples) for split, data in splits.items()},
+                test_accuracy_low=float(low[0]),
+                test_accuracy_high=float(high[0]),
+                test_ece=expected_error(bins),
             )
-            header = {"config": config.content(), "acts": acts.address, "layer": recording.layer, "token": self.token}
+            header = {
+                "config": config.content(),
+                "backbone": given.content(),
+                "acts": acts.address,
+                "layer": recording.layer,
+                "token": self.token,
+            }
             state = {name: value.detach().cpu().contiguous() for name, value in probe.state_dict().items()}
             write_atomically(run.folder(unit) / FILE, save(state, {"saefw": canonical(header)}))
             told = canonical(settings(config))
             run.put(unit, "probe", acts=acts.address, variant=config.use, config=told)
-            test = measured["test"]
             run.put(
                 unit,
                 "prediction",
@@ -156,7 +182,10 @@ class ProbeStage(StageConfig):
                 example=splits["test"].examples,
                 predicted=test.predicted_n,
                 margin=test.margin_n,
+                confidence=test.confidence_n,
             )
+            columns = zip(*bins, strict=True)
+            run.put(unit, "calibration", **{name: list(x) for name, x in zip(Bin._fields, columns, strict=True)})
             run.keep(unit, without=[FITTED])
 
 
@@ -199,11 +228,13 @@ def _fit_seconds(kind: type[ProbeConfig], members: Sequence[ProbeConfig], task: 
         kind.fit_many(members, task, x_nd, y_n, done)
     except _Enough:
         return left
+    except UserError:  # it asks the backbone, which is not built to guess a time
+        return math.nan
     return perf_counter() - start
 
 
 class Labelled(NamedTuple):
-    """The [CLS] tokens of the labelled images of a split."""
+    """What a probe reads of the labelled images of a split."""
 
     examples: np.ndarray[tuple[int], np.dtype[np.int64]]
     """Which images."""
@@ -229,6 +260,12 @@ class Measured(NamedTuple):
 
     margin_n: np.ndarray[tuple[int], np.dtype[np.float32]]
     """The largest logit minus the second."""
+
+    confidence_n: np.ndarray[tuple[int], np.dtype[np.float64]]
+    """The largest probability."""
+
+    right_n: np.ndarray[tuple[int], np.dtype[np.bool_]]
+    """Whether the class of the largest logit is the image's."""
 
 
 def _fitted(run: Run, kind: type[ProbeConfig], units: Sequence[Unit], task: Task, train: Labelled) -> list[Probe]:
@@ -282,19 +319,14 @@ def open_probe(config: ProbeConfig, folder: Path, task: Task, device: str = "cpu
     return probe.to(device).eval().requires_grad_(False)
 
 
-def task_of(recording: Acts) -> Task:
-    """Return what a probe on a recording has to learn."""
-    return Task(recording.d_model, tuple(recording.classes))
-
-
 def depth(acts: Unit) -> int:
     """Return how many blocks the backbone of a recording's unit has."""
     n_blocks: int = acts.given["backbone"].describe().n_blocks
     return n_blocks
 
 
-def labelled(recording: Acts, split: str, name: str, device: str) -> Labelled:
-    """Return [CLS] and class of the labelled images of a split.
+def _labelled(recording: Acts, split: str, name: str, token: Token, task: Task, device: str) -> Labelled:
+    """Return what a probe reads of the labelled images of a split, and their classes.
 
     Raises:
         UserError: there are none; `name` says of what.
@@ -307,28 +339,33 @@ def labelled(recording: Acts, split: str, name: str, device: str) -> Labelled:
     examples = examples[recording.labels[examples] >= 0]
     if not len(examples):
         raise UserError(f"{name}: the images of the {split} split have no labels; a probe needs them")
-    x_nd, done = torch.empty(len(examples), recording.d_model, device=device), 0
-    for some, acts_etd in recording.read("cls", examples):
-        x_nd[done : done + len(some)] = acts_etd[:, 0]
-        done += len(some)
+    x_nd, done = torch.empty(len(examples), task.d_model, device=device), 0
+    backbone = task.backbone() if task.backbone and token == "embedding" else None
+    with torch.no_grad():
+        for some, acts_etd in recording.read(inputs.held(token), examples):
+            x_nd[done : done + len(some)] = inputs.taken(acts_etd.to(device), token, 0, backbone)
+            done += len(some)
     return Labelled(examples, x_nd, torch.from_numpy(recording.labels[examples]).to(device))
 
 
 @torch.no_grad()
 def measure(probe: Probe, data: Labelled) -> Measured:
     """Return what the probe says of a split, and how often and how surely it is right."""
-    loss, predicted, margins = 0.0, [], []
+    loss, predicted, margins, sure = 0.0, [], [], []
     for start in range(0, len(data.y_n), BATCH):
         some = slice(start, start + BATCH)
         logits_nc = probe(data.x_nd[some]).cpu()
-        loss += float(cross_entropy(logits_nc.double(), data.y_n[some].cpu(), reduction="sum"))
+        wide_nc = logits_nc.double()
+        loss += float(cross_entropy(wide_nc, data.y_n[some].cpu(), reduction="sum"))
         top = logits_nc.topk(2, dim=1)
         predicted.append(top.indices[:, 0])
         margins.append(top.values[:, 0] - top.values[:, 1])
+        sure.append(wide_nc.softmax(dim=1).amax(dim=1))
     predicted_n = torch.cat(predicted)
-    right = int((predicted_n == data.y_n.cpu()).sum())
+    right_n = (predicted_n == data.y_n.cpu()).numpy()
     n = len(predicted_n)
-    return Measured(right / n, loss / n, predicted_n.numpy(), torch.cat(margins).numpy())
+    accuracy, (margin_n, sure_n) = int(right_n.sum()) / n, (torch.cat(parts).numpy() for parts in (margins, sure))
+    return Measured(accuracy, loss / n, predicted_n.numpy(), margin_n, sure_n, right_n)
 
 
 @hookimpl

@@ -56,7 +56,7 @@ class Record(StageConfig):
     tokens: Literal["all", "patches", "cls"] | Annotated[int, Field(gt=0)] = "all"
     """The tokens that are kept of an image: all, its patches, its [CLS], or so many of its patches, drawn by the seed.
 
-    Maps of features need all patches, probes need [CLS], and steering needs all tokens.
+    Maps of features need all patches, probes need what they read, and steering needs all tokens.
     """
 
     seed: Annotated[int, Late] = 0

@@ -19,7 +19,7 @@ from saefw.care import settle, writing
 from saefw.choice import Best, Choice, best_classes, picked
 from saefw.originals import Unreadable
 from saefw.pictures import Tile
-from saefw.plugin import Names, NotYet, Pace, Pick, Run, StageConfig, Unit, UserError, hookimpl, timed
+from saefw.plugin import Names, Pace, Pick, Run, StageConfig, Unit, UserError, hookimpl, timed
 from saefw.stages.train import Clock
 from saefw.stages.visuals import MAPS, PICTURES, d_sae, looked_at
 
@@ -76,10 +76,10 @@ class Sheets(StageConfig):
         if wrong:
             raise UserError(f"sheets: visuals: '{self.visuals}' is a {wrong[0].stage} stage, not one of visuals")
         if self.sae is not None:
-            if not all(run.store.has(unit) for unit in tables):
-                raise NotYet(f"decided once {self.visuals} is made")
-            with run.db() as db:
-                address, _, _ = picked(db, self.sae, self.visuals, [unit.address for unit in tables])
+            address = tables[0].address
+            if run.decided(self.visuals, tables):
+                with run.db() as db:
+                    address, _, _ = picked(db, self.sae, self.visuals, [unit.address for unit in tables])
             tables = [unit for unit in tables if unit.address == address]
         content = {name: value for name, value in self.content().items() if name not in ("use", "sae")}
         for unit in tables:

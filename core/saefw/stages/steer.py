@@ -17,11 +17,13 @@ from saefw.live import acts_of
 from saefw.outcome import KINDS, ROLES
 from saefw.plugin import DatasetConfig, Knob, Names, Pace, Pick, Run, StageConfig, Unit, UserError, hookimpl
 from saefw.shards import check_tokens
-from saefw.stages.probe import depth, open_probe, task_of
+from saefw.stages.probe import depth
+from saefw.stages.readers import opened, picked, reaching
 from saefw.stages.steer_edits import edited, form
 from saefw.stages.steer_plan import planned, spoken_for
 from saefw.stages.steer_tables import write
-from saefw.steering import Steering, check_reach
+from saefw.stages.visuals import looked_at
+from saefw.steering import Steering
 from saefw.trained import open_sae
 
 
@@ -116,6 +118,7 @@ class Steer(StageConfig):
             UserError: the SAE, the probe and the tokens do not fit together.
 
         """
+        reaching("steer", self._candidates(run), run.made_by(self.probes), self.place)
         sae = self._sae(run)
         trained_on = sae.needs[0]
         self._check_place(sae)
@@ -124,7 +127,7 @@ class Steer(StageConfig):
         if not ours:
             raise UserError(f"steer: '{self.probes}' has no probe on the backbone of {sae.label}")
         for recording in ours:
-            yield self.pair(run, sae, self._probe(run, recording))
+            yield self.pair(run, sae, picked(run, self.probes, self.probe, recording))
 
     def pair(self, run: Run, sae: Unit, probe: Unit) -> Unit:
         """Return the unit that edits features of one SAE and reads one probe, whatever the picks say.
@@ -135,10 +138,9 @@ class Steer(StageConfig):
 
         """
         self._check_place(sae)
-        read = probe.needs[0]
-        if read.content["backbone"] != sae.needs[0].content["backbone"]:
+        if probe.needs[0].content["backbone"] != sae.needs[0].content["backbone"]:
             raise UserError(f"steer: {probe.label} is not on the backbone of {sae.label}")
-        check_reach(sae.needs[0].content["layer"], read.content["layer"], self.place)
+        reaching("steer", [sae], [probe], self.place)
         return self._unit(run, sae, probe)
 
     def _check_place(self, sae: Unit) -> None:
@@ -148,46 +150,45 @@ class Steer(StageConfig):
                 f"choose another SAE, or say allow_off_distribution: true"
             )
 
-    def _sae(self, run: Run) -> Unit:
-        pick, layer = self.sae, self.sae.layer
-        if not (pick.lowest or pick.highest):
-            pick = pick.model_copy(update={"lowest": "nmse"})
-        units = run.made_by(self.saes)
+    def _candidates(self, run: Run) -> list[Unit]:
+        """Return the SAEs of the layer that is named, or all."""
+        units, layer = run.made_by(self.saes), self.sae.layer
         if layer is None:
-            return run.best(self.saes, pick)
+            return units
         where = {unit: unit.needs[0].content["layer"] for unit in units}
         fits = [unit for unit in units if where[unit] == resolve(layer, depth(unit.needs[0]))]
         if not fits:
             layers = ", ".join(map(str, sorted(set(where.values()))))
             raise UserError(f"steer: sae: '{self.saes}' has no SAE of layer {layer} (there are: {layers})")
+        return fits
+
+    def _sae(self, run: Run) -> Unit:
+        pick, fits = self.sae, self._candidates(run)
+        if not (pick.lowest or pick.highest):
+            pick = pick.model_copy(update={"lowest": "nmse"})
         return run.best(self.saes, pick, lambda unit: unit in fits)
-
-    def _probe(self, run: Run, recording: Unit) -> Unit:
-        """Pick a probe on a recording; few valid images make many of a sweep equally accurate, so the loss decides."""
-
-        def among(unit: Unit) -> bool:
-            return unit.needs[0] == recording
-
-        if self.probe.lowest or self.probe.highest:
-            return run.best(self.probes, self.probe, among)
-        most = run.best(self.probes, self.probe.model_copy(update={"highest": "valid_accuracy"}), among)
-        if not run.store.has(most):  # guessed
-            return most
-        with run.db() as db:
-            told = db.execute("SELECT value FROM final WHERE unit = ? AND name = 'valid_accuracy'", [most.address])
-            ((accuracy,),) = told.fetchall()
-        above = {**self.probe.above, "valid_accuracy": accuracy}
-        return run.best(self.probes, self.probe.model_copy(update={"lowest": "valid_loss", "above": above}), among)
 
     def _unit(self, run: Run, sae: Unit, probe: Unit) -> Unit:
         """Find the tables that the edit needs: of the SAE, and of the SAE on the probe's dataset."""
         dataset, named = probe.needs[0].content["dataset"], self.classes or self.visuals
-        found = [unit for unit in run.made_by(named) if unit.needs[0] == sae]
+        tokens = sae.content["tokens"]
+
+        def tables(stage: str) -> list[Unit]:
+            return [unit for unit in run.made_by(stage) if unit.needs[0] == sae and looked_at(unit) == tokens]
+
+        found = tables(named)
         classes = [unit for unit in found if unit.needs[1].content["dataset"] == dataset]
         if not classes:
-            raise UserError(f"steer: '{named}' has no tables of {sae.label} over the images of {probe.needs[0].label}")
+            raise UserError(
+                f"steer: '{named}' has no tables of {sae.label} over the {tokens} of the images of "
+                f"{probe.needs[0].label}"
+            )
         check_tokens("steer: classes" if self.classes else "steer: visuals", classes[0].needs[1], "all")
-        own = [unit for unit in run.made_by(self.visuals) if unit.needs == (sae, sae.needs[0])]
+        own = [
+            unit
+            for unit in run.made_by(self.visuals)
+            if unit.needs == (sae, sae.needs[0]) and looked_at(unit) == tokens
+        ]
         for stage, unit in ((named, classes[0]), (self.visuals, (own or classes)[0])):
             if (split := unit.content["split"]) != "train":
                 raise UserError(f"steer: '{stage}' looked at the {split} split, but features are chosen on train alone")
@@ -233,15 +234,15 @@ class Steer(StageConfig):
     def _steer(self, unit: Unit, run: Run) -> None:
         sae, probe, _, _, recording = unit.needs
         acts = acts_of(recording, run)
-        read = acts_of(probe.needs[0], run)
         steering = Steering(
             recording.given["backbone"].build(run.device),
             open_sae(sae.given["sae"], run.folder(sae), run.device),
-            open_probe(probe.given["probe"], run.folder(probe), task_of(read), run.device),
+            opened(probe, run),
             acts.layer,
-            read.layer,
+            probe.needs[0].content["layer"],
             self.place,
             self.keep_error,
+            probe.content["token"],
         )
         plan = planned(unit, run, steering, acts, self.batch_size)
         parts = []

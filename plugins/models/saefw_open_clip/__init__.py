@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import ValidationInfo, field_validator
@@ -38,6 +38,7 @@ class OpenClip(BackboneConfig):
     """A vision transformer of open_clip (CLIP, SigLIP, EVA, BioCLIP ...) with its text tower."""
 
     use: Literal["open-clip"] = "open-clip"
+    has_text: ClassVar[bool] = True
 
     arch: Place | None = None
     """The architecture by open_clip's name, or a file: a model config as open_clip has them (NAME.json), or the
