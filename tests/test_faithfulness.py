@@ -13,14 +13,17 @@ from torch import Tensor
 from saefw.acts import Acts
 from saefw.errors import UserError
 from saefw.metrics import Nmse
-from saefw.plugin import NotYet, Run, Unit
+from saefw.plugin import NotYet, Pick, Run, Unit
 from saefw.run import Watcher
 from saefw.stages import faithfulness
 from saefw.stages.faithfulness import Faithfulness, recovered
+from saefw.stages.gallery import Gallery
 from saefw.stages.probe import ProbeStage
 from saefw.stages.readers import opened
 from saefw.stages.record import Record
+from saefw.stages.steer import Steer
 from saefw.stages.train import Train
+from saefw.stages.visuals import Visuals
 from saefw.steering import Steering
 from saefw.trained import open_sae
 from saefw_linear import Linear
@@ -224,6 +227,45 @@ def test_what_does_not_fit_together_is_refused(run: Run, settings: dict[str, Any
     run.listed("only the last", [unit for unit in run.made_by("acts") if unit.content["layer"] == 2])
     with pytest.raises(UserError) as caught:
         list(Faithfulness(**{**SETTINGS, **settings}).units(run))
+    assert str(caught.value) == message
+
+
+def test_the_picked_probe_must_be_one_that_is_reached(run: Run) -> None:
+    """Of one stage there may be probes that an SAE reaches and better ones that it does not."""
+    run.listed("last", [unit for unit in run.made_by("sweep") if unit.needs[0].content["layer"] == 2])
+    run.listed("both", [unit for name in ("probes", "means") for unit in run.made_by(name)])
+    (cls,), (mean,) = run.made_by("probes")[-1:], run.made_by("means")[-1:]
+    assert cls.needs == mean.needs and cls.needs[0].content["layer"] == 2
+    with run.db() as db:
+        loss = dict(db.execute("SELECT unit, value FROM final WHERE name = 'valid_loss'").fetchall())
+    lower = loss[cls.address] < loss[mean.address]
+    of_cls, of_mean = ("lowest", "highest") if lower else ("highest", "lowest")
+    stage = Faithfulness(**{**SETTINGS, "saes": "last", "probes": "both", "probe": Pick(**{of_mean: "valid_loss"})})
+    assert [unit.needs[1] for unit in stage.units(run)] == [mean] * 2
+    stage = Faithfulness(**{**SETTINGS, "saes": "last", "probes": "both", "probe": Pick(**{of_cls: "valid_loss"})})
+    with pytest.raises(UserError, match=r"^faithfulness: the probe reads \[CLS\] after block 2, which patches"):
+        list(stage.units(run))
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        (Faithfulness(**{**SETTINGS, "saes": "acts"}), "'acts' is a stage of record, not of train"),
+        (Faithfulness(**{**SETTINGS, "probes": "sweep"}), "'sweep' is a stage of train, not of probe"),
+        (Faithfulness(**{**SETTINGS, "acts": "sweep"}), "'sweep' is a stage of train, not of record"),
+        (Gallery(visuals="acts"), "'acts' is a stage of record, not of visuals"),
+        (ProbeStage(acts="sweep", probes=["p"]), "'sweep' is a stage of train, not of record"),
+        (Train(acts="sweep", saes=["good"], n_tokens=1024), "'sweep' is a stage of train, not of record"),
+        (Visuals(saes="probes", acts="acts"), "'probes' is a stage of probe, not of train"),
+        (Visuals(saes="sweep", acts="sweep"), "'sweep' is a stage of train, not of record"),
+        (Steer(saes="probes", probes="probes", visuals="acts"), "'probes' is a stage of probe, not of train"),
+        (Steer(saes="sweep", probes="acts", visuals="acts"), "'acts' is a stage of record, not of probe"),
+        (Steer(saes="sweep", probes="probes", visuals="acts"), "'acts' is a stage of record, not of visuals"),
+    ],
+)
+def test_a_stage_that_makes_something_else_is_refused(run: Run, stage: Any, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        list(stage.units(run))
     assert str(caught.value) == message
 
 

@@ -163,7 +163,7 @@ def test_scripts_say_what_the_tables_say(run: Run) -> None:
                 assert zlib.decompress(base64.b64decode(page["maps"])) == maps[s, : len(images)].tobytes()
             commonest = max(sorted(set(labels)), key=labels.count) if labels else -1
             assert (index["label"][s], index["most"][s]) == (commonest, labels.count(commonest))
-            assert index["shown"][s] == rows.sum()
+            assert index["shown"][s] == index["n_images"][s] == rows.sum()
             best = sorted(zip(-of_class["ap"][classes], of_class["label"][classes], strict=True))[:CLASSES]
             assert [row[0] for row in page["classes"]] == [label for _, label in best]
             np.testing.assert_allclose([row[1] for row in page["classes"]], [-ap for ap, _ in best], rtol=1e-3)

@@ -85,7 +85,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     found = features(read, chosen_s, near, keys, True, made / "data/0", lambda n: None)
     script(made / "data/0/index.js", "0", index(read, read.best(), chosen_s, found))
     sae = {
-        "name": "made up", "classes": CLASSES, "grid": GRID, "images": 0, "size": [50, 30], "top": TOP,
+        "name": "made up", "classes": CLASSES, "grid": GRID, "images": 0, "size": [50, 30],
         "rank_by": "max", "split": "train", "n_features": N,
     }  # fmt: skip
     told = {"colours": _colours(), "shard": SHARD, "scripts": SCRIPTS, "images": 1000, "saes": [sae]}

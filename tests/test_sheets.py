@@ -122,7 +122,7 @@ def test_one_of_the_saes_can_be_picked(looked: tuple[Run, list[Unit]], tmp_path:
             {"features": {"of_class": "gren"}},
             "sheets: features: of_class: no such class (got 'gren'); did you mean 'green'?",
         ),
-        ({"visuals": "sweep"}, "sheets: visuals: 'sweep' is a train stage, not one of visuals"),
+        ({"visuals": "sweep"}, "'sweep' is a stage of train, not of visuals"),
     ],
 )
 def test_what_does_not_fit_is_said(looked: tuple[Run, list[Unit]], settings: dict[str, Any], why: str) -> None:

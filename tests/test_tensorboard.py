@@ -40,6 +40,24 @@ def test_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(drawn(folder)) == [("nmse", 3, 0.5), ("l0", 3, 8.0), ("nmse", 6, 0.25)]
 
 
+def test_a_long_name_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(curves.FOLDER, str(tmp_path))
+    unit = Unit("train", {"k": 9}, label="ä" * 300)
+    curves.saefw_logged(unit, 3, {"nmse": 0.5})
+    curves.saefw_kept(unit, tmp_path, 1.0)
+    (folder,) = tmp_path.iterdir()
+    assert folder.name == f"{'ä' * 100} {unit.address}"
+
+
+def test_a_folder_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(curves.FOLDER, str(tmp_path / "file"))
+    with pytest.raises(UserError) as caught:
+        curves.saefw_logged(UNIT, 3, {"nmse": 0.5})
+    path = tmp_path / "file"
+    assert str(caught.value) == f"SAEFW_TENSORBOARD: no curves can be written to {path} (Not a directory)"
+
+
 def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(curves.FOLDER, str(tmp_path))
     monkeypatch.setitem(sys.modules, "tensorboardX", None)

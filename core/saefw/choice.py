@@ -68,7 +68,7 @@ class Choice(Entry):
         if wrong:
             raise UserError(f"include: there is no feature {wrong[0]}; there are {d_sae}, from 0 on")
         passing = self._order(np.flatnonzero(self._passes(told_s)), told_s)
-        return [*dict.fromkeys(self.include), *(s for s in passing if s not in set(self.include))]
+        return list(dict.fromkeys([*self.include, *passing]))
 
     def _labels(self, db: DuckDBPyConnection, unit: str) -> list[int] | None:
         """Return the class that they are to be of, by its number; None: any."""

@@ -36,7 +36,7 @@ FEW = 12
 MINUTE = "< 1 min"
 """A short time, where no more is known than a guess."""
 
-MEASURES = ("nmse", "l0", "dead", "valid_accuracy", "test_accuracy")
+MEASURES = ("nmse", "l0", "dead", "valid_accuracy", "test_accuracy", "recovered_accuracy", "shift_effect")
 """What is said of a unit when it is kept, if it was measured."""
 
 

@@ -58,10 +58,16 @@ class Pick(Entry):
     def choose(self, label: str, metrics: Mapping[T, Mapping[str, float]]) -> T:
         """Return the unit (or what stands for it) that fits best; of equals the first given.
 
+        A metric that is NaN, as of an SAE that diverged, was not measured.
+
         Raises:
             UserError: no unit fits, or none has the metric.
 
         """
+        metrics = {
+            unit: {key: value for key, value in values.items() if not math.isnan(value)}
+            for unit, values in metrics.items()
+        }
         name = self.lowest or self.highest
         names = [*([name] if name else []), *self.below, *self.above]
         known = sorted({key for values in metrics.values() for key in values})
@@ -171,16 +177,24 @@ class Run:
             self._datasets[key] = entry.open(self.base)
         return self._datasets[key]
 
-    def made_by(self, stage: str) -> list[Unit]:
+    def made_by(self, stage: str, use: str = "") -> list[Unit]:
         """Return the units of a stage above, by its name in registry.yaml; in a dry run they may not be there yet.
+
+        Args:
+            stage: its name.
+            use: what makes units that will do: `record`; empty: any.
 
         Raises:
             NotYet: that stage cannot list them yet.
+            UserError: it makes others.
 
         """
         known = {**self._guessed, **self._made} if self._guessing else self._made
         if stage not in known:
             raise NotYet(f"decided once {stage} is made")
+        for unit in known[stage]:
+            if use and unit.stage != use:
+                raise UserError(f"'{stage}' is a stage of {unit.stage}, not of {use}")
         return known[stage]
 
     def decided(self, stage: str, units: Sequence[Unit]) -> bool:
@@ -212,7 +226,7 @@ class Run:
             return units[0]
         with self.db() as db:
             rows = db.execute(
-                "SELECT unit, name, value FROM final WHERE list_contains(?, unit) AND NOT isnan(value)",
+                "SELECT unit, name, value FROM final WHERE list_contains(?, unit)",
                 [[unit.address for unit in units]],
             ).fetchall()
         metrics: dict[Unit, dict[str, float]] = {unit: {} for unit in units}

@@ -23,7 +23,7 @@ def saefw_logged(unit: Unit, step: int, values: Mapping[str, float]) -> None:
     """Write what was measured at a step.
 
     Raises:
-        UserError: curves are asked for, and tensorboardX is not there.
+        UserError: curves are asked for, and tensorboardX is not there, or they cannot be written.
 
     """
     folder = os.environ.get(FOLDER)
@@ -34,8 +34,13 @@ def saefw_logged(unit: Unit, step: int, values: Mapping[str, float]) -> None:
             from tensorboardX import SummaryWriter
         except ImportError as error:
             raise UserError(f"{FOLDER}: curves want tensorboardX: pip install 'saefw[tensorboard]'") from error
-        name = re.sub(r"[^\w=.+-]+", " ", unit.label).strip(" .")
-        _writers[unit.address] = SummaryWriter(str(Path(folder) / f"{name} {unit.address}".lstrip()), flush_secs=10)
+        # A file system takes names of 255 bytes.
+        name = re.sub(r"[^\w=.+-]+", " ", unit.label).encode()[:200].decode(errors="ignore").strip(" .")
+        try:
+            writer = SummaryWriter(str(Path(folder) / f"{name} {unit.address}".lstrip()), flush_secs=10)
+        except OSError as error:
+            raise UserError(f"{FOLDER}: no curves can be written to {folder} ({error.strerror})") from error
+        _writers[unit.address] = writer
     for name, value in values.items():
         _writers[unit.address].add_scalar(name, value, step)
 

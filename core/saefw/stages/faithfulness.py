@@ -87,13 +87,14 @@ class Faithfulness(StageConfig):
             UserError: no SAE's tokens reach a probe, or they are not recorded on its images.
 
         """
-        pairs = reaching("faithfulness", run.made_by(self.saes), run.made_by(self.probes))
+        saes = run.made_by(self.saes, "train")
+        pairs = reaching("faithfulness", saes, run.made_by(self.probes, "probe"))
         if not pairs:
             raise UserError(f"faithfulness: '{self.probes}' has no probe on the backbone of an SAE of '{self.saes}'")
         content = {key: value for key, value in self.content().items() if key not in ("use", "probe")}
         for read in dict.fromkeys(probe.needs[0] for _, probe in pairs):
             probe = picked(run, self.probes, self.probe, read)
-            for sae in (sae for sae, other in pairs if other == probe):
+            for sae, _ in reaching("faithfulness", saes, [probe]):
                 label = f"{sae.label}, read by {probe.label}"
                 yield Unit("faithfulness", content, needs=(sae, probe, self._recording(run, sae, read)), label=label)
 
@@ -101,7 +102,7 @@ class Faithfulness(StageConfig):
         """Return the recording of an SAE's layer on the images of a probe's."""
         layer = sae.needs[0].content["layer"]
         wanted = {**{key: read.content[key] for key in ("backbone", "dataset")}, "layer": layer}
-        for unit in run.made_by(self.acts):
+        for unit in run.made_by(self.acts, "record"):
             if all(unit.content[key] == value for key, value in wanted.items()):
                 check_tokens("faithfulness: acts", unit, "all")
                 return unit

@@ -26,6 +26,7 @@ from saefw.originals import Unreadable
 from saefw.plugin import Names, Pace, Pick, Run, StageConfig, Unit, hookimpl, timed
 from saefw.recording import cores
 from saefw.stages.gallery_data import SCRIPTS, SHARD, Tables, features, index, neighbours, packed, script
+from saefw.stages.visuals import d_sae, looked_at
 from saefw.trained import open_sae
 from saefw.unit import canonical
 
@@ -84,7 +85,7 @@ class Gallery(StageConfig):
             UserError: no SAE fits.
 
         """
-        seen = {unit.address: unit for unit in run.made_by(self.visuals)}
+        seen = {unit.address: unit for unit in run.made_by(self.visuals, "visuals")}
         picks = [self.sae] if isinstance(self.sae, Pick) else self.sae
         needs = list(seen.values())
         if picks:
@@ -102,8 +103,8 @@ class Gallery(StageConfig):
         """Return about the bytes of the images and of what is said of the features."""
         total = 0
         for seen in unit.needs:
-            d_sae, shown = self._shown(seen)
-            total += d_sae * DATA + int(self._images(seen, run)) * WEBP + shown * seen.content["top"] * 60
+            n_features, shown = self._shown(seen)
+            total += n_features * DATA + int(self._images(seen, run)) * WEBP + shown * seen.content["top"] * 60
         return total
 
     def duration(self, units: Sequence[Unit], run: Run, pace: Pace) -> float:
@@ -118,8 +119,8 @@ class Gallery(StageConfig):
 
     def _shown(self, seen: Unit) -> tuple[int, int]:
         """Return how many features an SAE has, and how many of them show images at most."""
-        d_sae = seen.needs[0].given["sae"].width(samples.shape(seen.needs[1]).d_model)
-        return d_sae, min(d_sae, self.n_features)
+        n = d_sae(seen.needs[0])
+        return n, min(n, self.n_features)
 
     def _images(self, seen: Unit, run: Run) -> float:
         """Return about how many images are shown: as many as so many draws with replacement would show."""
@@ -218,7 +219,6 @@ class Gallery(StageConfig):
             "grid": list(one.acts.grid) if one.on_patches else None,
             "images": one.views,
             "size": _size(one, site),
-            "top": one.unit.content["top"],
             "rank_by": one.unit.content["rank_by"],
             "split": one.unit.content["split"],
             "n_features": one.tables.d_sae,
@@ -245,7 +245,7 @@ class Seen(NamedTuple):
     @property
     def on_patches(self) -> bool:
         """Whether features light patches."""
-        return bool((self.unit.content["tokens"] or self.unit.needs[0].content["tokens"]) == "patches")
+        return looked_at(self.unit) == "patches"
 
     def image(self, site: Path, example: int) -> Path:
         """Return the file of an image."""

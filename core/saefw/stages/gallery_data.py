@@ -205,11 +205,12 @@ def histograms(folder: Path, first: int, last: int) -> dict[int, tuple[int, list
     mantissa, exponent = np.frexp(rows["low"].astype(np.float64))
     code = 8 * (exponent.astype(np.int64) - 1) + np.rint(8 * (2 * mantissa - 1)).astype(np.int64)
     found = {}
-    for feature in np.unique(rows["feature"]).tolist():
-        here = rows["feature"] == feature
-        counts = np.zeros(int(code[here][-1] - code[here][0]) + 1, dtype=np.int64)
-        counts[code[here] - code[here][0]] = rows["n"][here]
-        found[feature] = int(code[here][0]), counts.tolist()
+    feature_g, starts = np.unique(rows["feature"], return_index=True)
+    for feature, start, stop in zip(feature_g.tolist(), starts, [*starts[1:], len(code)], strict=True):
+        mine = code[start:stop]
+        counts = np.zeros(int(mine[-1] - mine[0]) + 1, dtype=np.int64)
+        counts[mine - mine[0]] = rows["n"][start:stop]
+        found[feature] = int(mine[0]), counts.tolist()
     return found
 
 
@@ -306,6 +307,7 @@ def index(tables: Tables, ap_s: Array, chosen_s: Array, found: dict[str, list[An
         "ap": rounded(ap_s),
         "label": label_s.tolist(),
         "most": most_s.tolist(),
+        "n_images": np.diff(tables.starts_s).tolist(),
         "shown": np.where(chosen_s, np.diff(tables.starts_s), 0).tolist(),
         "found": found,
     }

@@ -80,7 +80,7 @@ class ProbeStage(StageConfig):
                 fewer than two classes.
 
         """
-        units = run.made_by(self.acts)
+        units = run.made_by(self.acts, "record")
         recordings = [unit for unit in units if unit.content["layer"] == resolve(self.layer, depth(unit))]
         if not recordings:
             layers = ", ".join(map(str, sorted({unit.content["layer"] for unit in units})))

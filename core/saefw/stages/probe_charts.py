@@ -65,7 +65,7 @@ class OfProbes(FigureConfig):
         for one, axes in zip(picked, all_axes, strict=False):
             title = self.fill(db, one, axes, across)
             if text := shown(title, 200) if self.title is None else self.title:
-                axes.set_title(fill(text, int(9 * across)), fontsize=9)
+                axes.set_title(fill(text, int(10.5 * across)), fontsize=9)
         return figure
 
     def fill(self, db: "DuckDBPyConnection", one: Picked, axes: "Axes", inches: float) -> str:

@@ -71,10 +71,7 @@ class Sheets(StageConfig):
             UserError: no SAE fits, or `include` names a feature that one does not have.
 
         """
-        tables = run.made_by(self.visuals)
-        wrong = [unit for unit in tables if unit.stage != "visuals"]
-        if wrong:
-            raise UserError(f"sheets: visuals: '{self.visuals}' is a {wrong[0].stage} stage, not one of visuals")
+        tables = run.made_by(self.visuals, "visuals")
         if self.sae is not None:
             address = tables[0].address
             if run.decided(self.visuals, tables):

@@ -118,11 +118,11 @@ class Steer(StageConfig):
             UserError: the SAE, the probe and the tokens do not fit together.
 
         """
-        reaching("steer", self._candidates(run), run.made_by(self.probes), self.place)
+        reaching("steer", self._candidates(run), run.made_by(self.probes, "probe"), self.place)
         sae = self._sae(run)
         trained_on = sae.needs[0]
         self._check_place(sae)
-        recordings = dict.fromkeys(unit.needs[0] for unit in run.made_by(self.probes))
+        recordings = dict.fromkeys(unit.needs[0] for unit in run.made_by(self.probes, "probe"))
         ours = [unit for unit in recordings if unit.content["backbone"] == trained_on.content["backbone"]]
         if not ours:
             raise UserError(f"steer: '{self.probes}' has no probe on the backbone of {sae.label}")
@@ -152,7 +152,7 @@ class Steer(StageConfig):
 
     def _candidates(self, run: Run) -> list[Unit]:
         """Return the SAEs of the layer that is named, or all."""
-        units, layer = run.made_by(self.saes), self.sae.layer
+        units, layer = run.made_by(self.saes, "train"), self.sae.layer
         if layer is None:
             return units
         where = {unit: unit.needs[0].content["layer"] for unit in units}
@@ -174,7 +174,8 @@ class Steer(StageConfig):
         tokens = sae.content["tokens"]
 
         def tables(stage: str) -> list[Unit]:
-            return [unit for unit in run.made_by(stage) if unit.needs[0] == sae and looked_at(unit) == tokens]
+            made = run.made_by(stage, "visuals")
+            return [unit for unit in made if unit.needs[0] == sae and looked_at(unit) == tokens]
 
         found = tables(named)
         classes = [unit for unit in found if unit.needs[1].content["dataset"] == dataset]
@@ -184,11 +185,7 @@ class Steer(StageConfig):
                 f"{probe.needs[0].label}"
             )
         check_tokens("steer: classes" if self.classes else "steer: visuals", classes[0].needs[1], "all")
-        own = [
-            unit
-            for unit in run.made_by(self.visuals)
-            if unit.needs == (sae, sae.needs[0]) and looked_at(unit) == tokens
-        ]
+        own = [unit for unit in tables(self.visuals) if unit.needs[1] == sae.needs[0]]
         for stage, unit in ((named, classes[0]), (self.visuals, (own or classes)[0])):
             if (split := unit.content["split"]) != "train":
                 raise UserError(f"steer: '{stage}' looked at the {split} split, but features are chosen on train alone")

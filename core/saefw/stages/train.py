@@ -132,7 +132,7 @@ class Train(StageConfig):
         yield from listed
 
     def _recordings(self, run: Run) -> list[Unit]:
-        units = run.made_by(self.acts)
+        units = run.made_by(self.acts, "record")
         if self.layers is None:
             return units
         chosen: list[Unit] = []

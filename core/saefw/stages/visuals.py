@@ -110,8 +110,8 @@ class Visuals(StageConfig):
 
         """
         content = {name: value for name, value in self.content().items() if name != "use"}
-        recordings = run.made_by(self.acts)
-        for sae in run.made_by(self.saes):
+        recordings = run.made_by(self.acts, "record")
+        for sae in run.made_by(self.saes, "train"):
             (trained_on,) = sae.needs
             found = [unit for unit in recordings if _where(unit) == _where(trained_on)]
             if not found:

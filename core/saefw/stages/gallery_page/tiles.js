@@ -49,5 +49,5 @@ function calledBy(sae, feature) {
 }
 
 function ofImages(sae, feature) {
-  return sae.label[feature] < 0 ? "" : `${sae.most[feature]} of ${sae.top}`;
+  return sae.label[feature] < 0 ? "" : `${sae.most[feature]} of ${sae.n_images[feature]}`;
 }
