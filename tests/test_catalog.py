@@ -1,5 +1,6 @@
 """How plugins are found, what they bring, and what is said of those that break the contract."""
 
+import re
 import subprocess
 import sys
 import types
@@ -14,6 +15,7 @@ from saefw.catalog import Catalog
 from saefw.entry import KINDS, Knob, Late, Names
 from saefw.errors import Faults, UserError
 from saefw.plugin import SaeConfig, hookimpl
+from saefw.registry import read
 
 HEAD = "from typing import Literal\n\nfrom saefw.plugin import SaeConfig, hookimpl\n"
 
@@ -55,9 +57,9 @@ def sae(use: str, name: str = "Variant", **fields: Any) -> type[SaeConfig]:
     return made
 
 
-def faults(*modules: object, entry_points: bool = False) -> list[str]:
+def faults(*modules: object) -> list[str]:
     with pytest.raises(Faults) as caught:
-        Catalog(modules, entry_points=entry_points)
+        Catalog(modules, entry_points=False)
     return caught.value.lines
 
 
@@ -89,36 +91,80 @@ def test_an_installed_plugin_is_found_and_its_origin_known(site: Path) -> None:
     assert catalog.origin(catalog.lookup("saes")["topk"]).startswith("saefw ")
 
 
-def test_a_plugin_that_cannot_be_imported_is_named(site: Path) -> None:
-    install(site, "saefw-noise", "0.2", "noise", "import not_a_module_at_all\n")
-    assert faults(entry_points=True) == [
-        "plugin 'noise' of saefw-noise 0.2 cannot be imported:"
-        " ModuleNotFoundError(\"No module named 'not_a_module_at_all'\") (SAEFW_BLOCK=noise leaves it out)"
-    ]
+def file_of(site: Path, distribution: str) -> Path:
+    (path,) = site.glob(f"{distribution.replace('-', '_')}_*.py")
+    return path
 
 
-def test_a_plugin_that_exits_is_named(site: Path) -> None:
-    install(site, "saefw-noise", "0.2", "noise", "import sys\n\nsys.exit(3)\n")
-    assert faults(entry_points=True) == [
-        "plugin 'noise' of saefw-noise 0.2 cannot be imported: SystemExit(3) (SAEFW_BLOCK=noise leaves it out)"
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("import not_a_module_at_all\n", "ModuleNotFoundError(\"No module named 'not_a_module_at_all'\")"),
+        ("import sys\n\nsys.exit(3)\n", "SystemExit(3)"),
+    ],
+)
+def test_a_plugin_that_cannot_be_imported_is_named(site: Path, source: str, said: str) -> None:
+    install(site, "saefw-noise", "0.2", "noise", source)
+    path = file_of(site, "saefw-noise")
+    line = source.rstrip().count("\n") + 1
+    assert Catalog().broken == [
+        f"plugin 'noise' of saefw-noise 0.2 ({path}) cannot be imported: {said} at {path.name}:{line}"
+        " (SAEFW_BLOCK=noise leaves it out)"
     ]
 
 
 def test_all_bad_plugins_are_named_at_once(site: Path) -> None:
     install(site, "saefw-noise", "0.2", "noise", "1 / 0\n")
     install(site, "saefw-calm", "1.0", "calm", NOISE.format(use="calm").replace("saefw_saes", "saefw_sae"))
-    assert sorted(faults(entry_points=True)) == [
-        "plugin 'calm' of saefw-calm 1.0: unknown hook 'saefw_sae'; did you mean 'saefw_saes'?",
-        "plugin 'noise' of saefw-noise 0.2 cannot be imported: ZeroDivisionError('division by zero')"
-        " (SAEFW_BLOCK=noise leaves it out)",
+    noise, calm = (file_of(site, name) for name in ("saefw-noise", "saefw-calm"))
+    assert sorted(Catalog().broken) == [
+        f"plugin 'calm' of saefw-calm 1.0 ({calm}): unknown hook 'saefw_sae'; did you mean 'saefw_saes'?",
+        f"plugin 'noise' of saefw-noise 0.2 ({noise}) cannot be imported: ZeroDivisionError('division by zero')"
+        f" at {noise.name}:1 (SAEFW_BLOCK=noise leaves it out)",
     ]
 
 
 def test_two_plugins_with_one_name(site: Path) -> None:
     install(site, "saefw-noise", "0.2", "topk", NOISE.format(use="noise-2"))
-    (line,) = faults(entry_points=True)
+    (line,) = Catalog().broken
     assert line.startswith("two plugins are called 'topk': one of saefw")
     assert "one of saefw-noise 0.2" in line
+
+
+def test_a_broken_plugin_matters_to_those_who_need_it(
+    site: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    install(site, "saefw-noise", "0.2", "noise", "1 / 0\n")
+    path = tmp_path / "registry.yaml"
+    path.write_text("saefw: 1\nsaes: {a: {use: topk}}\n")
+    catalog = Catalog()
+    assert read(path, catalog).families["saes"]["a"]
+    assert [record.getMessage() for record in caplog.records] == [f"{catalog.broken[0]}; nothing in {path} needs it"]
+    path.write_text("saefw: 1\nsaes: {a: {use: noise}}\n")
+    with pytest.raises(Faults) as caught:
+        read(path, catalog)
+    (line,) = caught.value.lines
+    assert line.startswith(f"{path}:2:12: saes.a.use: no plugin brings 'noise'")
+    assert line.endswith(f"; perhaps it would come from one that is broken: {catalog.broken[0]}")
+
+
+def test_what_two_installed_plugins_bring_is_nobodys(site: Path, tmp_path: Path) -> None:
+    install(site, "saefw-noise", "0.2", "noise", NOISE.format(use="topk"))
+    module = file_of(site, "saefw-noise")
+    path = tmp_path / "registry.yaml"
+    path.write_text("saefw: 1\nsaes: {a: {use: relu}}\n")
+    catalog = Catalog()
+    assert read(path, catalog).families["saes"]["a"]
+    (said,) = catalog.broken
+    assert re.fullmatch(
+        rf"saes: {module.stem} of saefw-noise 0\.2 \({re.escape(str(module))}\) and saefw_topk of saefw \S+"
+        " both bring 'topk'",
+        said,
+    )
+    path.write_text("saefw: 1\nsaes: {a: {use: topk}}\n")
+    with pytest.raises(Faults) as caught:
+        read(path, catalog)
+    assert caught.value.lines == [f"{path}:2:12: saes.a.use: {said}"]
 
 
 def test_a_blocked_plugin_is_not_even_imported(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:

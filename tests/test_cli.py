@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import fakes
@@ -16,7 +17,10 @@ import pytest
 from typer.testing import CliRunner
 
 from saefw import __version__
+from saefw.catalog import Catalog
 from saefw.cli import app
+from saefw.places import load
+from saefw.registry import json_schema
 from saefw.store import Store
 
 FILE = f"""
@@ -86,6 +90,7 @@ def test_help_imports_next_to_nothing() -> None:
         "plugins",
         "schema",
         "init",
+        "new",
         "sql",
         "index",
         "verify",
@@ -182,7 +187,11 @@ def test_dry_for_another_machine(saefw: Saefw) -> None:
 
 def test_trace(saefw: Saefw) -> None:
     result = CliRunner().invoke(app, ["run", "--trace", "--stage", "numbers"])
-    assert result.exit_code == 0 and "saefw_kept [hook]" in result.stderr and "saefw_kept" not in result.stdout
+    assert result.exit_code == 0 and "saefw_kept" not in result.stdout
+    lines = result.stderr.splitlines()
+    assert "saefw_stages() -> fakes" in lines and "saefw_saes() -> topk" in lines
+    assert lines[-1] == "saefw_progressed(stage='numbers', done=3, total=3, what='numbers') -> printer"
+    assert any(line.startswith("saefw_logged(unit='number 1', step=1, values={") for line in lines)
 
 
 def test_check(saefw: Saefw) -> None:
@@ -269,6 +278,52 @@ def test_every_example_is_an_entry(saefw: Saefw) -> None:
 def test_schema(saefw: Saefw) -> None:
     schema = json.loads(saefw("schema"))
     assert "numbers" in schema["properties"]["stages"]["additionalProperties"]["discriminator"]["mapping"]
+
+
+def checked(path: Path, schema: Any) -> list[str]:
+    """Return what a schema validator says of a registry."""
+    from jsonschema import Draft202012Validator
+
+    return [error.message for error in Draft202012Validator(schema).iter_errors(load(path)[0].value)]
+
+
+def test_every_registry_fits_the_schema() -> None:
+    """With its own plugin files, `vary` included; what the schema refuses is refused."""
+    from jsonschema import Draft202012Validator
+
+    top = Path(__file__).parents[1]
+    paths = [
+        top / "registry.yaml",
+        *(path for kind in ("examples", "benchmarks") for path in (top / kind).rglob("*.yaml")),
+    ]
+    assert len(paths) > 10
+    for path in paths:
+        catalog = Catalog()
+        catalog.add_files([path.parent / file for file in load(path)[0].value.get("plugins", [])])
+        schema = json_schema(catalog)
+        Draft202012Validator.check_schema(schema)
+        assert checked(path, schema) == [], path
+        sys.path[:] = [folder for folder in sys.path if folder != str(path.parent)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "{use: topk, k: 0}",
+        "{use: topk, vary: {k: [8, 0]}}",
+        "{use: topk, vary: {k: []}}",
+        "{use: topk, vary: {kk: [8]}}",
+        "{use: topk, kk: 8}",
+        "{use: tokp}",
+        "{k: 8}",
+    ],
+)
+def test_the_schema_refuses_what_a_registry_does(settings: str, tmp_path: Path) -> None:
+    path = tmp_path / "registry.yaml"
+    path.write_text(f"saefw: 1\nsaes: {{a: {settings}}}\n")
+    assert checked(path, json_schema(Catalog()))
+    path.write_text("saefw: 1\nsaes: {a: {use: topk, vary: {k: [8, 16]}}}\n")
+    assert not checked(path, json_schema(Catalog()))
 
 
 def test_init(saefw: Saefw) -> None:

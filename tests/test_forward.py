@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import pytest
+import tiny
 import torch
 from tiny import TinyVit
 from torch import Tensor
@@ -128,3 +129,14 @@ def test_float32_is_no_tf32(tf32: bool) -> None:
     list(Forward(vit, [1], "cpu", "float32", None).outputs(list(IMAGES)))
     look()
     assert seen == [(False, False), (tf32, tf32)]
+
+
+def test_a_block_of_another_shape_is_told_with_its_file() -> None:
+    backbone = TinyVit().build("cpu")
+    backbone.info = backbone.info._replace(d_model=8)
+    with pytest.raises(UserError) as told:
+        next(Forward(backbone, [1], "cpu", "float32", 4).outputs(list(IMAGES[:4])))
+    assert str(told.value) == (
+        f"TinyBackbone of {tiny.__file__}: after block 1 tokens are [4, 17, 16], but by what describe() says "
+        "[batch, token, d_model] is [4, 17, 8]"
+    )

@@ -22,6 +22,7 @@ from saefw.plugin import (
     Unit,
     hookimpl,
 )
+from saefw.testing import CONTRACT
 
 HOOKS = [name for name in vars(hookspecs) if name.startswith("saefw_")]
 
@@ -169,10 +170,21 @@ def test_every_hook_has_a_test(name: str) -> None:
     assert f"test_{name}" in globals(), f"write test_{name}"
 
 
-@pytest.mark.parametrize("name", HOOKS)
-def test_every_hook_is_documented_with_its_signature(name: str) -> None:
-    docs = (Path(__file__).parents[1] / "docs/plugins.md").read_text()
-    assert f"`{name}{_signature(getattr(hookspecs, name))}`" in docs
+def table_in_docs(head: str) -> list[str]:
+    """Return the rows of a table in the documentation, by its first line."""
+    docs = (Path(__file__).parents[1] / "docs/plugin_reference.md").read_text()
+    return docs.split(f"{head}\n|---|---|\n")[1].split("\n\n")[0].splitlines()
+
+
+def test_the_hooks_in_the_docs_are_these() -> None:
+    hooks = {name: getattr(hookspecs, name) for name in HOOKS}
+    rows = [f"| `{name}{_signature(hook)}` | {inspect.getdoc(hook)} |" for name, hook in hooks.items()]
+    assert table_in_docs("| hook | what it is for |") == rows
+
+
+def test_the_contract_in_the_docs_is_this() -> None:
+    rows = [f"| `{line}` | {text} |" for line, text in CONTRACT.items()]
+    assert table_in_docs("| line | what it asks for |") == rows
 
 
 @pytest.mark.parametrize("name", HOOKS)
@@ -184,7 +196,7 @@ def test_every_hook_says_in_one_sentence_what_it_is(name: str) -> None:
 def _signature(function: Any) -> str:
     """Return a signature as it is written, without the modules of its types."""
     text = str(inspect.signature(function))
-    modules = ("collections.abc.", "pathlib.", "saefw.plugin.", "saefw.unit.", "saefw.sae.", "typing.")
+    modules = ("collections.abc.", "pathlib.", "saefw.plugin.", "saefw.unit.", "saefw.sae.", "saefw.metric.", "typing.")
     for module in modules:
         text = text.replace(module, "")
     return text

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,7 +117,7 @@ class TinyImages:
         if not 0 <= index < self.n:
             raise IndexError(index)
         splits: tuple[Split, ...] = ("train",) * 7 + ("valid",) + ("test",) * 2
-        return Example(f"tiny-{index:03d}", index % 3, splits[index // 3 % 10], lambda: self.image(index))
+        return Example(f"tiny-{index:03d}", index % 3, splits[index // 3 % 10], partial(self.image, index))
 
     def image(self, index: int) -> Image.Image:
         if index in self.broken:
@@ -150,7 +151,7 @@ class FolderImages(TinyImages):
 
     def __getitem__(self, index: int) -> Example:
         example = super().__getitem__(index)
-        return example._replace(key=self.names[index], load=lambda: Image.open(self.root / self.names[index]))
+        return example._replace(key=self.names[index], load=partial(Image.open, self.root / self.names[index]))
 
 
 @hookimpl

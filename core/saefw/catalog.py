@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -47,20 +48,34 @@ BASES: Mapping[str, type[Entry]] = {
 class Catalog:
     """Every plugin, and the config classes they bring, by kind and `use`."""
 
-    def __init__(self, modules: Sequence[object] = (), entry_points: bool = True) -> None:
+    def __init__(
+        self,
+        modules: Sequence[object] = (),
+        entry_points: bool = True,
+        trace: Callable[[str], object] | None = None,
+    ) -> None:
         """Register installed plugins and `modules`, which tests pass.
+
+        An installed plugin that is broken is left out, and `broken` says why: perhaps nobody needs it.
 
         Args:
             modules: modules or other objects whose attributes are hook implementations.
             entry_points: whether to look for installed plugins.
+            trace: told a line for every call of a hook that a plugin answers, with the plugins.
 
         Raises:
-            Faults: plugins that cannot be imported or break the contract, all of them.
+            Faults: modules that break the contract, all of them.
             UserError: there is no plugin at all.
 
         """
         self.manager = pluggy.PluginManager(GROUP)
         self.manager.add_hookspecs(hookspecs)
+        if trace is not None:
+            self.manager.add_hookcall_monitoring(partial(_traced, trace), lambda outcome, name, impls, arguments: None)
+        self.broken: list[str] = []
+        """What is wrong with installed plugins that are left out for it."""
+        self.clashes: dict[tuple[str, str], str] = {}
+        """By kind and name: what two plugins bring, so that it is nobody's."""
         self._origins: dict[str, str] = {}
         """By plugin name, the distribution and version, or the file, that it comes from."""
         self._blocked = {name.strip() for name in os.environ.get(BLOCK, "").split(",")} - {""}
@@ -74,7 +89,7 @@ class Catalog:
         faults: list[str] = []
         for point in found:
             if point.name not in self._blocked:
-                faults += self._add(point.name, _origin(point), point.load)
+                self.broken += self._add(point.name, _origin(point), point.load)
         for module in modules:
             name = getattr(module, "__name__", None) or type(module).__name__
             if name not in self._blocked:
@@ -100,7 +115,8 @@ class Catalog:
         """Return where a config class or metric comes from: `saefw 0.1.0`, or the file of a drop-in."""
         for (kind, name), plugin in self._bringers.items():
             if (self._metrics if kind == "metrics" else self._brought[kind])[name] is cls:
-                return self._origins[plugin]
+                origin = self._origins[plugin]
+                return origin if Path(origin).is_absolute() else origin.partition(" (")[0]
         raise KeyError(cls)
 
     def add_files(self, paths: Sequence[Path]) -> None:
@@ -121,12 +137,13 @@ class Catalog:
     def _add(self, name: str, origin: str, load: Callable[..., object], *args: object) -> list[str]:
         """Import and register one plugin and sort what it brings; return what is wrong with it."""
         who = f"plugin '{name}' of {origin}"
+        file = origin if Path(origin).is_absolute() else origin.partition(" (")[2].removesuffix(")")
         try:
             plugin = load(*args)
         except UserError as error:
             return [str(error)]
         except (Exception, SystemExit) as error:
-            return [f"{who} cannot be imported: {error!r}{_line(error, origin)} ({BLOCK}={name} leaves it out)"]
+            return [f"{who} cannot be imported: {error!r}{_line(error, file)} ({BLOCK}={name} leaves it out)"]
         if self.manager.is_registered(plugin):
             return []
         if self.manager.has_plugin(name):
@@ -208,15 +225,18 @@ class Catalog:
             bringers = sorted([self._module(self._bringers[kind, word]), self._module(plugin)])
             if bringers[0] == bringers[1]:
                 return [f"{kind}: {bringers[0]} brings '{word}' twice"]
-            return [f"{kind}: {' and '.join(bringers)} both bring '{word}'"]
+            text = f"{kind}: {' and '.join(bringers)} both bring '{word}'"
+            self.clashes[kind, word] = text
+            return [text]
         brought[word] = cls
         self._bringers[kind, word] = plugin
         return []
 
     def _module(self, plugin: str) -> str:
-        """Return the module name of a plugin, or its own name where it is no module."""
+        """Return the module name of a plugin, or its own name where it is no module, and where it comes from."""
         module = self.manager.get_plugin(plugin)
-        return module.__name__ if isinstance(module, ModuleType) else plugin
+        name = module.__name__ if isinstance(module, ModuleType) else plugin
+        return name if self._origins[plugin] == name else f"{name} of {self._origins[plugin]}"
 
 
 def _listed(words: Iterable[str]) -> str:
@@ -224,8 +244,23 @@ def _listed(words: Iterable[str]) -> str:
 
 
 def _origin(point: metadata.EntryPoint) -> str:
-    """Return the distribution and version of an entry point."""
-    return f"{point.dist.metadata['Name']} {point.dist.version}" if point.dist else point.value
+    """Return the distribution and version of an entry point and, of a foreign one, the file, which is not imported."""
+    if not point.dist:
+        return point.value
+    origin = f"{point.dist.metadata['Name']} {point.dist.version}"
+    if point.dist.metadata["Name"] == GROUP or "." in point.module:  # to find it would import its package
+        return origin
+    spec = importlib.util.find_spec(point.module)
+    return f"{origin} ({spec.origin})" if spec and spec.origin else origin
+
+
+def _traced(
+    tell: Callable[[str], object], name: str, impls: Sequence[pluggy.HookImpl], arguments: Mapping[str, Any]
+) -> None:
+    """Tell of a call of a hook: with what, and which plugins answer, in their order."""
+    if impls:
+        given = ", ".join(f"{key}={getattr(value, 'label', value)!r}" for key, value in arguments.items())
+        tell(f"{name}({given}) -> {_listed(impl.plugin_name for impl in reversed(impls))}")
 
 
 def _line(error: BaseException, file: str) -> str:

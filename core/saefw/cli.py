@@ -5,6 +5,7 @@ Imports what a command needs inside it: `saefw --help` loads neither torch nor a
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,7 @@ EXAMPLES = """Examples:
   saefw run                make all that ./registry.yaml asks for
   saefw run --dry          only list what would be made
   saefw plugins topk       the settings of a plugin
+  saefw new sae NAME       a plugin of your own to begin with
   saefw sql "FROM pareto"  look at the results
   saefw gc                 delete what no registry needs
 
@@ -81,7 +83,9 @@ def run(
     dry: Annotated[
         bool, typer.Option("--dry", help="Only list what would be made, with the disk and the time.")
     ] = False,
-    trace: Annotated[bool, typer.Option("--trace", help="Print every call of a hook to stderr.")] = False,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Print every call of a hook to stderr, and which plugins it calls.")
+    ] = False,
 ) -> None:
     """Make all that a registry asks for and that is not there yet.
 
@@ -94,10 +98,7 @@ def run(
     from saefw.registry import read
     from saefw.tables import console
 
-    catalog = Catalog()
-    if trace:
-        catalog.manager.trace.root.setwriter(lambda text: print(text, end="", file=sys.stderr))
-        catalog.manager.enable_tracing()
+    catalog = Catalog(trace=partial(print, file=sys.stderr) if trace else None)
     registry = read(file, catalog)
     desk = pipeline.desk(registry, catalog, mend=not dry)
     plans = pipeline.plan(registry, catalog, stage, desk)
@@ -230,18 +231,43 @@ def schema(registry: Of = REGISTRY) -> None:
 @app.command()
 def init(folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", show_default=False)] = Path()) -> None:
     """Write registry.yaml, an experiment that runs anywhere in minutes, into a folder."""
-    inside = Path(saefw.__file__).parent / "registry.yaml"
-    source = inside if inside.exists() else Path(saefw.__file__).parents[2] / "registry.yaml"
+    from saefw.new import shipped
+
     target = folder / "registry.yaml"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with target.open("x") as file:
-            file.write(source.read_text())
+            file.write(shipped("registry.yaml").read_text())
     except FileExistsError as error:
         raise UserError(f"{error.filename}: is there already; nothing was written") from error
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror})") from error
     print(f"{target}: written. Next: {'' if folder == Path() else f'cd {folder}; '}saefw run")
+
+
+@app.command()
+def new(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="backbone, dataset, sae, probe, stage, figure, ...")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As soft-threshold.")],
+    package: Annotated[bool, typer.Option("--package", help="Write an installable package.")] = False,
+) -> None:
+    """Write a plugin that works at once, its test, and a registry that runs it on the embedded data.
+
+    The kinds: backbone, dataset, sae, probe, stage, figure, metric, watcher.
+    """
+    from saefw.catalog import Catalog
+    from saefw.new import new as write
+
+    plugin, test, registry, *_ = write(kind, name, package, Catalog())
+    print(f"{plugin}: the plugin; change it as you like")
+    if package:
+        folder = plugin.parent
+        print(f"{folder}: the package; install it with: pip install -e {folder}")
+        print(f"{test}: its test; run it with: cd {folder}; python -m pytest")
+        print(f"{registry}: runs it; run it with: saefw run {registry}")
+        return
+    print(f"{test}: its test; run it with: python -m pytest {test}")
+    print(f"{registry}: runs it; run it with: saefw run {registry}")
 
 
 @app.command()
@@ -444,6 +470,8 @@ def _catalog(registry: Path) -> "Catalog":
     from saefw.entry import Place
 
     catalog = Catalog()
+    for text in catalog.broken:
+        print(f"{escaped(text)}; it is left out", file=sys.stderr)
     if registry != REGISTRY or registry.exists():
         files = _header(registry).get("plugins") or []
         catalog.add_files([Place(file).open(registry.parent) for file in files if isinstance(file, str)])

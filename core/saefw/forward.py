@@ -5,6 +5,7 @@ Shapes: b batch, t n_tokens, d d_model; `tokens_btd` has shape [b, t, d].
 
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
@@ -81,7 +82,17 @@ class Forward:
     def _run(self, images: Sequence[Tensor]) -> dict[int, Tensor]:
         kind, reduced = self.device.partition(":")[0], self.dtype != torch.float32
         with torch.inference_mode(), _without_tf32(), torch.autocast(kind, self.dtype, enabled=reduced):
-            return outputs(self.backbone, torch.stack(list(images)).to(self.device), self.layers)
+            found = outputs(self.backbone, torch.stack(list(images)).to(self.device), self.layers)
+        info, cls = self.backbone.info, type(self.backbone)
+        wanted = [len(images), info.n_tokens, info.d_model]
+        for layer, tokens_btd in found.items():
+            if list(tokens_btd.shape) != wanted:
+                file = getattr(sys.modules.get(cls.__module__), "__file__", None) or cls.__module__
+                raise UserError(
+                    f"{cls.__name__} of {file}: after block {layer} tokens are {list(tokens_btd.shape)}, but by what "
+                    f"describe() says [batch, token, d_model] is {wanted}"
+                )
+        return found
 
     def _seconds(self, n: int) -> float:
         """Return how long `n` images take, with what comes out brought to the CPU."""

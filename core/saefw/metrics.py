@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from saefw.plugin import Codes, Metric
-from saefw.sae import Sae
+from saefw.metric import Metric, PerToken
+from saefw.sae import Codes, Sae
 
 DENSE = 0.1
 """A feature is dense when it fires on more than this share of tokens."""
@@ -58,31 +58,10 @@ class ExplainedVariance(Nmse):
         return 1 - super().result()
 
 
-class PerToken:
-    """Mean over tokens of a number that each has by itself."""
-
-    def __init__(self) -> None:
-        """Start at nothing."""
-        self.n, self.sum = 0, 0.0
-
-    def of(self, x_nd: Tensor, x_hat_nd: Tensor) -> Tensor:
-        """Return the number of each token [n], of float64 tokens."""
-        raise NotImplementedError(f"{type(self).__name__} has no of")
-
-    def add(self, x_nd: Tensor, x_hat_nd: Tensor, codes: Codes) -> None:
-        """Take in a batch."""
-        self.n += len(x_nd)
-        self.sum += float(self.of(x_nd.double(), x_hat_nd.double()).sum())
-
-    def result(self) -> float:
-        """Return it; NaN if some token has none."""
-        return self.sum / self.n if self.n and math.isfinite(self.sum) else math.nan
-
-
 class Cosine(PerToken):
     """Mean over tokens of the cosine between x and x_hat, as recorded: not centred, so a large mean flatters it."""
 
-    def of(self, x_nd: Tensor, x_hat_nd: Tensor) -> Tensor:
+    def of(self, x_nd: Tensor, x_hat_nd: Tensor, codes: Codes) -> Tensor:
         """Return the cosine of each token [n]."""
         return torch.cosine_similarity(x_nd, x_hat_nd, dim=1)
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from saefw.metrics import PerToken
+from saefw.metric import PerToken
 from saefw.plugin import Codes
 
 
@@ -107,7 +107,7 @@ class BiasSaelens(Sums):
 class NmseOpenAi(PerToken):
     """normalized_mse of OpenAI's sparse_autoencoder and of MSAE: mean over tokens of |e|^2 / |x|^2; not centred."""
 
-    def of(self, x_nd: Tensor, x_hat_nd: Tensor) -> Tensor:
+    def of(self, x_nd: Tensor, x_hat_nd: Tensor, codes: Codes) -> Tensor:
         """Return that of each token [n]."""
         return (x_nd - x_hat_nd).square().sum(dim=1) / x_nd.square().sum(dim=1)
 
@@ -118,7 +118,7 @@ class FvuMsae(PerToken):
     By its formula it is what is left unexplained: lower is better.
     """
 
-    def of(self, x_nd: Tensor, x_hat_nd: Tensor) -> Tensor:
+    def of(self, x_nd: Tensor, x_hat_nd: Tensor, codes: Codes) -> Tensor:
         """Return that of each token [n]."""
         ratio_n: Tensor = (x_nd - x_hat_nd).var(dim=1) / x_nd.var(dim=1)
         return ratio_n
@@ -127,7 +127,7 @@ class FvuMsae(PerToken):
 class L2RatioSaelens(PerToken):
     """l2_ratio of SAELens, SAEBench and dictionary_learning: mean over tokens of |x_hat| / |x|."""
 
-    def of(self, x_nd: Tensor, x_hat_nd: Tensor) -> Tensor:
+    def of(self, x_nd: Tensor, x_hat_nd: Tensor, codes: Codes) -> Tensor:
         """Return that of each token [n]."""
         ratio_n: Tensor = x_hat_nd.norm(dim=1) / x_nd.norm(dim=1)
         return ratio_n

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, final
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, final
 
 import pluggy
 import torch
@@ -16,6 +16,7 @@ from saefw.errors import NotYet, UserError, did_you_mean
 from saefw.fetch import Source
 from saefw.images import open_image
 from saefw.imagesets import Dataset, Example, Files, ImageFiles, clean, folder, image_files, inside, read_lines
+from saefw.metric import Metric, PerToken
 from saefw.pace import Pace, timed
 from saefw.run import Pick, Run
 from saefw.sae import Codes, Sae
@@ -49,6 +50,7 @@ __all__ = [
     "NotYet",
     "Pace",
     "PenalisedConfig",
+    "PerToken",
     "Pick",
     "Place",
     "Prefix",
@@ -224,7 +226,7 @@ class DatasetConfig(Entry):
     terms: ClassVar[str] = ""
     """Where it comes from and on what terms, in one sentence, for who downloads it."""
 
-    limit: Annotated[int | None, Late] = Field(None, gt=0)
+    limit: Annotated[int | None, Late] = Field(default=None, gt=0)
     """At most so many images, to try first: of every split and class its share, always the same ones; null: all."""
 
     @final
@@ -269,10 +271,10 @@ class DatasetConfig(Entry):
 class SaeConfig(Entry):
     """An SAE variant that a plugin can train."""
 
-    expansion: int | None = Field(16, gt=0)
+    expansion: int | None = Field(default=16, gt=0)
     """d_sae as a multiple of d_model; where d_sae is set, leave it out."""
 
-    d_sae: int | None = Field(None, gt=0)
+    d_sae: int | None = Field(default=None, gt=0)
     """How many features there are; null: expansion times d_model."""
 
     init: Literal["tied", "kaiming", "data"] = "tied"
@@ -285,28 +287,28 @@ class SaeConfig(Entry):
     geometric median of some of them.
     """
 
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
     """Learning rate of Adam between warm-up and decay."""
 
-    warmup: int = Field(100, ge=0)
+    warmup: int = Field(default=100, ge=0)
     """Steps over which the learning rate rises, from its first fraction up."""
 
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How the learning rate falls at the end: not at all, on a line, or as half a cosine."""
 
-    decay: float = Field(0.2, gt=0, le=1)
+    decay: float = Field(default=0.2, gt=0, le=1)
     """Share of the steps, the last ones, over which it falls to 0; with `schedule: constant` it does not."""
 
-    clip: float | None = Field(1.0, gt=0)
+    clip: float | None = Field(default=1.0, gt=0)
     """Largest L2 norm of the whole gradient, to which a larger one is scaled down; null: as it comes."""
 
     unit_norm: bool = True
     """Keep each decoder row at L2 norm 1, and its gradient orthogonal to it."""
 
-    aux: float = Field(1 / 32, ge=0)
+    aux: float = Field(default=1 / 32, ge=0)
     """Weight of AuxK, the loss that lets dead features learn what the others leave over; 0: none."""
 
-    k_aux: int | None = Field(None, gt=0)
+    k_aux: int | None = Field(default=None, gt=0)
     """Dead features that AuxK may use on one token; null: the largest power of two up to d_model / 2."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -361,7 +363,7 @@ class SaeConfig(Entry):
 class KeptConfig(SaeConfig):
     """An SAE variant whose sparsity is a number: so many features are kept."""
 
-    k: int = Field(32, gt=0)
+    k: int = Field(default=32, gt=0)
     """Features that may fire on one token."""
 
     def fitting(self, d_model: int) -> int:
@@ -379,20 +381,8 @@ class KeptConfig(SaeConfig):
 class PenalisedConfig(SaeConfig):
     """An SAE variant whose sparsity comes from a penalty: the term `penalty` of its loss."""
 
-    sparsity_warmup: int = Field(0, ge=0)
+    sparsity_warmup: int = Field(default=0, ge=0)
     """Steps over which the weight of the penalty rises, from its first fraction up."""
-
-
-class Metric(Protocol):
-    """A number computed for an SAE over held-out tokens, in float64."""
-
-    def add(self, x_nd: Tensor, x_hat_nd: Tensor, codes: Codes) -> None:
-        """Take in a batch: recorded tokens, their reconstruction, their codes."""
-        ...
-
-    def result(self) -> float:
-        """The number over all batches."""
-        ...
 
 
 # Probes

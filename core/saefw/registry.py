@@ -1,6 +1,7 @@
 """registry.yaml, read and checked."""
 
 import json
+import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,6 +18,8 @@ from saefw.errors import Faults, UserError, escaped
 from saefw.places import Fault, Spot, load
 from saefw.unit import WORD
 from saefw.wording import got, listed, near, or_listed, sentence
+
+log = logging.getLogger("saefw")
 
 VERSION = 1
 """The version of the format, which a file states as `saefw: 1`."""
@@ -99,6 +102,9 @@ def read(path: Path, catalog: Catalog) -> Registry:
     reader = _Reader(path, root, catalog)
     reader.faults += doubles
     registry = reader.registry()
+    if not reader.faults:
+        for text in catalog.broken:
+            log.warning("%s; nothing in %s needs it", escaped(text), path)
     if reader.faults:
         raise Faults(
             [fault.show(path) for fault in sorted(reader.faults, key=lambda fault: (fault.line, fault.column))]
@@ -238,12 +244,15 @@ class _Reader:
             self.fault(loc, f"is required{listed(brought)}")
         elif not isinstance(use, str):
             self.fault(loc, f"must be the name that a plugin brings{listed(brought)}{got(use)}")
+        elif (kind, use) in self.catalog.clashes:
+            self.fault(loc, self.catalog.clashes[kind, use])
         elif use in brought:
             return brought[use]
         elif not self.plugins_failed:
             # A plugin that failed may have brought it; that fault is the one to mend.
             hint = f"{near(use, brought)}{listed(brought)}" if len(self.faults) < HINTED else ""
-            self.fault(loc, f"no plugin brings '{use}'{hint}")
+            lame = f"; perhaps it would come from one that is broken: {'; '.join(self.catalog.broken)}"
+            self.fault(loc, f"no plugin brings '{use}'{hint}{lame if self.catalog.broken else ''}")
         return None
 
     def _checked_vary(self, here: Loc, settings: dict[str, Any]) -> dict[str, list[Any]]:

@@ -1,6 +1,7 @@
 """The handwritten digits that come with scikit-learn, shown as 32 x 32 images."""
 
 from collections.abc import Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -48,7 +49,7 @@ class DigitImages:
         """The image at an index."""
         if not 0 <= index < len(self):
             raise IndexError(f"there is no digit {index}")
-        return Example(_key(index), self._labels[index], self._splits[index], lambda: self._image(index))
+        return Example(_key(index), self._labels[index], self._splits[index], partial(self._image, index))
 
     def _image(self, index: int) -> "Image":
         from PIL import Image
