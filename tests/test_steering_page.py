@@ -477,27 +477,3 @@ def test_in_a_browser_an_edit_is_made_and_its_link_shows_it_to_another(chromium:
     two.wait_for_selector("text=1 feature edited", state="detached")
     assert one.locator("text=1 feature edited").count() == 1
     assert faults == []
-
-
-def test_in_a_browser_patches_are_clicked_and_an_edit_is_saved_and_an_image_is_brought(
-    chromium: Any, address: str
-) -> None:
-    seen = chromium.new_page(viewport={"width": 1600, "height": 1000})
-    seen.goto(address)
-    seen.locator(".noUi-handle").first.press("ArrowRight")
-    seen.wait_for_selector("text=1 feature edited on all patches")
-    picture = seen.locator(".bk-Figure:visible canvas").first
-    picture.click(position={"x": 8, "y": 8})
-    seen.wait_for_selector("text=1 feature edited on 1 of 16 patches")
-    seen.get_by_placeholder("a name for this edit").fill("corner")
-    seen.keyboard.press("Tab")
-    seen.get_by_text("Save", exact=True).click()
-    seen.locator("option", has_text="corner").wait_for(state="attached")
-    seen.wait_for_function("decodeURIComponent(location.search).includes('patches')")
-    seen.reload()
-    seen.wait_for_selector("text=1 feature edited on 1 of 16 patches")
-    file = BytesIO()
-    Image.new("RGB", (40, 30), "red").save(file, "PNG")
-    sent: Any = {"name": "mine.png", "mimeType": "image/png", "buffer": file.getvalue()}
-    seen.locator("input[type=file]").set_input_files(sent)
-    seen.wait_for_selector("text=kept in memory alone")
