@@ -1,4 +1,8 @@
-"""The page for `bokeh serve steering`; of another registry: `bokeh serve steering --args other.yaml`."""
+"""The page for `bokeh serve steering`; of another registry: `bokeh serve steering --args other.yaml`.
+
+`bokeh serve` listens on all addresses of the machine; clients from elsewhere are refused, unless `--args --public` is
+said.
+"""
 
 import sys
 from pathlib import Path
@@ -7,4 +11,5 @@ from bokeh.io import curdoc
 
 from saefw_steering import page
 
-page(curdoc(), Path(*sys.argv[1:2] or ["registry.yaml"]))
+names = [arg for arg in sys.argv[1:] if arg != "--public"]
+page(curdoc(), Path(*names[:1] or ["registry.yaml"]), public="--public" in sys.argv[1:])

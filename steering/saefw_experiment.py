@@ -1,238 +1,338 @@
-"""Reads what the steering page shows: one steer unit with its models, its tables and its pictures.
+"""Reads what the steering page shows: an SAE and a probe with their models, tables and pictures.
 
-Shapes: p patches, s d_sae, c classes; images one at a time.
+Whatever grows with the number of features or images is read when it is first looked at.
+
+Shapes: t tokens, p patches, s d_sae, c classes, d d_model; images one at a time.
 """
 
 from base64 import b64encode
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import cached_property, lru_cache
+from threading import RLock
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from saefw import pictures, pipeline, registry, tensors
-from saefw.catalog import Catalog
-from saefw.controls import strongest
+from saefw import controls, inputs, notes, pictures, tensors
+from saefw.blocks import tokens_after
 from saefw.errors import escaped
-from saefw.inputs import called
 from saefw.live import acts_of
 from saefw.originals import again
-from saefw.plugin import Entry, Run, Unit, UserError, settings
+from saefw.plugin import Backbone, UserError
 from saefw.stages.readers import opened as opened_probe
-from saefw.stages.steer import Steer
 from saefw.stages.steer_plan import GRADIENT, gradient_form
 from saefw.stages.visuals import MAPS, PICTURES
 from saefw.steering import FACTORS, Edit, Reading, Steering
 from saefw.trained import open_sae
+from saefw.unit import canonical
+from saefw_choices import Choice
+from saefw_experiment_tables import Features, First, Guide, first_of, guides_of, title_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+Place = Literal["patches", "cls"]
 
 THUMBNAILS, SIDE = 5, 96
 """Example pictures of a feature, and the pixels of their longer side."""
 
+SPEAK = 64
+"""Train images over which a predicted effect is averaged that the steer stage did not store."""
 
-@dataclass(frozen=True)
-class Choice:
-    """A steer unit that is made; what is opened for it is shared by all sessions."""
-
-    registry: Path
-    """The registry that it was planned from."""
-
-    store: Path
-    """Where it is kept."""
-
-    unit: Unit
-
-    run: Run = field(compare=False)
-    """The desk from which it is read."""
+OPEN = 4
+"""Experiments that stay open in a process."""
 
 
-def choices(path: Path) -> list[Choice]:
-    """List the steer units of a registry that are made.
+class Change(NamedTuple):
+    """What is done to a feature."""
 
-    Raises:
-        UserError: the registry cannot be read, or there is none; the text says what to do.
+    feature: int
+    mode: str
+    """`set`, `add`, `scale` or `ablate`."""
 
-    """
-    catalog = Catalog()
-    read = registry.read(path, catalog)
-    names = [name for name, members in read.families["stages"].items() if isinstance(members[0].entry, Steer)]
-    if not names:
-        raise UserError(
-            f"{path} has no stage with use: steer, which this page shows; add one and run `saefw run {path}`."
-        )
-    run = pipeline.desk(read, catalog)
-    plans = [plan for plan in pipeline.plan(read, catalog, only=names[-1], run=run) if plan.name in names]
-    made = [Choice(path.resolve(), read.store, unit, run) for plan in plans for unit in plan.kept]
-    if not made:
-        raise UserError(f"Nothing is made yet that could be steered: run `saefw run {path}` first.")
-    return made
+    amount: float
+    """In units of its p99; a factor with mode `scale`, a share with `ablate`."""
+
+
+class After(NamedTuple):
+    """What comes of an edit."""
+
+    probability_c: Floats
+    norm: float
+    """The Frobenius norm of what was added to the tokens, in their own units."""
 
 
 class Seen(NamedTuple):
     """An image as the models see it, before any edit."""
 
-    reading: Reading
-    """Of this image alone."""
+    readings: dict[str, Reading]
+    """Of this image alone, by the place of edits."""
 
-    probability_c: Floats
-    """What the probe says."""
+    codes_ts: NDArray[np.float32]
+    """Codes of all tokens."""
 
-    patch_ps: NDArray[np.float32]
-    """Codes of the patches."""
+    n_prefix: int
 
-    edited_ps: NDArray[np.float32]
-    """Codes of the tokens that edits change: the patches, or [CLS] alone."""
+    @property
+    def patch_ps(self) -> NDArray[np.float32]:
+        """Codes of the patches."""
+        return self.codes_ts[self.n_prefix :]
 
+    def edited(self, place: str) -> NDArray[np.float32]:
+        """Return the codes of the tokens that edits of a place change: the patches, or [CLS] alone."""
+        return self.codes_ts[:1] if place == "cls" else self.patch_ps
 
-class About(NamedTuple):
-    """What the tables say of a feature."""
-
-    frequency: float
-    """Share of patches on which it fires; of images, for a feature of [CLS]."""
-
-    p99: float
-    """In the units of codes."""
-
-    label: int
-    """The commonest class among its top images; -1: none."""
-
-    n_label: int
-    """How many of them are of it."""
-
-    top: Ints
-    """Its top images, the strongest first."""
+    def probability_c(self, place: str) -> Floats:
+        """Return what the probe says."""
+        return probabilities(self.readings[place].logits_bc[0])
 
 
-class First(NamedTuple):
-    """The stored example to begin with."""
-
-    example: int
-    own: int
-    target: int
-    features: list[int]
-    amount: float
+_OPENED: dict[Choice, "Experiment"] = {}
+_TURN = RLock()
 
 
-@lru_cache(maxsize=4)
 def opened(choice: Choice) -> "Experiment":
-    """Open what a steer unit needs, once a process."""
-    return Experiment(choice.unit, choice.run)
+    """Open a choice, once a process, whoever asks and however many at once."""
+    with _TURN:
+        if choice not in _OPENED:
+            made = Experiment(choice)
+            for oldest in list(_OPENED)[: max(0, len(_OPENED) - OPEN + 1)]:
+                del _OPENED[oldest]
+            _OPENED[choice] = made
+        return _OPENED[choice]
+
+
+def is_open(choice: Choice) -> bool:
+    """Whether a choice is open already, so that opening it takes no time."""
+    return choice in _OPENED
+
+
+@dataclass(frozen=True)
+class Model:
+    """A backbone on a device."""
+
+    content: str
+    """The canonical JSON of its settings."""
+
+    device: str
+    entry: Any = field(compare=False)
+
+
+@lru_cache(maxsize=2)
+def built(model: Model) -> Backbone:
+    """Load a backbone, once for all experiments on it."""
+    made: Backbone = model.entry.build(model.device)
+    return made
 
 
 class Experiment:
-    """A steer unit, its models loaded, its tables read."""
+    """A choice, its models loaded."""
 
-    def __init__(self, unit: Unit, run: Run) -> None:
-        """Load models and tables; DuckDB is open for that long only.
+    def __init__(self, choice: Choice) -> None:
+        """Load the models.
 
         Raises:
-            UserError: something that it is made of is damaged.
+            UserError: something that it is made of is damaged, or is not there.
 
         """
-        sae, probe, _, classes, recording = unit.needs
-        run.check(unit, sae, probe)  # what is small; a recording may be a terabyte
-        self.unit, self._looks = unit, run.folder(classes)
+        unit, run = choice.unit, choice.run
+        sae, probe, tables, classes, recording = unit.needs
+        self.steered = choice.steered
+        # What is small; a recording may be a terabyte.
+        run.check(sae, probe, *([unit] if self.steered else []))
+        self.choice, self.unit, self._run, self._looks = choice, unit, run, run.folder(classes)
         self.acts = acts_of(recording, run)
-        self.counted = "images" if sae.content["tokens"] == "cls" else "patches"
-        self.place, self.mode = str(unit.content["place"]), str(unit.content["mode"])
+        self.trained_on = str(sae.content["tokens"])
+        self.counted = "images" if self.trained_on == "cls" else "patches"
+        self.place: Place = unit.content["place"]
+        self.mode = str(unit.content["mode"])
         self.amounts = [float(amount) for amount in unit.content["amounts"]]
         # Escaped as for any other eye: HTML would show an override of the direction of writing by obeying it.
-        self.classes, self.keys = list(map(escaped, self.acts.classes)), list(map(escaped, self.acts.keys))
+        self.classes = list(map(escaped, self.acts.classes))
         self.labels = self.acts.labels
-        self.steering = Steering(
-            recording.given["backbone"].build(run.device),
+        parts = (
+            built(Model(canonical(recording.given["backbone"].content()), run.device, recording.given["backbone"])),
             open_sae(sae.given["sae"], run.folder(sae), run.device),
             opened_probe(probe, run),
-            self.acts.layer,
-            probe.needs[0].content["layer"],
-            self.place,
-            bool(unit.content["keep_error"]),
-            probe.content["token"],
         )
-        self._device = run.device
+        self.sae = parts[1]
+        self.steerings: dict[str, Steering] = {}
+        """By place, those in which an edit reaches what the probe reads."""
+        layers = self.acts.layer, int(probe.needs[0].content["layer"])
+        token: inputs.Token = probe.content["token"]
+        places: list[Place] = ["patches", "cls"] if parts[0].info.has_cls else ["patches"]
+        for place in places:
+            with nullcontext() if place == self.place else suppress(UserError):
+                self.steerings[place] = Steering(*parts, *layers, place, bool(unit.content["keep_error"]), token)
+        self.direct = [place for place in self.steerings if layers[1] > layers[0] and inputs.held(token) == place]
+        """The places of edits that the probe itself reads, past the blocks between."""
         self._images = run.dataset(recording.given["dataset"])
-        self.about = _about(unit, run)
-        test = self.acts.of_split("test")
-        self.test: Ints = test[self.labels[test] >= 0]
-        self.predicted = _predicted(probe, run)
-        self.title, self.subtitle = _title(unit, run, self.acts.layer)
-        self._by_effect_cf = self._by_effect(run.folder(unit))
-        self.first = _first(run.folder(unit), self.acts.classes)
+        self.about = Features(run, tables, classes, self.sae.d_sae, self.labels)
+        self.title, self.subtitle = title_of(unit, run, self.acts.layer)
+        folder = run.store.folder(unit)
+        self.first: First | None = first_of(folder, self.acts.classes) if self.steered else None
+        self.guides: list[Guide] = guides_of(unit, run, self.first) if self.first else []
         self.top = int(classes.content["top"])
-        self.seen = lru_cache(maxsize=32)(self._seen)
+        self.max_frequency = float(unit.content["max_frequency"])
+        self.seen = lru_cache(maxsize=8)(self._seen)
         self.view = lru_cache(maxsize=32)(self._view)
         self.thumbnails = lru_cache(maxsize=512)(self._thumbnails)
+        self.ranked = lru_cache(maxsize=64)(self._ranked)
 
-    def of_class(self, label: int) -> Ints:
-        """Return the test images of a class."""
-        found: Ints = self.test[self.labels[self.test] == label]
-        return found
+    def check_place(self, place: str) -> None:
+        """See that an edit somewhere reaches what the probe reads.
 
-    def strong(self, label: int, n: int) -> list[int]:
-        """Return the features with the largest predicted effect on a class's logit, as the steer stage chose them."""
-        return [int(feature) for feature in self._by_effect_cf[label][:n]]
-
-    def firing(self, example: int) -> list[int]:
-        """Return the features that fire in an image and tell it from others, the largest value first."""
-        most_s = self.seen(example).edited_ps.max(axis=0)
-        usual = [s for s in np.argsort(-most_s, kind="stable") if most_s[s] > 0 and s in self.about]
-        return [int(s) for s in usual if self.about[s].frequency < self.unit.content["max_frequency"]]
-
-    def edit(
-        self, example: int, edits: dict[int, float], mode: str, patches: Sequence[int] | None, raw: bool = False
-    ) -> Floats:
-        """Return the probabilities [c] after an edit.
-
-        Args:
-            example: which image.
-            edits: by feature, the amount: in units of its p99, or a factor with mode `scale`, a share with `ablate`.
-            mode: `set`, `add`, `scale` or `ablate`.
-            patches: which to edit; null: all.
-            raw: amounts are in the units of codes.
+        Raises:
+            UserError: it does not.
 
         """
-        some = None if self.place == "cls" else patches
-        asked = [Edit(s, mode, x if raw or mode in FACTORS else x * self.about[s].p99, some) for s, x in edits.items()]
-        return probabilities(self.steering.edit(self.seen(example).reading, asked)[0])
+        if place not in self.steerings:
+            one, other = ("[CLS]", "patches") if place == "cls" else ("patches", "[CLS]")
+            raise UserError(f"the probe reads nothing that an edit of {one} reaches; edit {other}")
 
-    @torch.no_grad()
-    def _seen(self, example: int) -> Seen:
-        ((_, tokens_1td),) = self.acts.read("all", np.array([example]))
-        tokens_1td = tokens_1td.to(self._device)
-        reading = self.steering.reading(tokens_1td)
-        codes_ts = self.steering.sae.dense(tokens_1td[0]).cpu().numpy()
-        return Seen(
-            reading,
-            probabilities(reading.logits_bc[0]),
-            codes_ts[self.acts.n_prefix :],
-            codes_ts[self.steering.edited],
+    # Notes
+
+    def note(self, feature: int, name: str, text: str = "") -> notes.Note:
+        """Call a feature by a name, and say more about it; both empty: take that back.
+
+        Raises:
+            UserError: there is no such feature, or something of the note is too long or does not print.
+            OSError: the store cannot be written to.
+
+        """
+        if not 0 <= feature < self.sae.d_sae:
+            raise UserError(f"feature: there is no {feature} (there are: 0 to {self.sae.d_sae - 1})")
+        return notes.write(self._run.store.root, self.choice.sae.address, feature, name, text)
+
+    def called(self) -> dict[int, str]:
+        """Return what people call features, those that have a name, as any eye may see it."""
+        said = notes.of(self._run.store.root, self.choice.sae.address)
+        return {feature: escaped(note.name) for feature, note in said.items() if note.name}
+
+    # Images
+
+    @cached_property
+    def test(self) -> Ints:
+        """The labelled test images."""
+        return self.of_split("test")
+
+    def of_split(self, split: str) -> Ints:
+        """Return the labelled images of a split, ascending."""
+        examples = self.acts.of_split(split)
+        return examples[self.labels[examples] >= 0]
+
+    def of_class(self, label: int, split: str = "test") -> Ints:
+        """Return the images of a class and a split."""
+        examples = self.of_split(split)
+        found: Ints = examples[self.labels[examples] == label]
+        return found
+
+    def key(self, example: int) -> str:
+        """Return the key of an image as it is shown."""
+        return escaped(self.acts.keys[example])
+
+    def find(self, text: str) -> int:
+        """Return an image by its number or its key, or by a part of its key that no other has.
+
+        Raises:
+            UserError: there is none, or there are several.
+
+        """
+        keys, asked = self.acts.keys, text.strip()
+        if asked.isdecimal() and len(asked) < 10 and int(asked) < len(keys):
+            return int(asked)
+        if asked in keys:
+            return keys.index(asked)
+        found = [i for i, key in enumerate(keys) if asked and asked in key]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise UserError(f"{len(found)} images have '{escaped(asked)}' in their key; say more of it")
+        raise UserError(
+            f"there is no image '{escaped(asked[:60])}' (there are 0 to {len(keys) - 1}, called like '{self.key(0)}')"
         )
 
-    def _view(self, example: int) -> "Image":
-        image = again(self._images, example, self.acts.keys[example])
-        return self.steering.backbone.view(image).convert("RGB")
+    @cached_property
+    def predicted(self) -> Ints:
+        """What the probe takes each test image for, by example; -1 where it was not asked."""
+        found = np.full(self.acts.n_examples, -1, dtype=np.int64)
+        with self._run.store.db() as db:
+            rows = db.execute(
+                "SELECT example, predicted FROM prediction WHERE unit = ?", [self.unit.needs[1].address]
+            ).fetchnumpy()
+        found[rows["example"]] = rows["predicted"]
+        return found
 
-    def _thumbnails(self, feature: int) -> list[tuple[str, int]]:
-        """Return the feature's top images with its patches lit, as data URIs, and which they are."""
-        examples = self.about[feature].top[:THUMBNAILS].tolist()
-        views = pictures.read(self._looks / PICTURES, examples)
-        maps_tp, grid = pictures.maps(self._looks / MAPS, feature), self.acts.grid
-        lit = [pictures.lit(views[e], pictures.on_grid(maps_tp[i], grid), SIDE) for i, e in enumerate(examples)]
-        return [
-            ("data:image/png;base64," + b64encode(pictures.png(x)).decode(), e)
-            for x, e in zip(lit, examples, strict=True)
-        ]
+    # Features
 
-    def _by_effect(self, folder: Path) -> Ints:
+    def strong(self, label: int, n: int, place: str | None = None) -> list[int]:
+        """Return the features with the largest predicted effect on a class's logit, as the steer stage chose them."""
+        return [int(feature) for feature in self.ranked(label, place or self.place)[:n]]
+
+    def detectors(self, label: int, n: int) -> list[int]:
+        """Return the features that are the best detectors of a class, by average precision."""
+        with self._run.store.db() as db:
+            rows = db.execute(
+                "SELECT feature FROM class_feature WHERE unit = ? AND label = ? ORDER BY ap DESC, feature LIMIT ?",
+                [self.unit.needs[3].address, label, 4 * n],
+            ).fetchall()
+        return [feature for (feature,) in rows if feature in self.about][:n]
+
+    def controls(self, example: int, label: int, n: int, place: str) -> list[int]:
+        """Return features of like frequency beside the strong ones of a class, drawn as the steer stage does."""
+        chosen = np.array([self.strong(label, n, place)])
+        drawn = controls.Drawn(chosen, self.about.frequency_s, self._usable_s, self.sae.d_model, 0)
+        return [int(feature) for feature in drawn(example, 0)[0]]
+
+    def firing(self, seen: Seen, place: str | None = None, patches: Sequence[int] = ()) -> list[int]:
+        """Return the features that fire in an image and tell it from others, the largest value in their p99 first.
+
+        Args:
+            seen: the image.
+            place: where; by default where the stage edits.
+            patches: on these alone, if any are named.
+
+        """
+        codes_ps = seen.edited(place or self.place)
+        most_s = (codes_ps[list(patches)] if patches else codes_ps).max(axis=0)
+        order = np.argsort(-most_s, kind="stable")
+        return [int(s) for s in order[: int((most_s > 0).sum())] if self._usable_s[s]]
+
+    @cached_property
+    def _usable_s(self) -> NDArray[np.bool_]:
+        frequency_s, p99_s = self.about.frequency_s, self.about.p99_s
+        usable: NDArray[np.bool_] = (frequency_s > 0) & (frequency_s < self.max_frequency) & (p99_s > 0)
+        return usable
+
+    def _ranked(self, label: int, place: str) -> Ints:
+        gradient_cd = torch.from_numpy(self._gradient_d(label, place)[None])
+        effect_sc = self.steerings[place].effects(gradient_cd, torch.from_numpy(self.about.p99_s)).numpy()
+        best: Ints = controls.strongest(effect_sc, self._usable_s, min(64, int(self._usable_s.sum())))[0]
+        return best
+
+    def _gradient_d(self, label: int, place: str) -> Floats:
+        """Return the mean gradient of a class's logit, [d]: the steer stage's, or one over some train images."""
+        if self.steered and place == self.place:
+            found: Floats = self._stored_cd[label].numpy()
+            return found
+        train = self.of_split("train")
+        some = train[controls.balanced(self.labels[train], SPEAK, 0)]
+        total_d, wanted = torch.zeros(self.acts.d_model, dtype=torch.float64), torch.tensor([[label]])
+        for examples, tokens_btd in self.acts.read("all", some, 16):
+            classes_bm = wanted.expand(len(examples), 1).to(self._run.device)
+            total_d += self.steerings[place].gradients(tokens_btd.to(self._run.device), classes_bm).sum(dim=(0, 1))
+        mean: Floats = (total_d / max(1, len(some))).numpy()
+        return mean
+
+    @cached_property
+    def _stored_cd(self) -> torch.Tensor:
+        folder = self._run.store.folder(self.unit)
         form = gradient_form(len(self.classes), self.acts.d_model)
         try:
             found, _ = tensors.read(folder / GRADIENT)
@@ -241,103 +341,83 @@ class Experiment:
             raise UserError(
                 f"{folder / GRADIENT}: cannot be read ({error}); delete {folder} to make it again"
             ) from error
-        gradient_cd = found["gradient"]
-        frequency_s, p99_s = np.zeros(self.steering.sae.d_sae), np.zeros(self.steering.sae.d_sae)
-        for s, about in self.about.items():
-            frequency_s[s], p99_s[s] = about.frequency, about.p99
-        effect_sc = self.steering.effects(gradient_cd, torch.from_numpy(p99_s)).numpy()
-        usable_s = (frequency_s > 0) & (frequency_s < self.unit.content["max_frequency"]) & (p99_s > 0)
-        return strongest(effect_sc, usable_s, min(64, int(usable_s.sum())))
+        return found["gradient"]
+
+    # Edits
+
+    def edit(
+        self,
+        seen: Seen,
+        changes: Sequence[Change],
+        place: str | None = None,
+        patches: Sequence[int] | None = None,
+        directly: bool = False,
+        raw: bool = False,
+    ) -> After:
+        """Run an edit.
+
+        Args:
+            seen: the image.
+            changes: what is done to which features.
+            place: the tokens that are edited, `patches` or `cls`; by default where the stage edits.
+            patches: which to edit; null: all.
+            directly: past the blocks between, into the tokens that the probe reads.
+            raw: amounts are in the units of codes.
+
+        """
+        place = place or self.place
+        steering, reading = self.steerings[place], seen.readings[place]
+        some = None if place == "cls" else patches
+        edits = [
+            Edit(s, mode, x if raw or mode in FACTORS else x * float(self.about.p99_s[s]), some)
+            for s, mode, x in changes
+        ]
+        if not edits:
+            return After(seen.probability_c(place), 0.0)
+        delta_bpd = steering.change(reading, edits)
+        logits_bc = steering.directly(reading, delta_bpd) if directly else steering.after(reading, delta_bpd)
+        return After(probabilities(logits_bc[0]), float(delta_bpd.norm()))
+
+    def read(self, image: "Image") -> tuple[Seen, "Image"]:
+        """Return an image of anybody's as the models see it, and the crop that they see."""
+        backbone = self.steerings[self.place].backbone
+        prepared = backbone.prepare(image)[None].to(self._run.device)
+        with torch.no_grad():
+            tokens_btd = tokens_after(backbone, prepared, self.acts.layer)
+        return self._of_tokens(tokens_btd), backbone.view(image).convert("RGB")
+
+    def _seen(self, example: int) -> Seen:
+        ((_, tokens_1td),) = self.acts.read("all", np.array([example]))
+        return self._of_tokens(tokens_1td.to(self._run.device))
+
+    @torch.no_grad()
+    def _of_tokens(self, tokens_1td: torch.Tensor) -> Seen:
+        return Seen(
+            {place: steering.reading(tokens_1td) for place, steering in self.steerings.items()},
+            self.sae.dense(tokens_1td[0]).cpu().numpy(),
+            self.acts.n_prefix,
+        )
+
+    # Pictures
+
+    def _view(self, example: int) -> "Image":
+        image = again(self._images, example, self.acts.keys[example])
+        return self.steerings[self.place].backbone.view(image).convert("RGB")
+
+    def _thumbnails(self, feature: int) -> list[tuple[str, int]]:
+        """Return the feature's top images with its patches lit, as data URIs, and which they are."""
+        examples = self.about[feature].top[:THUMBNAILS].tolist()
+        views = pictures.read(self._looks / PICTURES, examples)
+        maps_tp, grid = pictures.maps(self._looks / MAPS, feature), self.acts.grid
+        lit = [
+            (pictures.lit(views[e], pictures.on_grid(maps_tp[i], grid), SIDE), e)
+            for i, e in enumerate(examples)
+            if e in views
+        ]
+        return [("data:image/png;base64," + b64encode(pictures.png(x)).decode(), e) for x, e in lit]
 
 
 def probabilities(logits_c: torch.Tensor) -> Floats:
     """Return the softmax of logits, in float64."""
     found: Floats = torch.softmax(logits_c.double().cpu(), dim=0).numpy()
     return found
-
-
-# What the tables say
-
-
-def _about(unit: Unit, run: Run) -> dict[int, About]:
-    """Return what is known of each feature that fires."""
-    with run.store.db() as db:
-        told = db.execute(
-            "SELECT feature, frequency, p99 FROM feature WHERE unit = ? AND frequency > 0 ORDER BY feature",
-            [unit.needs[2].address],
-        ).fetchall()
-        tops = db.execute(
-            "SELECT feature, list(example ORDER BY rank) FROM top_example WHERE unit = ? GROUP BY feature",
-            [unit.needs[3].address],
-        ).fetchall()
-        counts = db.execute(
-            "SELECT feature, arg_max(label, (n, -label)), max(n) FROM (SELECT feature, label, count(*) AS n "
-            "FROM top_example t JOIN example e ON e.unit = t.acts AND e.example = t.example "
-            "WHERE t.unit = ? AND label >= 0 GROUP BY ALL) GROUP BY feature",
-            [unit.needs[3].address],
-        ).fetchall()
-    top = {feature: np.array(examples, dtype=np.int64) for feature, examples in tops}
-    named = {feature: (label, n) for feature, label, n in counts}
-    none = np.array([], dtype=np.int64)
-    return {
-        feature: About(frequency, p99, *named.get(feature, (-1, 0)), top.get(feature, none))
-        for feature, frequency, p99 in told
-    }
-
-
-def _predicted(probe: Unit, run: Run) -> dict[int, int]:
-    """Return what the probe takes each test image for."""
-    with run.store.db() as db:
-        rows = db.execute("SELECT example, predicted FROM prediction WHERE unit = ?", [probe.address]).fetchall()
-    return dict(rows)
-
-
-def _title(unit: Unit, run: Run, layer: int) -> tuple[str, str]:
-    """Return the experiment's name, and a line on its SAE and its probe."""
-    sae, probe, _, _, recording = unit.needs
-    with run.store.db() as db:
-        rows = db.execute(
-            "SELECT unit, name, value FROM final WHERE unit IN (?, ?)", [sae.address, probe.address]
-        ).fetchall()
-    measured: dict[tuple[str, str], float] = {(who, name): value for who, name, value in rows}
-
-    def told(who: Unit, name: str, called: str, form: str) -> list[str]:
-        value = measured.get((who.address, name))
-        return [] if value is None else [f"{called} {value:{form}}".replace("%", " %")]
-
-    def chosen(entry: Entry, *keys: str) -> list[str]:
-        given = settings(entry)
-        return [f"{key.replace('_', ' ')} {given[key]:g}" for key in keys if isinstance(given.get(key), int | float)]
-
-    variant, reader = sae.given["sae"], probe.given["probe"]
-    short = [
-        *chosen(variant, "k", "l1", "expansion", "d_sae", "lr"),
-        *told(sae, "l0", "L0", ".3g"),
-        *told(sae, "nmse", "NMSE", ".2g"),
-    ]
-    learnt = [*chosen(reader, "lr", "weight_decay"), *told(probe, "test_accuracy", "test accuracy", ".1%")]
-    names: dict[str, Any] = recording.given.get("names", {})
-    title = f"{names.get('dataset', recording.label)} · {names.get('backbone', '')}".rstrip(" ·")
-    parts = [
-        f"SAE {variant.use} on {sae.content['tokens']} of layer {layer}: {', '.join(short)}",
-        f"probe {reader.use} on {called(probe.content['token'])}: {', '.join(learnt)}",
-    ]
-    return title, " — ".join(parts)
-
-
-def _first(folder: Path, classes: Sequence[str]) -> First | None:
-    """Return the steer stage's first example; none if no edit turned a right answer."""
-    path = folder / "first.json"
-    if not path.exists():
-        return None
-    try:
-        told = tensors.parsed(path.read_text())
-        return First(
-            int(told["example"]),
-            classes.index(told["from"]),
-            classes.index(told["to"]),
-            [int(feature) for feature in told["features"]],
-            float(told["amount"]),
-        )
-    except (OSError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); delete {folder} to make it again") from error

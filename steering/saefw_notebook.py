@@ -17,7 +17,8 @@ from pathlib import Path
 from saefw.pictures import enlarged, png
 from saefw.plugin import UserError
 from saefw.steering import MODES
-from saefw_experiment import Experiment, Floats, choices, opened
+from saefw_choices import choices
+from saefw_experiment import Change, Experiment, Floats, opened
 
 BEFORE, AFTER = "#b4b8c1", "#0072B2"
 
@@ -25,21 +26,32 @@ SIDE, CLASSES = 224, 10
 """Pixels of the longer side of an image; classes that are shown of many, the likeliest."""
 
 
-def open_experiment(registry: str | Path = "registry.yaml", dataset: str | None = None) -> "Notebook":
-    """Open a steer unit that is made.
+def open_experiment(
+    registry: str | Path = "registry.yaml",
+    dataset: str | None = None,
+    sae: str | None = None,
+    probe: str | None = None,
+) -> "Notebook":
+    """Open an SAE with a probe, by default those that the steer stage edited.
 
     Args:
-        registry: the file that it was planned from.
-        dataset: the name of its dataset, where several were steered; None: the first.
+        registry: the file that they were planned from.
+        dataset: the name of the probe's dataset, where several were steered; None: the first.
+        sae: the address of another SAE of the stage.
+        probe: the address of another probe of the stage.
 
     Raises:
         UserError: the registry cannot be read, or nothing is made; the text says what to do.
 
     """
-    found = {choice.unit.needs[4].given["names"]["dataset"]: choice for choice in reversed(choices(Path(registry)))}
+    made = choices(Path(registry))
+    found = {choice.unit.needs[4].given["names"]["dataset"]: choice for choice in reversed(made)}
     if dataset is not None and dataset not in found:
         raise UserError(f"{registry}: '{dataset}' is not steered (there are: {', '.join(sorted(found))})")
-    return Notebook(opened(list(found.values())[-1] if dataset is None else found[dataset]))
+    choice = made[0] if dataset is None else found[dataset]
+    if sae is not None or probe is not None:
+        choice = choice.other(sae or choice.sae.address, probe or choice.probe.address)
+    return Notebook(opened(choice))
 
 
 class Notebook:
@@ -62,10 +74,12 @@ class Notebook:
             UserError: there is none, or it has no picture to read.
 
         """
-        keys = self.experiment.keys
+        keys = self.experiment.acts.keys
         if isinstance(which, str):
             if which not in keys:
-                raise UserError(f"image: there is no '{which}' (they are called like '{keys[self.examples[0]]}')")
+                raise UserError(
+                    f"image: there is no '{which}' (they are called like '{self.experiment.key(self.examples[0])}')"
+                )
             which = keys.index(which)
         if not 0 <= which < len(keys):
             raise UserError(f"image: there is no {which} (there are: 0 to {len(keys) - 1})")
@@ -93,42 +107,51 @@ class Shot:
     @property
     def probabilities(self) -> dict[str, float]:
         """What the probe says, by class."""
-        return _named(self.experiment, self.experiment.seen(self.example).probability_c)
+        return _named(self.experiment, self.experiment.seen(self.example).probability_c(self.experiment.place))
 
     def features(self, n: int = 10) -> "Features":
         """Return the features that are strongest in the image."""
-        return Features(self.experiment, self.experiment.firing(self.example)[:n])
+        return Features(self.experiment, self.experiment.firing(self.experiment.seen(self.example))[:n])
 
     def edit(
         self,
         amounts: Mapping[int, float],
-        mode: str = "set",
+        mode: str | Mapping[int, str] = "set",
         patches: Sequence[int] | None = None,
         raw: bool = False,
+        place: str | None = None,
+        directly: bool = False,
     ) -> "Edited":
         """Edit features and run the rest of the backbone.
 
         Args:
             amounts: by feature, the amount: in units of its p99; a factor with mode `scale`, a share with `ablate`.
-            mode: `set`, `add`, `scale` or `ablate`.
+            mode: `set`, `add`, `scale` or `ablate`, of all or by feature.
             patches: which to edit, row by row from 0; None: all. Edits of [CLS] have none.
             raw: amounts are in the units of codes.
+            place: the tokens that are edited, `patches` or `cls`; None: those that the stage edits.
+            directly: past the blocks, into the tokens that the probe reads.
 
         Raises:
-            UserError: there is no such mode, feature or patch.
+            UserError: there is no such mode, feature, place or patch; or the edit cannot go straight into the probe.
 
         """
-        experiment, n = self.experiment, len(self.experiment.seen(self.example).edited_ps)
-        if mode not in MODES:
-            raise UserError(f"mode: there is no '{mode}' (there are: {', '.join(MODES)})")
+        experiment, seen, place = self.experiment, self.experiment.seen(self.example), place or self.experiment.place
+        if place not in experiment.steerings:
+            raise UserError(f"place: there is no '{place}' (there are: {', '.join(experiment.steerings)})")
+        n, modes = len(seen.edited(place)), {f: mode if isinstance(mode, str) else mode.get(f, "set") for f in amounts}
+        for named in modes.values() if amounts else [mode]:
+            if named not in MODES:
+                raise UserError(f"mode: there is no '{named}' (there are: {', '.join(MODES)})")
         for feature in amounts:
             if feature not in experiment.about:
                 raise UserError(f"feature {feature}: none of this number fires on the training images")
         for patch in patches or ():
-            if experiment.place == "cls" or not 0 <= patch < n:
-                there = "none: edits are on [CLS]" if experiment.place == "cls" else f"0 to {n - 1}"
+            if place == "cls" or not 0 <= patch < n:
+                there = "none: edits are on [CLS]" if place == "cls" else f"0 to {n - 1}"
                 raise UserError(f"patches: there is no {patch} (there are: {there})")
-        return Edited(self, experiment.edit(self.example, dict(amounts), mode, patches, raw))
+        changes = [Change(feature, modes[feature], amount) for feature, amount in amounts.items()]
+        return Edited(self, place, experiment.edit(seen, changes, place, patches, directly, raw).probability_c)
 
     def _repr_png_(self) -> bytes:
         return png(enlarged(self.experiment.view(self.example), SIDE))
@@ -142,13 +165,14 @@ class Features:
     numbers: list[int]
 
     def _repr_html_(self) -> str:
-        rows = []
+        rows, names = [], self.experiment.called()
         for feature in self.numbers:
             about = self.experiment.about[feature]
             name = escape(self.experiment.classes[about.label]) if about.label >= 0 else "no class"
+            called = f" · {escape(names[feature])}" if feature in names else ""
             images = "".join(f'<img src="{uri}" alt="" height="64"> ' for uri, _ in self.experiment.thumbnails(feature))
             rows.append(
-                f"<tr><td>{feature}</td><td>{about.n_label} of {self.experiment.top}: {name}</td>"
+                f"<tr><td>{feature}{called}</td><td>{about.n_label} of {self.experiment.top}: {name}</td>"
                 f"<td>{100 * about.frequency:.2g} % of {self.experiment.counted}</td><td>{images}</td></tr>"
             )
         head = "<tr><th>feature</th><th>strongest images</th><th>fires on</th><th></th></tr>"
@@ -160,6 +184,7 @@ class Edited:
     """An image after an edit."""
 
     before: Shot
+    place: str
     probability_c: Floats
     """float64 [c]."""
 
@@ -169,7 +194,9 @@ class Edited:
         return _named(self.before.experiment, self.probability_c)
 
     def _repr_html_(self) -> str:
-        was, now = self.before.probabilities, self.probabilities
+        experiment = self.before.experiment
+        was = _named(experiment, experiment.seen(self.before.example).probability_c(self.place))
+        now = self.probabilities
         likely = sorted(was, key=lambda name: -max(was[name], now[name]))[:CLASSES]
         rows = "".join(
             f"<tr><td>{escape(name)}</td><td>{_bar(was[name], BEFORE)}</td><td>{_bar(now[name], AFTER)}</td></tr>"

@@ -1,142 +1,210 @@
-"""How the steering page looks: colours and style sheets, all of them in the page itself."""
+"""How the steering page looks: colours and style sheets, all of them in the page itself.
 
-INK, FAINT, LINE, BEFORE, AFTER = "#1d1f24", "#6a707c", "#e3e6eb", "#b4bac6", "#0072b2"
-"""Grey before and blue after differ in lightness as well as in colour, for all kinds of sight."""
+Colours are named once, for light and for dark; every sheet speaks of them by name.
+"""
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Noto Sans', 'Liberation Sans', sans-serif"
 
+COLOURS = {
+    "ground": ("#f5f6f8", "#14161a"),
+    "paper": ("#ffffff", "#1d2026"),
+    "field": ("#ffffff", "#262a31"),
+    "soft": ("#eef0f3", "#2b3038"),
+    "ink": ("#1d1f24", "#e8eaee"),
+    "faint": ("#5f6672", "#a3abb8"),
+    "line": ("#e3e6eb", "#343a44"),
+    "edge": ("#cfd4dc", "#4a515d"),
+    "before": ("#aab1be", "#767f8e"),
+    "after": ("#007a5a", "#2fbf95"),
+    "own": ("#7d3f98", "#c79ae0"),
+    "other": ("#b35900", "#f0a04b"),
+    "found": ("#2f6f9f", "#74b3e0"),
+    "strong": ("#00664b", "#23996f"),
+    "bad": ("#b3261e", "#ff9a91"),
+}
+"""In light and in dark. Purple, orange, blue and green are told apart by all kinds of sight, and each group is also
+named; before and after differ in lightness as well."""
+
+
+def _named(which: int) -> str:
+    return "".join(f" --{name}: {pair[which]};" for name, pair in COLOURS.items())
+
+
 WHOLE = f"""
+:root {{ color-scheme: light dark;{_named(0)} }}
+@media (prefers-color-scheme: dark) {{ :root {{{_named(1)} }} }}
 html {{ scrollbar-gutter: stable; }}
-body {{ margin: 0; background: #f5f6f8; --bokeh-base-font: {FONT}; }}
+body {{ margin: 0; background: var(--ground); --bokeh-base-font: {FONT}; }}
 """
 
-PAGE = f"""
-:host {{
-  box-sizing: border-box; max-width: 1480px; margin: 0 auto; padding: 16px 20px 32px; gap: 14px;
-  color: {INK}; font-size: 13px;
-}}
-"""
-
-COLUMNS = """
-:host { display: grid !important; grid-template-columns: 288px minmax(0, 1fr) 304px; gap: 14px !important;
-  align-items: start; }
-.side { position: sticky; top: 12px; }
-@media (max-width: 1180px) {
-  :host { grid-template-columns: 236px minmax(0, 1fr) 240px; gap: 12px !important; }
+PAGE = """
+:host {
+  box-sizing: border-box; max-width: 1880px; margin: 0 auto; padding: 10px 16px 24px;
+  color: var(--ink); font-size: 13px;
 }
 """
 
-CARD = f"""
-:host {{ box-sizing: border-box; background: #fff; border: 1px solid {LINE}; border-radius: 10px; padding: 14px;
-  min-width: 0; }}
+TABS = """
+:host { color: var(--ink); font-size: 13px; }
+.bk-header { border-bottom: 1px solid var(--line) !important; margin-bottom: 12px; }
+.bk-tab { color: var(--faint); padding: 6px 14px; font-size: 14px; border: none !important; background: none !important;
+  outline-offset: -3px; }
+.bk-tab:hover { color: var(--ink); }
+.bk-tab.bk-active { color: var(--ink) !important; font-weight: 650; box-shadow: inset 0 -2px var(--after); }
 """
 
-BUTTONS = ":host { gap: 8px !important; flex-wrap: wrap; align-items: center; }"
-
-TEXT = f"""
-:host {{ color: {INK}; font-size: 13px; line-height: 1.4; }}
-.bk-clearfix {{ width: 100%; }}
-h1 {{ font-size: 19px; font-weight: 650; margin: 0 0 4px; letter-spacing: -0.01em; }}
-h2 {{ font-size: 13px; font-weight: 650; margin: 0; }}
-h2 small, .faint {{ font-size: 12px; font-weight: 400; color: {FAINT}; }}
-p {{ margin: 0; }}
-code {{ font: 12px/1.5 ui-monospace, Menlo, Consolas, 'Liberation Mono', monospace; }}
-code {{ background: #eef0f3; border-radius: 4px; padding: 1px 4px; }}
-.name {{ font-weight: 600; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }}
-.strip {{ display: flex; gap: 4px; }}
-.strip img {{ width: 42px; height: 42px; border-radius: 4px; object-fit: contain; background: #16171a; }}
-.state {{ font-size: 12px; color: {FAINT}; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }}
-.state.edited {{ color: {AFTER}; font-weight: 600; }}
-.patches {{ min-height: 4.2em; }}
-.brand {{ float: right; font-size: 12px; color: {FAINT}; padding-top: 6px; }}
-.key i {{ display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin: 0 5px 0 0; }}
-.key {{ float: right; font-size: 12px; font-weight: 400; color: {FAINT}; }}
-.key span {{ margin-left: 10px; }}
-.verdict {{ display: flex; align-items: center; gap: 14px; height: 58px; font-weight: 650; overflow: hidden; }}
-.verdict.large {{ font-size: 46px; }}
-.verdict.medium {{ font-size: 24px; }}
-.verdict.small {{ font-size: 16px; gap: 8px; }}
-.word {{ color: {FAINT}; min-width: 0; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }}
-.arrow {{ color: {BEFORE}; font-size: 26px; font-weight: 400; }}
-.word.changed {{ color: {AFTER}; }}
-.said {{ min-height: 4.2em; text-wrap: pretty; }}
-.facts {{ font-size: 11.5px; line-height: 1.3; color: {FAINT}; white-space: nowrap; }}
-p.title {{ overflow: hidden; text-overflow: ellipsis; }}
+COLUMNS = """
+:host { display: grid !important; grid-template-columns: 270px minmax(0, 1fr) 290px; gap: 12px !important;
+  grid-template-areas: "image features bars"; align-items: start; }
+.image { grid-area: image; } .features { grid-area: features; } .bars { grid-area: bars; }
+@media (min-width: 1181px) { .image, .bars { position: sticky; top: 10px; } }
+@media (min-width: 1600px) { :host { grid-template-columns: 330px minmax(0, 1fr) 360px; } }
+@media (max-width: 1180px) {
+  :host { grid-template-columns: minmax(0, 300px) minmax(0, 1fr);
+    grid-template-areas: "image bars" "features features"; }
+}
 """
 
-ROW = f"""
-:host {{ display: grid !important; gap: 0 10px !important; padding: 7px 0; border-top: 1px solid {LINE};
-  grid-template-columns: 50px 108px 226px minmax(90px, 1fr) 78px 26px;
-  grid-template-areas: "pick caption thumbnails state number reset" "pick caption thumbnails slider number reset";
-  align-items: center; }}
-.pick {{ grid-area: pick; }} .caption {{ grid-area: caption; min-width: 0; }} .thumbnails {{ grid-area: thumbnails; }}
-.state {{ grid-area: state; min-width: 0; }} .slider {{ grid-area: slider; }}
-.number {{ grid-area: number; }} .reset {{ grid-area: reset; }}
-@media (max-width: 1260px) {{
-  :host {{ grid-template-columns: 50px minmax(60px, 1fr) 102px 78px 26px;
-    grid-template-areas: "pick caption thumbnails thumbnails thumbnails"
-      "state state state number reset" "slider slider slider number reset"; }}
-  .state {{ margin-top: 8px; }}
-  .number, .reset {{ margin-top: 8px; }}
-}}
+GROUPS = """
+:host { display: grid !important; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 14px !important;
+  align-items: start; }
 """
 
-BUTTON = f"""
-.bk-btn {{ border: 1px solid #cfd4dc; background: #fff; color: {INK}; border-radius: 6px; font-size: 13px;
-  padding: 5px 10px; line-height: 1.3; }}
-.bk-btn:hover {{ background: #f0f2f5; border-color: #b9c0cb; }}
-.bk-btn:focus {{ outline: none; }}
-.bk-btn:focus-visible {{ outline: 2px solid {AFTER}; outline-offset: 1px; }}
-.bk-btn[disabled] {{ opacity: 0.35; }}
+CARD = """
+:host { box-sizing: border-box; background: var(--paper); border: 1px solid var(--line); border-radius: 10px;
+  padding: 12px; min-width: 0; }
+"""
+
+BUTTONS = ":host { gap: 6px !important; flex-wrap: wrap; align-items: center; }"
+
+FOLD = """
+:host { color: var(--ink); font-size: 13px; }
+"""
+
+TEXT = """
+:host { color: var(--ink); font-size: 13px; line-height: 1.4; }
+.bk-clearfix { width: 100%; }
+h1 { font-size: 18px; font-weight: 650; margin: 0 0 2px; letter-spacing: -0.01em; }
+h2 { font-size: 13px; font-weight: 650; margin: 0; min-height: 2.8em; }
+h2 small, .faint { font-size: 12px; font-weight: 400; color: var(--faint); }
+h2.own { color: var(--own); } h2.other { color: var(--other); } h2.found { color: var(--found); }
+p { margin: 0; }
+.room { height: 28px; }
+code { font: 12px/1.5 ui-monospace, Menlo, Consolas, 'Liberation Mono', monospace; }
+code { background: var(--soft); border-radius: 4px; padding: 1px 4px; }
+.name { font-weight: 600; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+.strip { display: grid; grid-template-columns: repeat(5, minmax(0, 48px)); gap: 3px; }
+.strip img { width: 100%; aspect-ratio: 1; border-radius: 4px; object-fit: contain; background: #16171a; }
+.facts { font-size: 11.5px; line-height: 1.3; color: var(--faint); white-space: nowrap; overflow: hidden;
+  text-overflow: ellipsis; }
+.state { font-size: 12px; color: var(--faint); white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+.state.edited { color: var(--after); font-weight: 600; }
+.brand { float: right; font-size: 12px; color: var(--faint); padding-top: 6px; }
+.said { min-height: 4.2em; text-wrap: pretty; overflow-wrap: anywhere; }
+.notice { border-left: 3px solid var(--bad); padding: 4px 10px; color: var(--bad); overflow-wrap: anywhere; }
+.busy { border-left: 3px solid var(--found); padding: 4px 10px; }
+.key i { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin: 0 5px 0 0; }
+.key span { margin-left: 10px; } .key { float: right; font-size: 12px; font-weight: 400; color: var(--faint); }
+i.before { background: var(--before); } i.after { background: var(--after); }
+.verdict { display: flex; align-items: center; gap: 12px; height: 52px; font-weight: 650; overflow: hidden; }
+.verdict.large { font-size: 42px; } .verdict.medium { font-size: 22px; } .verdict.small { font-size: 15px; gap: 8px; }
+.word { color: var(--faint); min-width: 0; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+.arrow { color: var(--before); font-size: 24px; font-weight: 400; }
+.word.changed { color: var(--after); }
+.bar { display: grid; grid-template-columns: minmax(16px, auto) minmax(0, 1fr) 44px 52px; gap: 0 8px;
+  align-items: center; padding: 2px 0; font-variant-numeric: tabular-nums; }
+.bars { display: grid; grid-template-columns: fit-content(38%) minmax(0, 1fr) max-content max-content; gap: 5px 8px;
+  align-items: center; font-variant-numeric: tabular-nums; }
+.bars .class { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+.bars .track { display: block; position: relative; height: 15px; background: var(--soft); border-radius: 3px; }
+.bars .track i { position: absolute; left: 0; border-radius: 2px; min-width: 1px; }
+.bars .track i.before { top: 0; height: 6px; } .bars .track i.after { top: 7px; height: 8px; }
+.bars .share { text-align: right; } .bars .change { text-align: right; font-size: 11.5px; color: var(--faint); }
+.bars .change.up { color: var(--after); } .bars .change.down { color: var(--bad); }
+.bars .most { font-weight: 650; }
+pre { font: 11.5px/1.45 ui-monospace, Menlo, Consolas, 'Liberation Mono', monospace; background: var(--soft);
+  border-radius: 6px; padding: 8px; margin: 0; overflow-x: auto; user-select: all; }
+a { color: var(--found); overflow-wrap: anywhere; }
+kbd { font: 11px ui-monospace, monospace; border: 1px solid var(--edge); border-radius: 4px; padding: 0 4px; }
+"""
+
+FEATURE = """
+:host { display: none !important; box-sizing: border-box; min-width: 0; gap: 4px 6px !important;
+  padding: 8px 0 8px 8px; border-top: 1px solid var(--line); border-left: 3px solid transparent;
+  grid-template-columns: 54px minmax(0, 1fr) 44px 24px;
+  grid-template-areas: "pick caption caption reset" "thumbnails thumbnails thumbnails thumbnails"
+    "state state state state" "slider slider slider slider" "mode mode number number";
+  align-items: center; }
+:host(.feature) { display: grid !important; }
+:host(.own) { border-left-color: var(--own); } :host(.other) { border-left-color: var(--other); }
+:host(.found) { border-left-color: var(--found); }
+:host(:hover) { background: var(--soft); }
+.pick { grid-area: pick; } .caption { grid-area: caption; min-width: 0; } .thumbnails { grid-area: thumbnails; }
+.state { grid-area: state; min-width: 0; } .slider { grid-area: slider; } .mode { grid-area: mode; }
+.number { grid-area: number; } .reset { grid-area: reset; }
+"""
+
+BUTTON = """
+.bk-btn, .bk-btn-default { border: 1px solid var(--edge) !important; background: var(--field) !important;
+  color: var(--ink) !important; border-radius: 6px; font-size: 13px; padding: 5px 9px; line-height: 1.3; }
+.bk-btn:hover { background: var(--soft) !important; }
+.bk-btn.bk-active { background: var(--ink) !important; color: var(--paper) !important; }
+.bk-btn:focus { outline: none; }
+.bk-btn:focus-visible { outline: 2px solid var(--after); outline-offset: 1px; }
+.bk-btn[disabled] { opacity: 0.4; }
 """
 
 STRONG = (
     BUTTON
-    + f"""
-.bk-btn, .bk-btn:hover {{ background: {AFTER}; border-color: {AFTER}; color: #fff; font-weight: 600; }}
-.bk-btn:hover {{ background: #005f95; }}
+    + """
+.bk-btn, .bk-btn:hover { background: var(--strong) !important; border-color: var(--strong) !important;
+  color: #fff !important; font-weight: 600; }
 """
 )
 
 PICK = (
     BUTTON
-    + f"""
-.bk-btn {{ font-weight: 600; padding: 5px 4px; font-variant-numeric: tabular-nums; }}
-:host(.lit) .bk-btn {{ background: {INK}; border-color: {INK}; color: #fdf5aa; }}
+    + """
+.bk-btn { font-weight: 600; padding: 4px 2px; font-variant-numeric: tabular-nums; }
+:host(.lit) .bk-btn { background: var(--ink) !important; color: var(--paper) !important; }
 """
 )
 
 ROUND = (
     BUTTON
-    + f"""
-.bk-btn {{ border-color: transparent; background: none; font-size: 17px; line-height: 1; padding: 4px 0;
-  color: {FAINT}; }}
-.bk-btn[disabled] {{ opacity: 0; }}
+    + """
+.bk-btn { border-color: transparent !important; background: none !important; font-size: 17px; line-height: 1;
+  padding: 3px 0; color: var(--faint) !important; }
+.bk-btn[disabled] { opacity: 0; }
 """
 )
 
-FIELD = f"""
-.bk-input {{ border: 1px solid #cfd4dc; border-radius: 6px; font-size: 13px; color: {INK}; background-color: #fff;
-  padding: 4px 8px; height: 30px; min-height: 30px; }}
-.bk-spin-btn {{ display: none !important; }}
-.bk-spin-wrapper .bk-input {{ padding-right: 6px !important; }}
-.bk-input::placeholder {{ color: #9aa1ad; }}
-.bk-input:focus {{ outline: 2px solid {AFTER}; outline-offset: -1px; box-shadow: none; }}
-.bk-input-group label {{ font-size: 12px; color: {FAINT}; padding: 0 0 2px; }}
+FIELD = """
+.bk-input { border: 1px solid var(--edge); border-radius: 6px; font-size: 13px; color: var(--ink);
+  background-color: var(--field); padding: 3px 7px; height: 28px; min-height: 28px; }
+.bk-input option { background: var(--field); color: var(--ink); }
+.bk-spin-btn { display: none !important; }
+.bk-spin-wrapper .bk-input { padding-right: 6px !important; }
+.bk-input::placeholder { color: var(--faint); }
+.bk-input:focus { outline: 2px solid var(--after); outline-offset: -1px; box-shadow: none; }
+.bk-input-group label { font-size: 12px; color: var(--faint); padding: 0 0 2px; }
+input[type=file] { height: auto; padding: 3px; font-size: 12px; }
 """
 
-SLIDER = f"""
-.noUi-target {{ height: 6px; border: none; box-shadow: none; background: #e9ebef; border-radius: 3px;
-  margin: 7px 8px 5px; }}
-.noUi-connect {{ border-radius: 3px; }}
-.noUi-handle.noUi-touch-area, .noUi-handle {{ width: 16px !important; height: 16px !important; border-radius: 50%;
-  top: -5px !important; right: -8px !important; border: 2px solid #8b93a1; box-shadow: none; background: #fff; }}
-:host(.edited) .noUi-handle {{ border-color: {AFTER}; }}
-.noUi-handle::before, .noUi-handle::after {{ display: none; }}
-.noUi-handle:focus-visible {{ outline: 2px solid {AFTER}; outline-offset: 2px; }}
+SLIDER = """
+.noUi-target { height: 6px; border: none; box-shadow: none; background: var(--line); border-radius: 3px;
+  margin: 7px 8px 7px; }
+.noUi-connect { border-radius: 3px; background: var(--before) !important; }
+:host(.edited) .noUi-connect { background: var(--after) !important; }
+.noUi-handle.noUi-touch-area, .noUi-handle { width: 18px !important; height: 18px !important; border-radius: 50%;
+  top: -6px !important; right: -9px !important; border: 2px solid var(--faint); box-shadow: none;
+  background: var(--paper); }
+:host(.edited) .noUi-handle { border-color: var(--after); }
+.noUi-handle::before, .noUi-handle::after { display: none; }
+.noUi-handle:focus-visible { outline: 2px solid var(--after); outline-offset: 2px; }
 """
 
-CHECK = f"""
-:host {{ font-size: 13px; color: {INK}; }}
-input {{ accent-color: {INK}; margin: 0 6px 0 0 !important; }}
+CHECK = """
+:host { font-size: 13px; color: var(--ink); }
+input { accent-color: var(--after); margin: 0 6px 0 0 !important; }
 """

@@ -1,4 +1,4 @@
-"""The pieces of the steering page: a feature's row, the picture with its patches, the bars."""
+"""The pieces of the steering page: a feature's card, the picture with its patches, the bars."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,37 +6,37 @@ from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from bokeh.core.properties import value
 from bokeh.events import SelectionGeometry, Tap
 from bokeh.models.layouts import Row
 from bokeh.models.ranges import Range1d
 from bokeh.models.sources import ColumnDataSource
-from bokeh.models.text import PlainText
-from bokeh.models.tickers import FixedTicker
 from bokeh.models.tools import BoxSelectTool, HoverTool
-from bokeh.models.widgets import Button, Div, Slider, Spinner
+from bokeh.models.widgets import Button, Div, Select, Slider, Spinner
+from bokeh.palettes import Inferno256
 from bokeh.plotting import figure
+from bokeh.transform import linear_cmap
 from numpy.typing import NDArray
 
 import saefw_steering_style as style
 from saefw.pictures import enlarged, lit
+from saefw_steering_state import Edited
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Floats = NDArray[np.float64]
 
-LABELS = 14
-"""The bars show so many classes at most: the most probable before or after."""
-
 SIDE = 384
 """Pixels of the picture; a screen with fewer points a pixel sees all of them."""
 
+MODES = {"set": "set", "add": "add", "scale": "times", "ablate": "ablate"}
 
-def div(html: str, *css_classes: str, wide: bool = True) -> Div:
+
+def div(html: str, *css_classes: str, wide: bool = True, name: str | None = None) -> Div:
     """Return text that is HTML already; nothing in it is read as mathematics."""
     return Div(
         text=html,
+        name=name,
         css_classes=list(css_classes),
         disable_math=True,
         stylesheets=[style.TEXT],
@@ -63,7 +63,7 @@ class Ways(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What a row tells of a feature."""
+    """What a card tells of a feature."""
 
     feature: int
     caption: str
@@ -82,17 +82,24 @@ class Facts(NamedTuple):
     """Which these are, in words: `3 patches`."""
 
 
-class FeatureRow:
+class FeatureCard:
     """A feature with its example pictures, and a slider that is at rest until somebody moves it."""
 
-    def __init__(self, name: str, changed: Callable[[], None], lighten: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        group: str,
+        ways: Callable[[str], Ways],
+        changed: Callable[[int], None],
+        lighten: Callable[[int], None],
+    ) -> None:
         """Call `changed` when somebody edits the feature, `lighten` with it when its patches are to be lit."""
         self.facts: Facts | None = None
         self.amount: float | None = None
         """What it is edited by; none: it stays as observed."""
-        self._ways, self._quiet, self._changed = Ways(0, 3, None, "set to"), False, changed
+        self._ways, self._group, self._quiet, self._changed = ways, group, False, changed
         self.pick = Button(
-            label="", name=f"pick-{name}", css_classes=["pick"], stylesheets=[style.PICK], width=50, margin=0
+            label="", name=f"pick-{name}", css_classes=["pick"], stylesheets=[style.PICK], width=54, margin=0
         )
         self.caption, self.thumbnails, self.state = div("", "caption"), div("", "thumbnails"), div("", "state")
         self.slider = Slider(
@@ -114,43 +121,69 @@ class FeatureRow:
             step=0.05,
             format="0.00",
             placeholder="observed",
-            width=78,
+            width=74,
             margin=0,
             name=f"number-{name}",
             css_classes=["number"],
             stylesheets=[style.FIELD],
         )
+        options: list[Any] = list(MODES.items())
+        self.mode = Select(
+            options=options,
+            value="set",
+            width=66,
+            margin=0,
+            name=f"mode-{name}",
+            css_classes=["mode"],
+            stylesheets=[style.FIELD],
+        )
         self.reset = Button(
             label="×",
-            width=28,
+            width=24,
             margin=0,
             disabled=True,
             name=f"reset-{name}",
             css_classes=["reset"],
             stylesheets=[style.ROUND],
         )
-        self.model = Row(
-            children=[self.pick, self.caption, self.thumbnails, self.state, self.slider, self.number, self.reset],
-            stylesheets=[style.ROW],
-            sizing_mode="stretch_width",
-        )
+        parts: list[Any] = [
+            self.pick,
+            self.caption,
+            self.thumbnails,
+            self.state,
+            self.slider,
+            self.mode,
+            self.number,
+            self.reset,
+        ]
+        self.model = Row(children=parts, name=f"card-{name}", stylesheets=[style.FEATURE], sizing_mode="stretch_width")
         self.pick.on_click(lambda: lighten(self.facts.feature) if self.facts else None)
         self.slider.on_change("value", self._asked)
         self.number.on_change("value", self._asked)
+        self.mode.on_change("value", self._mode_chosen)
         self.reset.on_click(lambda: self._ask(None))
 
-    def show(self, facts: Facts | None, ways: Ways, amount: float | None) -> None:
-        """Show a feature, edited by an amount or as observed; none: hide the row."""
-        self.facts, self._ways = facts, ways
-        self.model.visible = facts is not None
+    @property
+    def edited(self) -> Edited | None:
+        """What is done to the feature, if anything is."""
+        if self.facts is None or self.amount is None:
+            return None
+        mode: Any = self.mode.value
+        return Edited(feature=self.facts.feature, mode=mode, amount=self.amount)
+
+    def show(self, facts: Facts | None, mode: str, amount: float | None) -> None:
+        """Show a feature, edited by an amount or as observed; none: hide the card."""
+        self.facts = facts
         if facts is None:
+            self.model.css_classes = []
             self.amount = None
             return
         self.pick.label = str(facts.feature)
+        self.model.css_classes = ["feature", self._group, f"f-{facts.feature}"]
         # Unchanged texts are not sent again, so the pictures do not flicker.
         self.caption.text, self.thumbnails.text = facts.caption, facts.thumbnails
         self._quiet = True
-        self.slider.update(start=ways.start, end=ways.end)
+        self.mode.value = mode
         self._quiet = False
         self.set(amount)
 
@@ -159,19 +192,19 @@ class FeatureRow:
         if self.facts is None:
             return
         self.amount = amount
-        ways, facts = self._ways, self.facts
+        ways, facts = self._ways(str(self.mode.value)), self.facts
         rest = facts.largest if ways.neutral is None else ways.neutral
-        shown = min(max(rest if amount is None else amount, ways.start), ways.end)
         if amount is not None:
             state = f'<div class="state edited">{ways.said} {amount:.2f}</div>'
         elif facts.n_firing:
-            state = f'<div class="state">up to {facts.largest:.2f} on {facts.where}</div>'
+            state = f'<div class="state" title="on {facts.where}">up to {facts.largest:.2f} on {facts.where}</div>'
         else:
             state = '<div class="state">silent here</div>'
         self.state.text = state
         self._quiet = True
+        self.slider.update(start=ways.start, end=ways.end)
+        shown = min(max(rest if amount is None else amount, ways.start), ways.end)
         self.slider.update(value=shown, css_classes=["slider", "rest" if amount is None else "edited"])
-        self.slider.bar_color = style.BEFORE if amount is None else style.AFTER
         self.number.value = amount
         self.reset.disabled = amount is None
         self._quiet = False
@@ -181,22 +214,30 @@ class FeatureRow:
         here = self.facts is not None and self.facts.feature == feature
         self.pick.css_classes = ["pick", "lit"] if here else ["pick"]
 
+    def _mode_chosen(self, _attr: str, _old: object, _new: object) -> None:
+        if not self._quiet:
+            self._ask(None)
+
     def _asked(self, _attr: str, _old: object, new: float | None) -> None:
         if not self._quiet:
             self._ask(new)
 
     def _ask(self, amount: float | None) -> None:
         # A slider counts in binary: 2.5000000000000004 is nobody's wish.
-        self.set(round(amount, 6) if amount is not None and math.isfinite(amount) else None)
-        self._changed()
+        wanted = round(min(max(amount, -1000), 1000), 6) if amount is not None and math.isfinite(amount) else None
+        self.set(wanted)
+        if self.facts:
+            self._changed(self.facts.feature)
 
 
 class Picture:
     """The image as the model sees it; patches light up where a feature fires, and can be chosen."""
 
-    def __init__(self, grid: tuple[int, int], choose: bool, changed: Callable[[], None]) -> None:
+    def __init__(self, grid: tuple[int, int], changed: Callable[[], None]) -> None:
         """Show patches of a grid (rows, columns); call `changed` when others are chosen, if they may be."""
         self.grid, self._changed = grid, changed
+        self.choosing = True
+        """Whether patches may be chosen."""
         self.chosen: set[int] = set()
         """Patches, row by row; none: all."""
         rows, columns = grid
@@ -213,26 +254,39 @@ class Picture:
             width=SIDE,
             height=round(SIDE * rows / columns),
             outline_line_color=None,
+            background_fill_color=None,
+            border_fill_color=None,
         )
         self.model.axis.visible = self.model.grid.visible = False
         self._image = ColumnDataSource({"image": []})
         self.model.image_rgba(image="image", x=0, y=0, dw=columns, dh=rows, source=self._image)
         patch = np.arange(rows * columns)
+        place = {"x": patch % columns + 0.5, "y": rows - patch // columns - 0.5}
         self._patches = ColumnDataSource(
-            {
-                "x": patch % columns + 0.5,
-                "y": rows - patch // columns - 0.5,
-                "patch": patch,
-                "value": [""] * len(patch),
-                "edge": np.zeros(len(patch)),
-            }
+            {**place, "patch": patch, "value": [""] * len(patch), "edge": np.zeros(len(patch))}
         )
+        # What a feature that is pointed at does here: drawn in the browser, from the values in `heat`.
+        over = ColumnDataSource(
+            {**place, "value": np.zeros(len(patch)), "alpha": np.zeros(len(patch))}, name="over", syncable=False
+        )
+        self.model.rect(
+            x="x",
+            y="y",
+            width=1,
+            height=1,
+            fill_color=linear_cmap("value", Inferno256[60:], 0, 1),
+            fill_alpha="alpha",
+            line_color=None,
+            source=over,
+        )
+        self.heat = ColumnDataSource({}, name="heat")
+        """By feature, its value on each patch in units of its p99, for those that are in sight."""
         rects = self.model.rect(
             x="x",
             y="y",
             width=1,
             height=1,
-            fill_color=style.AFTER,
+            fill_color="#56b4e9",
             fill_alpha=0.0,
             line_color="#56b4e9",
             line_width=2.5,
@@ -244,13 +298,12 @@ class Picture:
             source=self._patches,
         )
         self.model.add_tools(HoverTool(renderers=[rects], tooltips="patch @patch@value", point_policy="follow_mouse"))
-        if choose:
-            # Its frame alone is wanted: which patches lie in it is decided here.
-            box = BoxSelectTool(renderers=[])
-            self.model.add_tools(box)
-            self.model.toolbar.active_drag = box
-            self.model.on_event(Tap, lambda event: self.toggle([self._at(event.x, event.y)]))
-            self.model.on_event(SelectionGeometry, self._framed)
+        # Its frame alone is wanted: which patches lie in it is decided here.
+        box = BoxSelectTool(renderers=[])
+        self.model.add_tools(box)
+        self.model.toolbar.active_drag = box
+        self.model.on_event(Tap, lambda event: self.toggle([self._at(event.x, event.y)]))
+        self.model.on_event(SelectionGeometry, self._framed)
 
     def show(self, view: "Image", values_p: Floats | None, told: str) -> None:
         """Show an image, lit where `values_p` (0 to 1) is above zero, or as it is."""
@@ -264,14 +317,17 @@ class Picture:
         texts = [""] * n if values_p is None else [f": {told} {x:.2f}" for x in values_p]
         self._patches.data = {**self._patches.data, "value": texts, "edge": self._edges()}
 
-    def choose(self, patches: Sequence[int]) -> None:
+    def choose(self, patches: Sequence[int], quiet: bool = False) -> None:
         """Choose patches; an empty list: all."""
-        self.chosen = set(patches)
+        self.chosen = {patch for patch in patches if 0 <= patch < self.grid[0] * self.grid[1]}
         self._patches.data = {**self._patches.data, "edge": self._edges()}
-        self._changed()
+        if not quiet:
+            self._changed()
 
     def toggle(self, patches: Sequence[int]) -> None:
         """Choose patches in addition; if all of them are chosen, let them go."""
+        if not self.choosing:
+            return
         asked = set(patches)
         self.choose(sorted(self.chosen - asked if asked <= self.chosen else self.chosen | asked))
 
@@ -295,75 +351,41 @@ class Picture:
 
 
 class Bars:
-    """Probabilities before and after, a pair of bars a class."""
+    """Probabilities before and after, a pair of bars a class, and the change."""
 
     def __init__(self, classes: Sequence[str]) -> None:
-        """Show all classes, or of many the most probable ones."""
+        """Show the most probable of these."""
         self.classes = classes
-        self._shown: list[int] = []
-        n = self.n = min(LABELS, len(classes))
-        self.source = ColumnDataSource(
-            {name: [] for name in ("label", "y_before", "y_after", "before", "after", "said_before", "said_after")}
-        )
-        self.model = figure(
-            name="bars",
-            # Longer names leave less room for the bars, and the numbers beside them need as much as ever.
-            x_range=Range1d(start=0, end=1.2 + 0.02 * min(18, max(map(len, classes)))),
-            y_range=Range1d(start=n - 0.4, end=-0.6),
-            height=34 * n + 30,
-            sizing_mode="stretch_width",
-            toolbar_location=None,
-            tools="",
-            min_border=0,
-            margin=0,
-            outline_line_color=None,
-            min_border_bottom=24,
-        )
-        for when, colour in (("before", style.BEFORE), ("after", style.AFTER)):
-            self.model.hbar(
-                y=f"y_{when}", right=when, left=0, height=0.34, color=colour, line_color=None, source=self.source
-            )
-            self.model.text(
-                x=when,
-                y=f"y_{when}",
-                text=f"said_{when}",
-                x_offset=4,
-                text_baseline="middle",
-                text_font_size="10px",
-                text_font=value(style.FONT),
-                text_color=style.FAINT if when == "before" else style.AFTER,
-                source=self.source,
-            )
-        self.model.xgrid.grid_line_color, self.model.ygrid.grid_line_color = style.LINE, None
-        x, y = self.model.xaxis[0], self.model.yaxis[0]
-        x.ticker = self.model.xgrid[0].ticker = FixedTicker(ticks=[0, 0.5, 1])
-        x.major_label_overrides = {0: "0", 0.5: "50", 1: "100 %"}
-        y.ticker = FixedTicker(ticks=list(range(n)))
-        for axis, size in ((x, "10px"), (y, "13px")):
-            axis.axis_line_color = axis.major_tick_line_color = axis.minor_tick_line_color = None
-            axis.major_label_text_font, axis.major_label_text_font_size = style.FONT, size
-            axis.major_label_text_color = style.FAINT if axis is x else style.INK
-        self._axis: Any = y
+        self.before: Floats = np.zeros(len(classes))
+        self.after: Floats = np.zeros(len(classes))
+        """What is shown, of all classes."""
+        self.model = div("", name="bars")
 
-    def show(self, before_c: Floats, after_c: Floats) -> None:
-        """Show the probabilities of all classes before and after, sorted by label."""
-        strongest = np.argsort(-np.maximum(before_c, after_c), kind="stable")[: self.n]
-        labels = np.sort(strongest)
-        place = np.arange(len(labels))
-        if labels.tolist() != self._shown:
-            # A text that is a model makes Bokeh walk the whole document: only when it must.
-            self._shown = labels.tolist()
-            names = [PlainText(text=_short(self.classes[label], 18)) for label in self._shown]
-            self._axis.major_label_overrides = dict(enumerate(names))
-        self.source.data = {
-            "label": labels,
-            "y_before": place - 0.18,
-            "y_after": place + 0.18,
-            "before": before_c[labels],
-            "after": after_c[labels],
-            "said_before": [_told(share) for share in before_c[labels]],
-            "said_after": [_told(share) for share in after_c[labels]],
-        }
+    def show(self, before_c: Floats, after_c: Floats, top: int) -> None:
+        """Show the `top` most probable classes before or after, sorted by label."""
+        self.before, self.after = before_c, after_c
+        labels = np.sort(np.argsort(-np.maximum(before_c, after_c), kind="stable")[:top])
+        first = int(after_c.argmax())
+        self.model.text = (
+            '<div class="bars">'
+            + "".join(
+                _bar(self.classes[label], float(before_c[label]), float(after_c[label]), label == first)
+                for label in labels
+            )
+            + "</div>"
+        )
+
+
+def _bar(name: str, before: float, after: float, most: bool) -> str:
+    change = 100 * (after - before)
+    way = "" if abs(change) < 0.05 else " up" if change > 0 else " down"
+    said = f"{change:+.1f}".replace("-", "\N{MINUS SIGN}") if way else "±0"
+    return (
+        f'<span class="class{" most" if most else ""}" title="{escape(name)}">{escape(name)}</span>'
+        f'<span class="track"><i class="before" style="width:{100 * before:.2f}%"></i>'
+        f'<i class="after" style="width:{100 * after:.2f}%"></i></span>'
+        f'<span class="share">{100 * after:.1f}</span><span class="change{way}">{said}</span>'
+    )
 
 
 def verdict(classes: Sequence[str], before_c: Floats, after_c: Floats, done: str) -> str:
@@ -380,10 +402,6 @@ def verdict(classes: Sequence[str], before_c: Floats, after_c: Floats, done: str
         said += f" and, with {escape(done)}, {again}<b>{escape(classes[then])}</b> ({percent(after_c[then])})"
     large = "large" if size <= 6 else "medium" if size <= 16 else "small"
     return f'<div class="verdict {large}">{"".join(words)}</div><p class="said">{said}.</p>'
-
-
-def _told(share: float) -> str:
-    return f"{100 * share:.1f}" if share >= 0.005 else ""
 
 
 def _short(text: str, n: int) -> str:

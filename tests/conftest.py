@@ -2,11 +2,16 @@
 
 import atexit
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of as many processes as there are cores; also for what it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -37,3 +42,16 @@ def mounted() -> Iterator[Callable[..., None]]:
     yield mount
     for path in places:
         subprocess.run(["umount", "-l", str(path)], check=False, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator["Browser"]:
+    """The system's Chromium, without a window; tests that need it are skipped where there is none."""
+    from playwright.sync_api import sync_playwright
+
+    if not (path := shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")):
+        pytest.skip("there is no chromium on this machine")
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -26,7 +26,8 @@ from saefw.cli import app
 from saefw.errors import UserError
 from saefw.printer import size
 from saefw.store import Store
-from saefw_experiment import choices, opened
+from saefw_choices import choices
+from saefw_experiment import opened
 
 REGISTRY = f"""
 saefw: 1

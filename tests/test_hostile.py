@@ -234,11 +234,11 @@ def test_a_variable_with_a_nul_is_no_path(tmp_path: Path) -> None:
     assert str(caught.value) == "'a\0b': cannot be a path: embedded null byte"
 
 
-@pytest.mark.parametrize("stage", ["", "..", "../x", "/x", "a/b", "a.partial", "a\0b", "locks"])
+@pytest.mark.parametrize("stage", ["", "..", "../x", "/x", "a/b", "a.partial", "a\0b", "locks", "notes"])
 def test_no_stage_lies_outside_of_the_store(stage: str) -> None:
     with pytest.raises(ValueError) as caught:
         Unit(stage, {})
-    assert str(caught.value) == f"a stage is called by letters, digits, - and _, and not locks (got {stage!r})"
+    assert str(caught.value) == f"a stage is called by letters, digits, - and _, not locks or notes (got {stage!r})"
 
 
 def test_text_is_shown_and_never_obeyed() -> None:

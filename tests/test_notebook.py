@@ -44,7 +44,7 @@ def notebook(tmp_path_factory: pytest.TempPathFactory) -> Notebook:
 
 def test_an_image_is_edited_and_shown(notebook: Notebook) -> None:
     image = notebook.image(notebook.examples[0])
-    assert notebook.image(notebook.experiment.keys[image.example]) == image
+    assert notebook.image(notebook.experiment.acts.keys[image.example]) == image
     with Image.open(BytesIO(image._repr_png_())) as shown:
         assert max(shown.size) >= 112
     feature = image.features(3).numbers[0]

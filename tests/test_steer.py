@@ -160,6 +160,32 @@ def test_cls_is_edited_alone() -> None:
     torch.testing.assert_close(of.edit(reading, [Edit(feature, "set", 4.0)]), of.probe(moved))
 
 
+@pytest.mark.parametrize(("place", "token"), [("cls", "cls"), ("patches", "mean"), ("patches", 3)])
+def test_straight_into_the_probe_is_by_the_residual_stream_alone(place: str, token: Token) -> None:
+    plain, (_, _, images) = steering("cls", dtype=torch.float64), parts()
+    of = Steering(plain.backbone, plain.sae, plain.probe, LAYER, 2, place, token=token)
+    reading = of.read(images.double())
+    z_bps = of.sae.dense(reading.tokens_btd.flatten(0, 1)).view(2, 17, -1)
+    change_bps = torch.zeros_like(z_bps)
+    where = [0] if place == "cls" else range(1, 17)
+    for t in where:
+        change_bps[:, t, 4], change_bps[:, t, 9] = 2.0 - z_bps[:, t, 4], 0.5
+    # What the last block puts out for the unedited image, and the delta on top of it, as if no block had read it.
+    moved_btd = tokens_after(of.backbone, images.double(), 2) + float(of.sae.scale) * change_bps @ of.sae.W_dec
+    wanted_bd = {"cls": moved_btd[:, 0], "mean": moved_btd[:, 1:].mean(dim=1), 3: moved_btd[:, 4]}[token]
+    edits = [Edit(4, "set", 2.0), Edit(9, "add", 0.5)]
+    after_bc = of.directly(reading, of.change(reading, edits))
+    torch.testing.assert_close(after_bc, of.probe(wanted_bd))
+    assert (after_bc - of.edit(reading, edits)).abs().max() > 1e-3
+
+
+def test_what_the_probe_does_not_read_does_not_go_straight_into_it() -> None:
+    of = steering()
+    with pytest.raises(UserError) as caught:
+        of.directly(of.read(parts()[2]), torch.zeros(2, 16, 16))
+    assert str(caught.value) == ("steer: an edit of patches goes through blocks alone, since the probe reads [CLS]")
+
+
 @pytest.mark.parametrize("place", ["patches", "cls"])
 def test_the_predicted_effect_is_the_finite_difference(place: str) -> None:
     of, (_, _, images) = steering(place, dtype=torch.float64), parts()

@@ -1,10 +1,17 @@
 """The steering page without a browser: its documents, what its callbacks do, and who may reach its server."""
 
 import asyncio
+import os
 import socket
+import subprocess
+import sys
+from base64 import b64encode
+from collections.abc import Iterator
 from html import escape
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -14,12 +21,15 @@ from bokeh.events import ButtonClick, SelectionGeometry, Tap
 from bokeh.models.widgets import Div
 from PIL import Image
 
-from saefw import pipeline, registry
+import saefw_steering_state as states
+from saefw import gc, pipeline, registry
 from saefw.catalog import Catalog
 from saefw.errors import UserError
 from saefw.steering import Edit
-from saefw_experiment import Choice, choices, opened, probabilities
+from saefw_choices import Choice, choices
+from saefw_experiment import opened, probabilities
 from saefw_steering import page, server
+from saefw_upload import uploaded
 
 ODD = '''
 """The tiny images under names that HTML would take for its own."""
@@ -93,7 +103,9 @@ class Visitor:
 
     def __init__(self, path: Path, choice: Choice) -> None:
         self.doc, self.choice, self.experiment = Document(), choice, opened(choice)
-        page(self.doc, path)
+        made = page(self.doc, path)
+        assert made is not None and made.steer is not None
+        self.steer = made.steer
 
     def __getitem__(self, name: str) -> Any:
         found = self.doc.select_one({"name": name})
@@ -104,8 +116,9 @@ class Visitor:
         self[name]._trigger_event(ButtonClick(self[name]))
 
     def bars(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        data = self["bars"].renderers[0].data_source.data
-        return np.array(data["before"]), np.array(data["after"])
+        assert self.steer.session is not None
+        bars = self.steer.session.w.bars
+        return bars.before, bars.after
 
     def html(self) -> str:
         return html(self.doc)
@@ -125,7 +138,7 @@ def page_of_all(path: Path, choice: Choice) -> Visitor:
 def visitor(page_of_all: Visitor) -> Visitor:
     """The first example, untouched; the page is that of the tests before."""
     page_of_all["light"].active = False
-    page_of_all.press("first")
+    page_of_all.press("guide-turn")
     page_of_all.press("reset-all")
     return page_of_all
 
@@ -140,19 +153,19 @@ def test_the_page_begins_with_the_first_example_untouched(page_of_all: Visitor) 
     assert np.array_equal(before, after)
     assert before.sum() == pytest.approx(1)
     assert before.argmax() == first.own
-    assert visitor["number-target-0"].value is None
+    assert visitor["number-other-0"].value is None
 
 
 def test_the_first_example_turns_one_class_into_another(visitor: Visitor) -> None:
     first = visitor.experiment.first
     assert first is not None
     visitor.press("next")
-    visitor.press("first")
+    visitor.press("guide-turn")
     before, after = visitor.bars()
     assert [before.argmax(), after.argmax()] == [first.own, first.target]
     # Row by row what is edited is what was stored, and the stage measured what the page shows.
     # A feature of both classes stands in the rows of the image's own.
-    rows = [f"{group}-{i}" for group in ("own", "target", "image") for i in range(3)]
+    rows = [f"{group}-{i}" for group in ("own", "other", "found") for i in range(4)]
     edited = {visitor[f"pick-{row}"].label: visitor[f"number-{row}"].value for row in rows}
     wanted = {str(feature): first.amount for feature in first.features}
     assert {feature: amount for feature, amount in edited.items() if amount is not None} == wanted
@@ -190,14 +203,14 @@ def test_a_slider_changes_what_is_read_and_its_reset_takes_it_back(visitor: Visi
     assert np.array_equal(*visitor.bars())
 
 
-@pytest.mark.parametrize(("mode", "neutral"), [(1, 0.0), (2, 1.0)])
-def test_the_neutral_amount_of_a_mode_changes_nothing(visitor: Visitor, mode: int, neutral: float) -> None:
-    visitor["mode"].active = mode
-    assert visitor["slider-image-0"].value == neutral
-    visitor["slider-image-0"].value = 2.0
+@pytest.mark.parametrize(("mode", "neutral"), [("add", 0.0), ("scale", 1.0)])
+def test_the_neutral_amount_of_a_mode_changes_nothing(visitor: Visitor, mode: str, neutral: float) -> None:
+    visitor["mode-found-0"].value = mode
+    assert visitor["slider-found-0"].value == neutral
+    visitor["slider-found-0"].value = 2.0
     before, after = visitor.bars()
     assert np.abs(after - before).max() > 1e-4
-    visitor["number-image-0"].value = neutral
+    visitor["number-found-0"].value = neutral
     before, after = visitor.bars()
     np.testing.assert_allclose(after, before, atol=1e-7)
 
@@ -209,26 +222,26 @@ def test_an_image_that_is_gone_is_told_in_its_place(visitor: Visitor, monkeypatc
     visitor.experiment.view.cache_clear()
     monkeypatch.setattr(tiny.TinyImages, "image", gone)
     visitor.press("next")
-    key = escape(visitor.experiment.keys[int(visitor["image"].value)])
+    key = escape(visitor.experiment.acts.keys[int(visitor["image"].value)])
     assert f"image '{key}' cannot be read (it is missing)".replace("'", "&#x27;") in visitor.html()
     before, after = visitor.bars()
     assert np.array_equal(before, after) and before.sum() == pytest.approx(1)
     monkeypatch.undo()
-    visitor.press("first")
+    visitor.press("guide-turn")
     assert "cannot be read" not in visitor.html()
 
 
 def test_edits_are_those_of_the_engine_on_the_patches_chosen(visitor: Visitor) -> None:
     experiment, picture = visitor.experiment, visitor["picture"]
-    visitor["number-image-0"].value = 3.0
+    visitor["number-found-0"].value = 3.0
     everywhere = visitor.bars()[1]
     picture._trigger_event(Tap(picture, x=0.5, y=3.5))  # the first patch: row 0 is at the top
     corner: Any = {"type": "rect", "x0": 1.2, "x1": 2.8, "y0": 0.1, "y1": 1.9}
     picture._trigger_event(SelectionGeometry(picture, geometry=corner, final=True))
     chosen = [0, 9, 10, 13, 14]
-    feature, example = int(visitor["pick-image-0"].label), int(visitor["image"].value)
+    feature, example = int(visitor["pick-found-0"].label), int(visitor["image"].value)
     edit = Edit(feature, "set", 3.0 * experiment.about[feature].p99, chosen)
-    engine = experiment.steering.edit(experiment.seen(example).reading, [edit])
+    engine = experiment.steerings["patches"].edit(experiment.seen(example).readings["patches"], [edit])
     after = visitor.bars()[1]
     np.testing.assert_allclose(after, probabilities(engine[0]), atol=1e-12)
     assert np.abs(after - everywhere).max() > 1e-6
@@ -242,10 +255,10 @@ def test_edits_are_those_of_the_engine_on_the_patches_chosen(visitor: Visitor) -
 def test_images_are_gone_through_and_edits_in_sight_stay(visitor: Visitor) -> None:
     ours = [value for value, _ in visitor["image"].options]
     started, label = visitor["image"].value, visitor["class"].value
-    visitor["number-target-1"].value = 2.0
+    visitor["number-other-1"].value = 2.0
     visitor.press("next")
     assert visitor["image"].value == ours[(ours.index(started) + 1) % len(ours)]
-    assert visitor["number-target-1"].value == 2.0
+    assert visitor["number-other-1"].value == 2.0
     visitor.press("previous")
     assert visitor["image"].value == started
     other = next(value for value, _ in visitor["class"].options if value != label)
@@ -259,18 +272,18 @@ def test_images_are_gone_through_and_edits_in_sight_stay(visitor: Visitor) -> No
 def test_the_picture_is_lit_where_a_feature_fires(visitor: Visitor) -> None:
     image = visitor["picture"].renderers[0].data_source
     plain = image.data["image"][0].copy()
-    visitor.press("pick-image-0")
+    visitor.press("pick-found-0")
     assert visitor["light"].active
     assert not np.array_equal(image.data["image"][0], plain)
-    texts = visitor["picture"].renderers[1].data_source.data["value"]
-    values = visitor.experiment.seen(int(visitor["image"].value)).patch_ps[:, int(visitor["pick-image-0"].label)]
+    texts = visitor["picture"].renderers[2].data_source.data["value"]
+    values = visitor.experiment.seen(int(visitor["image"].value)).patch_ps[:, int(visitor["pick-found-0"].label)]
     assert [text.endswith(" 0.00") for text in texts] == [f"{v:.2f}" == "0.00" for v in values / values.max()]
     visitor["light"].active = False
     assert np.array_equal(image.data["image"][0], plain)
 
 
 def test_names_from_files_are_text_and_never_html(visitor: Visitor) -> None:
-    visitor.press("first")
+    visitor.press("guide-turn")
     shown = visitor.html()
     for name in visitor.experiment.classes:
         assert name not in shown or name == escape(name)
@@ -283,21 +296,21 @@ def test_two_visitors_share_the_models_and_nothing_else(path: Path, choice: Choi
     one, two = visitor, Visitor(path, choice)
     assert opened(choices(path)[0]) is one.experiment
     untouched = two.bars()[1]
-    one.press("first")
+    one.press("guide-turn")
     assert np.array_equal(two.bars()[1], untouched)
     two.press("next")
     two["number-own-0"].value = 3.0
     edited = one.bars()[1]
     one.press("reset-all")
-    one.press("first")
+    one.press("guide-turn")
     assert np.array_equal(one.bars()[1], edited)
 
 
 def test_another_dataset_is_another_experiment(path: Path, choice: Choice) -> None:
     visitor = Visitor(path, choice)
-    select = visitor["experiments"]
+    select = visitor["dataset"]
     assert len(select.options) == 2
-    select.value = "1"
+    select.value = next(value for value, _ in select.options if value != select.value)
     assert [name for _, name in visitor["class"].options] == list(tiny.TinyImages.classes)
     assert np.array_equal(*visitor.bars())
 
@@ -358,3 +371,109 @@ def test_the_server_is_for_this_machine_and_its_own_pages_alone(path: Path) -> N
     finally:
         ours.stop()
         ours.io_loop.close(all_fds=True)
+
+
+def test_steps_are_undone_and_done_again(visitor: Visitor) -> None:
+    _, untouched = visitor.bars()
+    visitor["number-own-0"].value = 2.0
+    first = visitor.bars()[1]
+    visitor["number-other-0"].value = 2.0
+    second = visitor.bars()[1]
+    visitor.press("undo")
+    np.testing.assert_array_equal(visitor.bars()[1], first)
+    visitor.press("undo")
+    np.testing.assert_array_equal(visitor.bars()[1], untouched)
+    visitor.press("redo")
+    visitor.press("redo")
+    np.testing.assert_array_equal(visitor.bars()[1], second)
+    assert visitor["redo"].disabled and not visitor["undo"].disabled
+
+
+def test_a_saved_edit_comes_back_on_the_page_and_in_sql(visitor: Visitor, path: Path) -> None:
+    visitor.press("guide-turn")
+    turned = visitor.bars()[1]
+    visitor["save-name"].value = "<b>turn</b>"
+    visitor.press("save")
+    unit = visitor["saved"].value
+    assert [name for _, name in visitor["saved"].options] == ["saved edits …", "<b>turn</b>"]
+    store = visitor.choice.run.store
+    store.rebuild()  # found by its folder alone
+    with store.db() as db:
+        assert db.execute("SELECT unit, example FROM saved_edit").fetchall() == [
+            (unit, visitor.experiment.guides[0].example)
+        ]
+        after = db.execute("SELECT after FROM saved_class WHERE unit = ? ORDER BY label", [unit]).fetchall()
+    np.testing.assert_allclose([share for (share,) in after], turned, atol=1e-12)
+    assert unit not in {spare.address for spare in gc.find([path]).spare}
+    visitor["save-name"].value = "<b>turn</b>"
+    visitor["number-own-0"].value = 0.5
+    visitor.press("save")
+    assert "there is an edit &#x27;&lt;b&gt;turn&lt;/b&gt;&#x27; already" in visitor.html()
+    visitor.press("reset-all")
+    visitor["saved"].value = ""
+    visitor["saved"].value = unit
+    np.testing.assert_allclose(visitor.bars()[1], turned, atol=1e-12)
+    visitor.press("delete")
+    assert [name for _, name in visitor["saved"].options] == ["no saved edits yet"]
+
+
+def test_a_link_holds_the_state_and_a_false_one_is_refused(visitor: Visitor) -> None:
+    visitor.press("guide-turn")
+    session = visitor.steer.session
+    assert session is not None
+    state = session.state()
+    assert visitor["link"].tags == [f"?state={states.written(state)}"]
+    assert states.read(unquote(states.written(state))) == state
+    for text in ("{}", "[]", '{"sae": "../../x", "probe": "000000000000"}', "x" * 9000):
+        with pytest.raises(UserError, match="so the page starts anew"):
+            states.read(text)
+
+
+def test_an_image_of_ones_own_is_read_in_memory(visitor: Visitor) -> None:
+    file = BytesIO()
+    Image.new("RGB", (40, 30), "red").save(file, "PNG")
+    session = visitor.steer.session
+    assert session is not None
+    session.bring(b64encode(file.getvalue()).decode())
+    assert session.example is None and "your image" in visitor.html()
+    visitor["number-found-0"].value = 2.0
+    before, after = visitor.bars()
+    assert after.sum() == pytest.approx(1) and np.abs(after - before).max() > 0
+    with pytest.raises(UserError) as caught:
+        uploaded(b64encode(b"GIF89a").decode())
+    assert str(caught.value) == "that is no image that can be read (there are: JPEG, PNG, WEBP)"
+
+
+@pytest.fixture(scope="module")
+def address(path: Path) -> Iterator[str]:
+    """The address of a page that is served by a process of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PYTHONPATH": str(Path(tiny.__file__).parent)}
+    command = [sys.executable, "-m", "saefw", "serve", str(path), "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as served:
+        assert served.stdout is not None and b"The steering page is at" in served.stdout.readline()
+        yield f"http://127.0.0.1:{port}/steering"
+        served.kill()
+
+
+def test_in_a_browser_an_edit_is_made_and_its_link_shows_it_to_another(chromium: Any, address: str) -> None:
+    one, two = chromium.new_page(), chromium.new_page()
+    faults: list[str] = []
+    for visitor in (one, two):
+        visitor.on("pageerror", lambda error: faults.append(str(error)))
+        visitor.goto(address)
+        visitor.wait_for_selector("text=Undo")
+    one.locator(".noUi-handle").first.press("ArrowRight")
+    one.wait_for_selector("text=1 feature edited on all patches")
+    one.wait_for_function("location.search.startsWith('?state=')")
+    assert two.locator("text=1 feature edited").count() == 0
+    assert one.locator("b:text-is('red')").count() == 0  # the name is <b>red</b>, shown as text
+    one.wait_for_function("decodeURIComponent(location.search).includes('edits')")
+    two.goto(one.url)
+    two.wait_for_selector("text=1 feature edited on all patches")
+    two.keyboard.press("0")
+    two.wait_for_selector("text=1 feature edited", state="detached")
+    assert one.locator("text=1 feature edited").count() == 1
+    assert faults == []

@@ -15,7 +15,7 @@ from saefw.catalog import Catalog
 from saefw.errors import UserError
 from saefw.plugin import StageConfig, Unit
 from saefw.registry import Registry, read
-from saefw.store import GONE, PARTIAL, Store
+from saefw.store import GONE, PARTIAL, SAVED, Store
 
 
 class Spare(NamedTuple):
@@ -69,6 +69,7 @@ def find(paths: Sequence[Path]) -> Found:
             )
     store = Store(registries[0].store)
     kept, folders, held = store.kept(), _folders(store), dict[str, int]()
+    needed |= {address for address, folder in kept.items() if folder.parent.name == SAVED}
     for path in folders:
         reason = open_ended.get(path.parent.name, "")
         if path.is_symlink():

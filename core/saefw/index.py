@@ -19,6 +19,7 @@ from pathlib import Path
 
 import duckdb
 
+from saefw import notes
 from saefw.care import MADE, PART, PASSING, REFUSED, Damage, damages, found, writing
 from saefw.errors import UserError
 from saefw.unit import canonical
@@ -56,13 +57,13 @@ def schema() -> str:
 
 @cache
 def types() -> dict[str, dict[str, str]]:
-    """Return each table of the schema, with its columns and their types, both in the schema's order."""
+    """Return each table of units' rows, with its columns and their types, both in the schema's order."""
     kinds: dict[str, dict[str, str]] = {}
     with duckdb.connect() as db:
         db.execute(schema())
         for table, column, kind in db.execute(
             "SELECT table_name, column_name, data_type FROM duckdb_columns() SEMI JOIN duckdb_tables()"
-            " USING (table_name) ORDER BY table_oid, column_index"
+            " USING (table_name) WHERE table_name != 'note' ORDER BY table_oid, column_index"
         ).fetchall():
             kinds.setdefault(table, {})[column] = kind
     return kinds
@@ -75,7 +76,7 @@ class Index:
         """Use the folder `root`; nothing is made."""
         self.root = root
         self._seen: object = None
-        """The version of the index that was last found in line with the folders, and their addresses."""
+        """The version of the index that was last found in line with the folders, their addresses, and the notes."""
         self._broken: dict[Path, tuple[object, list[Damage]]] = {}
         """Kept units found damaged, by folder: the version of their made.json, and what is wrong."""
 
@@ -113,25 +114,26 @@ class Index:
             OSError: the index cannot be written.
 
         """
-        path, kept = self.root / INDEX, self.kept()
-        if not self.root.is_dir() or self._seen == (_version(path), kept.keys()):
+        path, kept, said = self.root / INDEX, self.kept(), notes.mark(notes.listed(self.root))
+        if not self.root.is_dir() or self._seen == (_version(path), kept.keys(), said):
             return 0
         try:
             with duckdb.connect(local(path), read_only=True) as db:
                 current = db.execute("SELECT comment FROM duckdb_views() WHERE view_name = 'final'").fetchone()
+                taken = db.execute("SELECT comment FROM duckdb_tables() WHERE table_name = 'note'").fetchone()
                 indexed = _indexed(db)
             whole = current == (_schema_mark(),)
         except duckdb.Error:
             if path.exists():
                 log.warning("%s: cannot be read; made anew from the folders of the units", path)
-            whole, indexed = False, set()
+            whole, taken, indexed = False, None, set()
         if not whole:
             return self.rebuild()
         new = self._sound({address: folder for address, folder in kept.items() if address not in indexed})
-        if new or indexed - kept.keys():
+        if new or indexed - kept.keys() or taken != (said,):
             return self.index(new)
         # Opening an index costs more than looking whether it is still the same one.
-        self._seen = _version(path), kept.keys()
+        self._seen = _version(path), kept.keys(), said
         return 0
 
     def rebuild(self) -> int:
@@ -202,6 +204,7 @@ class Index:
                 db.execute(f'DELETE FROM "{table}" WHERE list_contains(?, unit)', [[*new, *gone]])
             db.execute("COMMIT")
             added = sum(self._insert(db, folder) for folder in new.values())
+            self._take_notes(db)
             db.execute("CHECKPOINT")
         # Left by somebody who opened the index to write: it would be played back onto the new one.
         path.with_name(f"{INDEX}.wal").unlink(missing_ok=True)
@@ -256,6 +259,16 @@ class Index:
         db.execute("COMMIT")
         return True
 
+    def _take_notes(self, db: duckdb.DuckDBPyConnection) -> None:
+        """Put the notes that there are in the place of those that there were."""
+        files = notes.listed(self.root)
+        db.execute("DELETE FROM note")
+        told = [note._replace(made_at=note.made_at.replace(tzinfo=None)) for note in notes.every(files)]
+        if told:
+            columns = ", ".join("unnest(?)" for _ in notes.Note._fields)
+            db.execute(f"INSERT INTO note SELECT {columns}", list(map(list, zip(*told, strict=True))))
+        db.execute(f"COMMENT ON TABLE note IS '{notes.mark(files)}'")
+
     @contextmanager
     def db(self) -> Iterator[duckdb.DuckDBPyConnection]:
         """Open the index to read, as it was last published; a run may replace it meanwhile.
@@ -283,7 +296,7 @@ class Index:
         """Whether every block of the index that holds rows can be read, as far as memory and Ctrl-C let one see."""
         try:
             with duckdb.connect(local(self.root / INDEX), read_only=True) as db:
-                for table in types():
+                for table in (*types(), "note"):
                     db.execute(f'SELECT max(hash(COLUMNS(*))) FROM "{table}"').fetchall()
         except duckdb.Error as error:
             return isinstance(error, PASSING)

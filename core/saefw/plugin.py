@@ -491,6 +491,9 @@ class FigureConfig(Entry):
     wants: ClassVar[tuple[str, ...]] = ()
     """The stages (their `use`) whose units it is drawn from; where one of them is missing it is skipped."""
 
+    names_features: ClassVar[bool] = False
+    """Whether it shows what people call features, so that it is drawn again when they say something else."""
+
     width: float = Field(WIDTH, ge=2, le=40)
     """Inches; 7.2 for both columns of a paper, 3.4 for one."""
 

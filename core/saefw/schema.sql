@@ -68,6 +68,16 @@ CREATE TABLE choice (unit TEXT, way TEXT, label SMALLINT, rank SMALLINT, feature
 -- taken for the target before), others, spread; target NULL: all; against: less that control on the same image, or NULL.
 CREATE TABLE outcome (unit TEXT, role TEXT, way TEXT, chosen_by TEXT, against TEXT, dose REAL, target SMALLINT, measure TEXT,
     n INTEGER, mean DOUBLE, low DOUBLE, high DOUBLE);
+-- Edits that people saved on the page under a name. directly: past the blocks, into the [CLS] that the probe reads; patches:
+-- those that were edited, as numbers with a space between, NULL: all; norm: of what was added to the tokens; amount: in
+-- units of the feature's p99, a factor with mode scale, a share with mode ablate; before, after: probabilities.
+CREATE TABLE saved_edit (unit TEXT PRIMARY KEY, name TEXT, sae TEXT, probe TEXT, acts TEXT, example INTEGER, place TEXT,
+    directly BOOLEAN, patches TEXT, norm DOUBLE);
+CREATE TABLE saved_feature (unit TEXT, feature INTEGER, mode TEXT, amount DOUBLE);
+CREATE TABLE saved_class (unit TEXT, label SMALLINT, before DOUBLE, after DOUBLE);
+
+-- Notes: what people call a feature and say of it; of each feature the newest.
+CREATE TABLE note (sae TEXT, feature INTEGER, name TEXT, text TEXT, made_at TIMESTAMP, PRIMARY KEY (sae, feature));
 
 CREATE VIEW final AS SELECT unit, name, arg_max(value, step) AS value FROM metric GROUP BY ALL;
 CREATE VIEW pareto AS SELECT s.unit AS sae, s.variant, a.layer, m.nmse, m.l0, m.dead FROM sae s JOIN acts a ON a.unit = s.acts

@@ -117,7 +117,10 @@ class Steering:
 
     def logits(self, tokens_btd: Tensor) -> Tensor:
         """Return what the probe says, [b, c], if block `layer` puts out these tokens."""
-        tokens_btd = self.backbone.tail(tokens_btd, self.layer + 1, self.probe_layer)
+        return self._read(self.backbone.tail(tokens_btd, self.layer + 1, self.probe_layer))
+
+    def _read(self, tokens_btd: Tensor) -> Tensor:
+        """Return what the probe says, [b, c], of the tokens of its own block."""
         out: Tensor = self.probe(inputs.taken(tokens_btd, self.token, self.backbone.info.n_prefix, self.backbone))
         return out
 
@@ -146,18 +149,23 @@ class Steering:
 
         Each starts from the codes as they were read, and their changes add up.
         """
+        return self.after(reading, self.change(reading, edits)) if edits else reading.logits_bc.clone()
+
+    @torch.no_grad()
+    def change(self, reading: Reading, edits: Sequence[Edit]) -> Tensor:
+        """Return what all edits together add to the edited tokens, [b, p, d], in the units of the tokens."""
         device = reading.tokens_btd.device
         features_f = torch.tensor([edit.feature for edit in edits], dtype=torch.int64, device=device)
         features_bf = features_f.expand(len(reading.tokens_btd), -1)
         if not edits:
-            return reading.logits_bc.clone()
+            return torch.zeros_like(reading.tokens_btd[:, self.edited])
         z_bpf = self.observed(reading, features_bf)
         change_bpf = torch.zeros_like(z_bpf)
         for i, edit in enumerate(edits):
             amount = torch.as_tensor(edit.amount, dtype=z_bpf.dtype, device=device)
             where = slice(None) if edit.patches is None else list(edit.patches)
             change_bpf[:, where, i] = (MODES[edit.mode](z_bpf[..., i], amount) - z_bpf[..., i])[:, where]
-        return self.after(reading, self._written(change_bpf, features_bf))
+        return self._written(change_bpf, features_bf)
 
     @torch.no_grad()
     def delta(self, reading: Reading, features_bf: Tensor, amounts_bf: Tensor, mode: str) -> Tensor:
@@ -179,6 +187,23 @@ class Steering:
         tokens_btd = reading.tokens_btd.clone()
         tokens_btd[:, self.edited] += delta_bpd
         return self.logits(tokens_btd)
+
+    @torch.no_grad()
+    def directly(self, reading: Reading, delta_bpd: Tensor) -> Tensor:
+        """Return the logits [b, c] when `delta_bpd` is added to the tokens that the probe reads, past the blocks.
+
+        That is the direct part of an edit: what it does by way of the residual stream alone.
+
+        Raises:
+            UserError: the probe reads none of the edited tokens.
+
+        """
+        if inputs.held(self.token) != self.place:
+            edited, read = inputs.called("cls") if self.place == "cls" else "patches", inputs.called(self.token)
+            raise UserError(f"steer: an edit of {edited} goes through blocks alone, since the probe reads {read}")
+        tokens_btd = self.backbone.tail(reading.tokens_btd, self.layer + 1, self.probe_layer).clone()
+        tokens_btd[:, self.edited] += delta_bpd
+        return self._read(tokens_btd)
 
     def _written(self, change_bpf: Tensor, features_bf: Tensor) -> Tensor:
         """Return what a change of codes writes into the tokens, in their own units, [b, p, d]."""

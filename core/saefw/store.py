@@ -37,6 +37,9 @@ from saefw.unit import Unit
 
 log = logging.getLogger("saefw")
 
+SAVED = "saved"
+"""The stage of what people saved on the page: no registry needs it, and it stays until somebody deletes it."""
+
 PARTIAL, GONE = ".partial", ".gone"
 """The ends of the names of a folder in which a unit is made, and of one that is being deleted."""
 

@@ -44,8 +44,8 @@ class Unit:
 
     def __post_init__(self) -> None:
         """Refuse a stage whose units would lie elsewhere than in a folder of the store that is theirs."""
-        if not WORD.fullmatch(self.stage) or self.stage == "locks":
-            raise ValueError(f"a stage is called by letters, digits, - and _, and not locks (got {self.stage!r})")
+        if not WORD.fullmatch(self.stage) or self.stage in ("locks", "notes"):
+            raise ValueError(f"a stage is called by letters, digits, - and _, not locks or notes (got {self.stage!r})")
 
     @cached_property
     def text(self) -> str:

@@ -4,7 +4,7 @@ Each is read off the index alone.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from saefw.plugin import FigureConfig, Pick, UserError, hookimpl
 from saefw.style import FAINT, PALETTE, panels, plain_ticks, shown
+from saefw.sweep import changing, ordered, words, written
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -55,14 +56,14 @@ class Pareto(FigureConfig):
                 label = f"{label} ({len(whole) - len(here)} of {len(whole)} not shown: L0 or error is 0)"
             for i, variant in enumerate(sorted({row[3] for row in here})):
                 ours = [row for row in here if row[3] == variant]
-                changing = _changing(json.loads(row[4]) for row in ours)
+                differing = changing(json.loads(row[4]) for row in ours)
                 axes.plot(
                     [row[5] for row in ours], [row[6] for row in ours], marker=MARKERS[i % len(MARKERS)], label=variant
                 )
                 # More would lie on each other; the table `sae` has them.
                 for row in ours if len(here) <= NAMED else ():
                     config = json.loads(row[4])
-                    said = ", ".join(f"{key} {_number(config[key])}" for key in changing if key in config)
+                    said = ", ".join(f"{key} {written(config[key])}" for key in differing if key in config)
                     dead = f"{row[7]:.0%} dead" if row[7] is not None and row[7] >= 0.005 else ""
                     axes.annotate(
                         "\n".join(filter(None, (said, dead))), (row[5], row[6]), (6, 4), textcoords="offset points",
@@ -113,10 +114,10 @@ class ProbeGrid(FigureConfig):
         from matplotlib.patches import Rectangle
 
         chosen = self.probe.choose(f"figure {self.use}", {i: measured for i, (_, measured) in enumerate(probes)})
-        changing = _changing(config for config, _ in probes)
+        differing = changing(config for config, _ in probes)
         # The two settings with most values span the grid; a cell shows the best of all others.
-        keys = sorted(changing, key=lambda key: -len(_ordered(config.get(key) for config, _ in probes)))[:2]
-        values: list[list[Any]] = [_ordered(config.get(key) for config, _ in probes) for key in keys]
+        keys = sorted(differing, key=lambda key: -len(ordered(config.get(key) for config, _ in probes)))[:2]
+        values: list[list[Any]] = [ordered(config.get(key) for config, _ in probes) for key in keys]
         values += [[None]] * (2 - len(values))
         accuracy_yx, loss_yx = np.full((2, len(values[1]), len(values[0])), np.nan)
         places = []
@@ -151,9 +152,9 @@ class ProbeGrid(FigureConfig):
                 line(edge, color="white", linewidth=2)
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
-        axes.set_xticks(range(len(values[0])), [_number(value) for value in values[0]])
-        axes.set_yticks(range(len(values[1])), [_number(value) for value in values[1]] if len(keys) > 1 else [""])
-        axes.set(xlabel=_words(keys[0]) if keys else "", ylabel=_words(keys[1]) if len(keys) > 1 else "")
+        axes.set_xticks(range(len(values[0])), [written(value) for value in values[0]])
+        axes.set_yticks(range(len(values[1])), [written(value) for value in values[1]] if len(keys) > 1 else [""])
+        axes.set(xlabel=words(keys[0]) if keys else "", ylabel=words(keys[1]) if len(keys) > 1 else "")
         told = probes[chosen][1]
         axes.set_title(
             f"{shown(label, 100)}: {told['test_accuracy']:.1%} on test (N = {told['n_test']:,.0f})\n"
@@ -166,34 +167,10 @@ def _addresses(folders: Sequence[Path]) -> list[str]:
     return [folder.name for folder in folders]
 
 
-def _changing(configs: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the settings that differ among entries, or that only some of them have."""
-    texts = [{key: json.dumps(value) for key, value in config.items()} for config in configs]
-    keys = dict.fromkeys(key for text in texts for key in text)
-    return [key for key in keys if len({text.get(key) for text in texts}) > 1]
-
-
-def _ordered(values: Iterable[Any]) -> list[Any]:
-    """Return the different values, numbers by size, anything else after them by name."""
-    number = (int, float)
-    return sorted(
-        {json.dumps(value): value for value in values}.values(),
-        key=lambda value: (not isinstance(value, number), value if isinstance(value, number) else str(value)),
-    )
-
-
-def _number(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float | int) and not isinstance(value, bool) else shown(str(value))
-
-
 def _criterion(pick: Pick) -> str:
     """Say what a pick goes by: `lowest valid loss`."""
     name = pick.lowest or pick.highest
-    return f"{'lowest' if pick.lowest else 'highest'} {_words(name)}" if name else "the first that fits"
-
-
-def _words(key: str) -> str:
-    return {"lr": "learning rate"}.get(key, key.replace("_", " "))
+    return f"{'lowest' if pick.lowest else 'highest'} {words(name)}" if name else "the first that fits"
 
 
 @hookimpl

@@ -12,7 +12,9 @@ from pydantic import Field
 
 from saefw import pictures
 from saefw.choice import PUREST, Choice, best_classes, picked
+from saefw.errors import did_you_mean
 from saefw.plugin import FigureConfig, Pick, UserError, hookimpl
+from saefw.store import SAVED
 from saefw.style import FAINT, WIDTH, shown
 from saefw.tensors import number, parsed
 from saefw.wording import or_listed
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from PIL.Image import Image
 
 Array = np.ndarray[Any, Any]
 Units = Mapping[str, Sequence[Path]]
@@ -32,6 +35,7 @@ class FeatureGrid(FigureConfig):
     """Features with their strongest images, the patches lit on which they fire."""
 
     use: Literal["feature-grid"] = "feature-grid"
+    names_features: ClassVar[bool] = True
     wants: ClassVar[tuple[str, ...]] = ("visuals",)
 
     sae: Pick = PUREST
@@ -58,6 +62,7 @@ class FeatureGrid(FigureConfig):
         chosen = self._chosen(db, unit)
         if not chosen:
             raise UserError(f"no feature of {label} fires")
+        called = _called(db, unit)
         side, gap, left = 88, 6, 168
         strips = [_strip(db, folder, feature, self.images, side, gap) for feature, _ in chosen]
         height, width = len(chosen) * (side + gap), left + max(strip.image.shape[1] for strip in strips)
@@ -76,6 +81,7 @@ class FeatureGrid(FigureConfig):
             axes.imshow(strip.image, extent=(left, left + strip.image.shape[1], top + side, top))
             axes.text(0, top + 0.27 * side, name or f"feature {feature}", fontsize=9.5 * size, va="center")
             said = [f"feature {feature}"] if name else []
+            said += [called[feature]] if feature in called else []
             said += [strip.purity] if strip.purity else []
             said += [f"up to {strip.largest:.3g}"] if strip.largest is not None else []
             axes.text(
@@ -120,10 +126,14 @@ class BeforeAfter(FigureConfig):
 
     use: Literal["before-after"] = "before-after"
     revision: ClassVar[int] = 3
+    names_features: ClassVar[bool] = True
     wants: ClassVar[tuple[str, ...]] = ("steer", "visuals")
 
     edit: int | None = Field(None, ge=0)
     """Which stored edit, by its number in the table `edit`; null: the first example."""
+
+    saved: str | None = None
+    """Which edit that was saved on the page, by its name; null: one of the steer stage."""
 
     images: int = Field(5, gt=0)
     """How many of its strongest images show what a feature stands for."""
@@ -135,13 +145,15 @@ class BeforeAfter(FigureConfig):
         """Draw the edit, or the first example, of the first steered dataset that has one.
 
         Raises:
-            UserError: there is no edit of this number, or it is a random direction.
+            UserError: there is no edit of this number or name, or it is a random direction.
 
         """
+        if self.saved is not None:
+            return self.drawn(db, units.get("visuals", ()), _saved(db, units["steer"][0].parents[1], self.saved))
         for folder in units.get("steer", ()):
             case = _case(db, folder, self.edit)
             if case is not None:
-                return self._drawn(db, units, case)
+                return self.drawn(db, units.get("visuals", ()), case)
         if self.edit is not None:
             raise UserError(f"edit: there is no edit {self.edit} of features")
         return self._nothing()
@@ -154,17 +166,19 @@ class BeforeAfter(FigureConfig):
         figure.text(0.5, 0.5, "No edit turned an image into another class.", ha="center", va="center", color=FAINT)
         return figure
 
-    def _drawn(self, db: "DuckDBPyConnection", units: Units, case: "Case") -> "Figure":
+    def drawn(self, db: "DuckDBPyConnection", visuals: Sequence[Path], case: "Case") -> "Figure":
+        """Draw a case; the folders of `visuals` say what its features stand for."""
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-        tables = [path for path in units.get("visuals", ()) if path.name in case.seen]
+        tables = [path for path in visuals if path.name in case.seen]
         strips = [_strip(db, tables[0], feature, self.images, 72, 5) for feature in case.features] if tables else []
         figure = Figure(figsize=(self.width, 3.0), layout=ConstrainedLayoutEngine(wspace=0.04))
         wide = [1.2, 2.1, 1.5] if strips else [1.2, 1.5]
         grid = figure.add_gridspec(1, len(wide), width_ratios=wide)
         _show_image(figure.add_subplot(grid[0]), case, tables)
         if strips:
+            called = _called(db, tables[0].name)
             axes = figure.add_subplot(grid[1])
             head = 26
             height, width = strips[0].image.shape[:2]
@@ -173,7 +187,8 @@ class BeforeAfter(FigureConfig):
             for i, (feature, strip) in enumerate(zip(case.features, strips, strict=True)):
                 top = i * (height + head) + head
                 axes.imshow(strip.image, extent=(0, width, top + height, top))
-                axes.text(0, top - 6, f"feature {feature}, {strip.purity}".rstrip(", "), fontsize=7.5, color=FAINT)
+                told = ", ".join(filter(None, (f"feature {feature}", called.get(feature), strip.purity)))
+                axes.text(0, top - 6, told, fontsize=7.5, color=FAINT)
             axes.set_title("the features: their strongest images")
         axes = figure.add_subplot(grid[-1])
         likely = np.sort(np.argsort(-np.maximum(case.before, case.after), kind="stable")[: self.classes])
@@ -187,15 +202,8 @@ class BeforeAfter(FigureConfig):
         axes.set(xlim=(0, 1.0), xlabel=said, title="what the probe says")
         axes.grid(axis="y", visible=False)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=7.5)
-        done = {
-            "set": "set to {} × p99",
-            "add": "raised by {} × p99",
-            "scale": "multiplied by {}",
-            "ablate": "less {} of themselves",
-        }[case.mode]
-        where = "[CLS]" if case.place == "cls" else "every patch"
-        told = f"{len(case.features)} features {done.format(f'{case.amount:g}')} on {where}"
-        figure.suptitle(f"{case.source} → {case.target}: {told}", x=0.01, ha="left", fontsize=10)
+        title = f"{case.source} → {case.target}: {case.done}"
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
         return figure
 
 
@@ -241,16 +249,24 @@ def _strip(db: "DuckDBPyConnection", folder: Path, feature: int, n: int, side: i
     return Strip(strip, purity, largest if maps_tp.shape[1] > 1 else None)
 
 
-class Case(NamedTuple):
-    """One edit that turned an image into another class."""
+def _called(db: "DuckDBPyConnection", unit: str) -> dict[int, str]:
+    """Return what people call the features of a visuals unit's SAE."""
+    rows = db.execute(
+        "SELECT feature, name FROM note WHERE sae IN (SELECT needs FROM need WHERE unit = ?) AND name != ''", [unit]
+    ).fetchall()
+    return {feature: shown(name) for feature, name in rows}
 
-    folder: Path
+
+class Case(NamedTuple):
+    """One edit of an image."""
+
     example: int
+
     source: str
     target: str
-    amount: float
-    mode: str
-    place: str
+    done: str
+    """What was done, in words."""
+
     features: list[int]
     names: list[str]
     before: Array
@@ -260,6 +276,23 @@ class Case(NamedTuple):
     n_classes: int
     seen: set[str]
     """The visuals units that say what its features stand for."""
+
+    view: "Image | None" = None
+    """What the model saw."""
+
+
+def said_of(changes: Sequence[tuple[str, float]], place: str, n_patches: int = 0) -> str:
+    """Return in words what was done to features (mode and amount of each), on how many patches (0: all)."""
+    said = {
+        "set": "set to {} × p99",
+        "add": "raised by {} × p99",
+        "scale": "multiplied by {}",
+        "ablate": "less {} of it",
+    }
+    where = "[CLS]" if place == "cls" else f"{n_patches} patches" if n_patches else "every patch"
+    kinds = list(dict.fromkeys(changes))
+    done = said[kinds[0][0]].format(f"{kinds[0][1]:g}") if len(kinds) == 1 else "edited"
+    return f"{len(changes)} feature{'s' * (len(changes) != 1)} {done} on {where}"
 
 
 def _case(db: "DuckDBPyConnection", folder: Path, edit: int | None) -> Case | None:
@@ -293,11 +326,52 @@ def _case(db: "DuckDBPyConnection", folder: Path, edit: int | None) -> Case | No
     ((n_classes,),) = db.execute("SELECT count(*) FROM class WHERE unit = ?", [acts]).fetchall()
     seen = db.execute("SELECT DISTINCT unit FROM feature WHERE sae = ? AND acts = ?", [sae, acts]).fetchall()
     names, before, after = zip(*logits, strict=True)
+    chosen = [feature for (feature,) in features]
     return Case(
-        folder, example, shown(source), shown(target), amount, mode, place, [feature for (feature,) in features],
-        list(map(shown, names)),
-        _softmax(before), _softmax(after), n_classes, {unit for (unit,) in seen},
+        example, shown(source), shown(target), said_of([(mode, amount)] * len(chosen), place), chosen,
+        list(map(shown, names)), _softmax(before), _softmax(after), n_classes, {unit for (unit,) in seen},
+        _kept(folder / "first.png") if edit == _first(folder / "first.json") else None,
     )  # fmt: skip
+
+
+def _saved(db: "DuckDBPyConnection", store: Path, name: str) -> Case:
+    """Return an edit that was saved on the page."""
+    found = db.execute(
+        "SELECT unit, sae, acts, example, place, patches FROM saved_edit WHERE name = ? ORDER BY unit",
+        [name],
+    ).fetchone()
+    if not found:
+        names = [known for (known,) in db.execute("SELECT name FROM saved_edit ORDER BY name").fetchall()]
+        near = did_you_mean(name, names) or f" (there are: {', '.join(names[:20]) or 'none'})"
+        raise UserError(f"saved: there is no saved edit '{name}'{near}")
+    unit, sae, acts, example, place, patches = found
+    changes = db.execute(
+        "SELECT feature, mode, amount FROM saved_feature WHERE unit = ? ORDER BY rowid", [unit]
+    ).fetchall()
+    rows = db.execute(
+        "SELECT c.name, s.before, s.after FROM saved_class s JOIN class c ON c.unit = ? AND c.label = s.label "
+        "WHERE s.unit = ? ORDER BY s.label",
+        [acts, unit],
+    ).fetchall()
+    seen = db.execute("SELECT DISTINCT unit FROM feature WHERE sae = ? AND acts = ?", [sae, acts]).fetchall()
+    names, before, after = (list(column) for column in zip(*rows, strict=True))
+    names = list(map(shown, names))
+    done = said_of([(mode, amount) for _, mode, amount in changes], place, len((patches or "").split()))
+    return Case(
+        example, names[int(np.argmax(before))], names[int(np.argmax(after))], done,
+        [feature for feature, _, _ in changes], names, np.array(before), np.array(after), len(names),
+        {one for (one,) in seen}, _kept(store / SAVED / unit / "view.png"),
+    )  # fmt: skip
+
+
+def _kept(path: Path) -> "Image | None":
+    """Return the picture of a case, if somebody kept one."""
+    if not path.exists():
+        return None
+    try:
+        return pictures.opened(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete {path.parent} to make it again") from error
 
 
 def _first(path: Path) -> int | None:
@@ -310,21 +384,16 @@ def _first(path: Path) -> int | None:
 
 def _show_image(axes: "Axes", case: Case, tables: Sequence[Path]) -> None:
     """Show the image that was edited, as the model saw it, or say that nobody kept it."""
-    kept = case.folder / "first.png"
-    if kept.exists():
-        try:
-            view = pictures.enlarged(pictures.opened(kept.read_bytes()), 256)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{kept}: cannot be read ({error}); delete {case.folder} to make it again") from error
-    else:
+    view = case.view
+    if view is None:
         found = [pictures.read(path / "picture.parquet", [case.example]) for path in tables]
         views = [views[case.example] for views in found if case.example in views]
         if not views:
             axes.text(0.5, 0.5, f"image {case.example}\n(no picture is kept)", ha="center", va="center", color=FAINT)
             axes.axis("off")
             return
-        view = pictures.enlarged(views[0], 256)
-    axes.imshow(np.asarray(view))
+        view = views[0]
+    axes.imshow(np.asarray(pictures.enlarged(view, 256)))
     axes.set(title=f"the image: {case.source}", anchor="N")
     axes.axis("off")
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from saefw import notes
 from saefw.care import write_atomically
 from saefw.plugin import FigureConfig, Names, Pace, Run, StageConfig, Unit, UserError, hookimpl, timed
 from saefw.style import WIDTH, panels, rendered, shown, styled, wrapped
@@ -46,6 +47,9 @@ class Draw(StageConfig):
             lacking = [stage for stage in figure.wants if stage not in {unit.stage for unit in needs}]
             if not lacking:
                 content = {"revision": self.revision, "figure": figure.content()}
+                # A figure that names features is another one once people call them otherwise.
+                if figure.names_features and (named := _named(run.store.root, needs)):
+                    content["names"] = named
                 listed[Unit("draw", content, needs, label=member.label, given={"figure": figure})] = None
             else:
                 log.warning("figure '%s' is not drawn: `of` names no %s stage", member.label, " and no ".join(lacking))
@@ -81,6 +85,15 @@ class Draw(StageConfig):
                 run.progress(i + 1, len(units), "figures")
         if failed:
             raise UserError("\n".join(failed))
+
+
+def _named(root: Path, units: Sequence[Unit]) -> dict[str, dict[str, str]]:
+    """Return what people call features of the SAEs that units are made from, by SAE and feature."""
+    saes = sorted({need.address for unit in units for need in unit.needs if need.stage == "train"})
+    said = {
+        sae: {str(feature): note.name for feature, note in notes.of(root, sae).items() if note.name} for sae in saes
+    }
+    return {sae: names for sae, names in said.items() if names}
 
 
 def sized(entry: FigureConfig, figure: "Figure") -> "Figure":

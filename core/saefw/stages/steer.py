@@ -121,19 +121,34 @@ class Steer(StageConfig):
         reaching("steer", self._candidates(run), run.made_by(self.probes, "probe"), self.place)
         sae = self._sae(run)
         trained_on = sae.needs[0]
-        if sae.content["tokens"] != self.place and not self.allow_off_distribution:
-            raise UserError(
-                f"steer: place: {sae.label} was trained on {sae.content['tokens']}, but the edit is on {self.place}; "
-                f"choose another SAE, or say allow_off_distribution: true"
-            )
+        self._check_place(sae)
         recordings = dict.fromkeys(unit.needs[0] for unit in run.made_by(self.probes, "probe"))
         ours = [unit for unit in recordings if unit.content["backbone"] == trained_on.content["backbone"]]
         if not ours:
             raise UserError(f"steer: '{self.probes}' has no probe on the backbone of {sae.label}")
         for recording in ours:
-            probe = picked(run, self.probes, self.probe, recording)
-            reaching("steer", [sae], [probe], self.place)
-            yield self._unit(run, sae, probe)
+            yield self.pair(run, sae, picked(run, self.probes, self.probe, recording))
+
+    def pair(self, run: Run, sae: Unit, probe: Unit) -> Unit:
+        """Return the unit that edits features of one SAE and reads one probe, whatever the picks say.
+
+        Raises:
+            NotYet: the tables of their features are not made yet.
+            UserError: the SAE, the probe and the tokens do not fit together.
+
+        """
+        self._check_place(sae)
+        if probe.needs[0].content["backbone"] != sae.needs[0].content["backbone"]:
+            raise UserError(f"steer: {probe.label} is not on the backbone of {sae.label}")
+        reaching("steer", [sae], [probe], self.place)
+        return self._unit(run, sae, probe)
+
+    def _check_place(self, sae: Unit) -> None:
+        if sae.content["tokens"] != self.place and not self.allow_off_distribution:
+            raise UserError(
+                f"steer: place: {sae.label} was trained on {sae.content['tokens']}, but the edit is on {self.place}; "
+                f"choose another SAE, or say allow_off_distribution: true"
+            )
 
     def _candidates(self, run: Run) -> list[Unit]:
         """Return the SAEs of the layer that is named, or all."""
