@@ -15,7 +15,7 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
-from saefw import pipeline
+from saefw import notes, pipeline
 from saefw.acts import Acts
 from saefw.catalog import Catalog
 from saefw.cli import app
@@ -43,11 +43,12 @@ stages:
   visuals: {{use: visuals, saes: sweep, acts: acts, top: 4}}
   sheets: {{use: sheets, visuals: visuals, features: {{n: 2}}}}
   probes: {{use: probe, acts: acts, probes: [linear]}}
+  faithful: {{use: faithfulness, saes: sweep, probes: probes, acts: acts}}
   steer: {{use: steer, saes: sweep, probes: probes, visuals: visuals, n_features: 2, amounts: [0, 1]}}
   figures: {{use: draw, figures: [front, grids, probing, doses], of: [sweep, visuals, probes, steer]}}
 """
 
-N_UNITS = 2 + 3 + 3 + 3 + 4 + 1 + 4
+N_UNITS = 2 + 3 + 3 + 3 + 4 + 3 + 1 + 4
 
 
 def prepared(folder: Path, text: str = REGISTRY) -> Path:
@@ -190,7 +191,12 @@ def test_the_documented_queries_find_something(made: Path) -> None:
     queries = [query for block in re.findall(r"^```sql\n(.*?)^```", text, re.M | re.S) for query in block.split(";")]
     queries = [query for query in queries if query.strip()]
     assert len(queries) >= 8
-    with Store(made.parent / "runs").db() as db:
+    store = Store(made.parent / "runs")
+    with store.db() as db:
+        ((sae, feature),) = db.execute("SELECT sae, feature FROM feature LIMIT 1").fetchall()
+    notes.write(store.root, sae, feature, "a stroke")
+    store.sync()
+    with store.db() as db:
         ((sae, name),) = db.execute("SELECT any_value(sae), (SELECT min(name) FROM class) FROM edit").fetchall()
         ((key,),) = db.execute("SELECT min(key) FROM example WHERE split = 'train'").fetchall()
         for query in queries:
