@@ -32,6 +32,23 @@ ANY = "any"
 """In place of a class: all of them."""
 
 
+STAY = """
+let field = document.activeElement
+while (field?.shadowRoot?.activeElement) field = field.shadowRoot.activeElement
+const end = Date.now() + 1000
+const stay = () => {
+  if (field?.tagName != "INPUT" || Date.now() > end) return
+  if (field.getRootNode().activeElement != field) field.focus()
+  requestAnimationFrame(stay)
+}
+const leave = (event) => { if (event.key == undefined || event.key == "Tab") field = null }
+window.addEventListener("pointerdown", leave, {capture: true, once: true})
+window.addEventListener("keydown", leave, {capture: true, once: true})
+stay()
+"""
+"""A table that shows other rows takes the keyboard; who types in the field beside it keeps it."""
+
+
 class Explore:
     """What one visitor looks for among the features of an SAE, and the feature that is open."""
 
@@ -106,6 +123,7 @@ class Explore:
         self.which.on_change("value", heard(lambda _: self._show_sae()))
         self.of_class.on_change("value", heard(lambda _: self._show()))
         self.search.on_change("value_input", heard(lambda _: self._show()))
+        self.search.js_on_change("value_input", CustomJS(code=STAY))
         self.search.on_change("value", heard(self._entered))
         for slider in self.ranges:
             slider.on_change("value_throttled", heard(lambda _: self._show()))

@@ -351,7 +351,7 @@ def test_in_a_browser_a_box_over_the_points_and_a_row_of_the_table_choose(chromi
         count = seen.locator(".count h2")
         every = count.inner_text()
         canvas = seen.locator(".bk-Figure:visible canvas").first
-        canvas.hover()  # once it stays where it is
+        canvas.hover(force=True)  # once it stays where it is
         plot = canvas.bounding_box()
         assert plot
         seen.mouse.move(plot["x"] + plot["width"] / 2, plot["y"] + 8)

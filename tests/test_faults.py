@@ -172,7 +172,7 @@ CASES = {
     "a flipped byte in a parquet": Case(ACTS, "example.parquet", flip, SUM, *TO_TRAIN),
     "a made.json of garbage": Case(ACTS, "made.json", garbage, "does not list the files of its unit", *TO_TRAIN),
     "a flipped byte in an SAE": Case(SAE, "sae.safetensors", flip, SUM, *TO_SEE),
-    "an empty probe": Case(PROBE, "probe.safetensors", empty, "0 bytes, not 796", *TO_STEER),
+    "an empty probe": Case(PROBE, "probe.safetensors", empty, "0 bytes, not 860", *TO_STEER),
     "a flipped byte in the pictures": Case(LOOKS, "picture.parquet", flip, SUM, *TO_STEER),
 }
 

@@ -1,6 +1,5 @@
 """Each tutorial of docs/plugins.md, followed line by line in an empty folder, is at work in the end."""
 
-import importlib
 import re
 import runpy
 import shlex
@@ -39,7 +38,7 @@ def follow(command: str) -> str:
         return result.stdout
     if words[:3] == ["python", "-m", "pytest"]:
         name = words[3].removesuffix(".py")
-        function = getattr(importlib.import_module(name), name)
+        function = runpy.run_path(words[3], run_name=name)[name]
         with pytest.MonkeyPatch.context() as patch:
             needed = {"tmp_path": Path.cwd(), "monkeypatch": patch}
             function(**{name: needed[name] for name in function.__annotations__ if name in needed})

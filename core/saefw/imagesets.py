@@ -126,14 +126,18 @@ class ImageFiles:
         """The image at an index."""
         if not 0 <= index < len(self):
             raise IndexError(f"there is no image {index}")
-        return Example(self._files.keys[index], self._labels[index], self._splits[index], partial(self._load, index))
+        return Example(
+            self._files.keys[index],
+            self._labels[index],
+            self._splits[index],
+            partial(open_image, self._files.path(index)),
+        )
 
     def unsplit(self, index: int) -> Example:
         """The image at an index for one who only opens it: said to be of split train, which costs no carving."""
-        return Example(self._files.keys[index], self._labels[index], "train", partial(self._load, index))
-
-    def _load(self, index: int) -> "Image":
-        return open_image(self._files.path(index))
+        return Example(
+            self._files.keys[index], self._labels[index], "train", partial(open_image, self._files.path(index))
+        )
 
 
 def image_files(root: Path, below: Sequence[str] = ("",)) -> Files:

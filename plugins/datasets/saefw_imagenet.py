@@ -209,6 +209,46 @@ def _readable(lemmas: Sequence[str], ids: Sequence[str]) -> list[str]:
 # The parquet files of the hub
 
 
+class Bytes:
+    """Reads images out of parquet files; a copy for another process begins anew."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """Read nothing yet."""
+        import duckdb
+
+        # One thread a reading: who asks for images asks from threads of his own.
+        self.db = duckdb.connect(config={"threads": 1})
+        self.paths = paths
+        # Eight readings of photos of 100 kB are 50 MB; a read-ahead of threads seldom spans more than two.
+        self._block = lru_cache(maxsize=8)(self._read)
+
+    def __reduce__(self) -> tuple[type["Bytes"], tuple[Sequence[Path]]]:
+        """Hand on the names of the files alone."""
+        return Bytes, (self.paths,)
+
+    def load(self, file: int, row: int) -> "Image":
+        """Return the image in a row of a file."""
+        data = self._block(file, row // ROWS).get(row)
+        if data is None:
+            raise OSError("its row holds no bytes")
+        return open_image(data)
+
+    def _read(self, file: int, block: int) -> dict[int, bytes | None]:
+        """Return the bytes of some rows; DuckDB reads the part of the file that they lie in."""
+        import duckdb
+
+        query = (
+            "SELECT file_row_number, image.bytes FROM read_parquet(?, file_row_number = true) "
+            "WHERE file_row_number BETWEEN ? AND ?"
+        )
+        values = [str(self.paths[file]), block * ROWS, block * ROWS + ROWS - 1]
+        try:
+            with self.db.cursor() as cursor:  # a connection is for one thread, its cursors are others
+                return dict(cursor.execute(query, values).fetchall())
+        except duckdb.Error as error:
+            raise OSError(f"{self.paths[file]}: {str(error).splitlines()[0]}") from error
+
+
 class Rows:
     """The images in parquet files, in the order of the files' names and of their rows."""
 
@@ -218,14 +258,13 @@ class Rows:
         """Read the labels, no image yet; rows without a label, as those of the test files are, are left out."""
         import duckdb
 
-        # One thread a reading: who asks for images asks from threads of his own.
-        self._db = duckdb.connect(config={"threads": 1})
+        self._bytes = Bytes(paths)
         self._paths = paths
         self.labels: list[array[int]] = []
         self._rows: list[array[int]] = []
         for path in paths:
             try:
-                found = self._db.execute(
+                found = self._bytes.db.execute(
                     "SELECT file_row_number, label FROM read_parquet(?, file_row_number = true) "
                     "WHERE label >= 0 ORDER BY file_row_number",
                     [str(path)],
@@ -239,12 +278,10 @@ class Rows:
         if not len(self):
             raise UserError(f"{paths[0].parent}: the parquet files hold no image with a label")
         self.classes: Sequence[str] = self._classes()
-        # Eight readings of photos of 100 kB are 50 MB; a read-ahead of threads seldom spans more than two.
-        self._block = lru_cache(maxsize=8)(self._read)
 
     def _classes(self) -> list[str]:
         """Return the names that the files bring, or else those of ImageNet-1k."""
-        found = self._db.execute(
+        found = self._bytes.db.execute(
             "SELECT value FROM parquet_kv_metadata(?) WHERE key = 'huggingface'", [str(self._paths[0])]
         ).fetchone()
         most = max(max(labels, default=0) for labels in self.labels)
@@ -269,7 +306,7 @@ class Rows:
         """The image at an index."""
         file, row = self._at(index)
         label = self.labels[file][index - self._ends[file]]
-        return Example(self.key(index), label, self.splits[index], partial(self._load, file, row))
+        return Example(self.key(index), label, self.splits[index], partial(self._bytes.load, file, row))
 
     def _at(self, index: int) -> tuple[int, int]:
         """Return the file of an image, and its row there."""
@@ -282,27 +319,6 @@ class Rows:
         """Return the file and the row of an image, as its key."""
         file, row = self._at(index)
         return f"{self._paths[file].stem}/{row:05d}"
-
-    def _load(self, file: int, row: int) -> "Image":
-        data = self._block(file, row // ROWS).get(row)
-        if data is None:
-            raise OSError("its row holds no bytes")
-        return open_image(data)
-
-    def _read(self, file: int, block: int) -> dict[int, bytes | None]:
-        """Return the bytes of some rows; DuckDB reads the part of the file that they lie in."""
-        import duckdb
-
-        query = (
-            "SELECT file_row_number, image.bytes FROM read_parquet(?, file_row_number = true) "
-            "WHERE file_row_number BETWEEN ? AND ?"
-        )
-        values = [str(self._paths[file]), block * ROWS, block * ROWS + ROWS - 1]
-        try:
-            with self._db.cursor() as cursor:  # a connection is for one thread, its cursors are others
-                return dict(cursor.execute(query, values).fetchall())
-        except duckdb.Error as error:
-            raise OSError(f"{self._paths[file]}: {str(error).splitlines()[0]}") from error
 
 
 @hookimpl
