@@ -346,7 +346,7 @@ def test_an_index_that_turns_out_damaged_in_the_middle_of_a_query(place: Place) 
 def test_an_index_that_turns_out_damaged_while_it_is_brought_up_to_date(place: Place) -> None:
     index = place.store.root / "saefw.duckdb"
     flip_a_block(index, "SELECT unit FROM metric")
-    place.forget("draw")
+    place.forget("steer")
     assert place("run", "--stage", "steer")[::2] == (
         0, f"{index}: damaged; made anew from the folders of the units\n",
     )  # fmt: skip
