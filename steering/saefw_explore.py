@@ -35,7 +35,7 @@ ANY = "any"
 STAY = """
 let field = document.activeElement
 while (field?.shadowRoot?.activeElement) field = field.shadowRoot.activeElement
-const end = Date.now() + 1000
+const end = Date.now() + 3000
 const stay = () => {
   if (field?.tagName != "INPUT" || Date.now() > end) return
   if (field.getRootNode().activeElement != field) field.focus()
