@@ -35,18 +35,16 @@ ANY = "any"
 STAY = """
 let field = document.activeElement
 while (field?.shadowRoot?.activeElement) field = field.shadowRoot.activeElement
-const end = Date.now() + 3000
-const stay = () => {
-  if (field?.tagName != "INPUT" || Date.now() > end) return
-  if (field.getRootNode().activeElement != field) field.focus()
-  requestAnimationFrame(stay)
-}
-const leave = (event) => { if (event.key == undefined || event.key == "Tab") field = null }
-window.addEventListener("pointerdown", leave, {capture: true, once: true})
-window.addEventListener("keydown", leave, {capture: true, once: true})
-stay()
+if (field?.tagName != "INPUT" || field.saefw_stays) return
+field.saefw_stays = true
+let left = false
+window.addEventListener("pointerdown", () => { left = true }, true)
+window.addEventListener("keydown", (event) => { left = event.key == "Tab" }, true)
+field.addEventListener("focus", () => { left = false })
+field.addEventListener("blur", () => { if (!left) setTimeout(() => field.focus()) })
 """
-"""A table that shows other rows takes the keyboard; who types in the field beside it keeps it."""
+"""A Bokeh table takes the keyboard whenever its rows change and one is chosen, also from who types what they are looked
+for by. Only a click or Tab leaves that field."""
 
 
 class Explore:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from tiny import made
 from torch import Tensor
 
 from saefw.acts import Acts
@@ -30,17 +31,6 @@ from saefw_linear import Linear
 from saefw_topk import TopK
 
 SETTINGS: dict[str, Any] = {"saes": "sweep", "probes": "probes", "acts": "acts"}
-
-
-def made(run: Run, name: str, stage: Any) -> list[Unit]:
-    """Plan a stage and make what is missing."""
-    run.enter(name)
-    units = list(stage.units(run))
-    run.listed(name, units)
-    missing = [unit for unit in units if not run.store.has(unit)]
-    if missing:
-        stage.make(missing, run)
-    return units
 
 
 def pipeline(path: Path, watcher: Watcher | None = None) -> Run:

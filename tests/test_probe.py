@@ -9,6 +9,7 @@ import tiny
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
+from tiny import made
 
 from saefw.acts import Acts
 from saefw.errors import UserError
@@ -28,17 +29,6 @@ def recorded(path: Path, **families: Any) -> Run:
     run = tiny.desk(path, {"probes": SWEEP, **families})
     made(run, "acts", Record(backbone="tiny", datasets=["tiny"], layers=[1, 2]))
     return run
-
-
-def made(run: Run, name: str, stage: Any) -> list[Unit]:
-    """Plan a stage and make what is missing."""
-    run.enter(name)
-    units = list(stage.units(run))
-    missing = [unit for unit in units if not run.store.has(unit)]
-    if missing:
-        stage.make(missing, run)
-    run.listed(name, units)
-    return units
 
 
 class Stop(Exception):

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL.Image import Image
 from pydantic import ValidationError
-from tiny import TinyBackbone, TinySet, TinyVit, desk
+from tiny import TinyBackbone, TinySet, TinyVit, desk, made
 from torch import Tensor
 
 from saefw.acts import Acts
@@ -46,15 +46,6 @@ def no_power_cuts() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda number: None)
         yield
-
-
-def made(run: Run, name: str, stage: Any) -> list[Unit]:
-    """Plan a stage and make what is missing."""
-    run.enter(name)
-    units = list(stage.units(run))
-    run.listed(name, units)
-    stage.make([unit for unit in units if not run.store.has(unit)], run)
-    return units
 
 
 def record(run: Run, **given: Any) -> list[Unit]:

@@ -12,13 +12,14 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from tiny import made
 from torch import Tensor
 
 from saefw.acts import Acts
 from saefw.controls import Drawn
 from saefw.errors import UserError
 from saefw.metrics import Nmse
-from saefw.plugin import NotYet, Run, Unit
+from saefw.plugin import NotYet, Run
 from saefw.run import Watcher
 from saefw.stages import steer, steer_edits
 from saefw.stages.probe import ProbeStage
@@ -41,17 +42,6 @@ SETTINGS: dict[str, Any] = {
     "n_features": 2,
     "n_effect": 20,
 }
-
-
-def made(run: Run, name: str, stage: Any) -> list[Unit]:
-    """Plan a stage and make what is missing."""
-    run.enter(name)
-    units = list(stage.units(run))
-    run.listed(name, units)
-    missing = [unit for unit in units if not run.store.has(unit)]
-    if missing:
-        stage.make(missing, run)
-    return units
 
 
 def pipeline(path: Path, watcher: Watcher | None = None) -> Run:

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_open_clip import SMALL, shrunken
+from tiny import made
 from torch.nn.functional import cross_entropy, normalize
 
 from saefw.acts import Acts
@@ -28,15 +29,6 @@ from saefw_topk import TopK
 from saefw_zero_shot import ZeroShot
 
 TEMPLATES = ["a photo of a {}.", "{} things"]
-
-
-def made(run: Run, name: str, stage: Any) -> list[Unit]:
-    """Plan a stage and make it."""
-    run.enter(name)
-    units = list(stage.units(run))
-    stage.make(units, run)
-    run.listed(name, units)
-    return units
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,8 @@ from saefw.plugin import (
     Place,
     Run,
     Split,
+    StageConfig,
+    Unit,
     hookimpl,
     mend_torchvision,
 )
@@ -190,3 +192,14 @@ def desk(
     run = Run(Store(path / "runs"), path, members, metrics or {}, device="cpu", watcher=watcher, mend=True)
     run.enter("test")
     return run
+
+
+def made(run: Run, name: str, stage: StageConfig) -> list[Unit]:
+    """Plan a stage, make what is missing, and return what it lists."""
+    run.enter(name)
+    units = list(stage.units(run))
+    run.listed(name, units)
+    missing = [unit for unit in units if not run.store.has(unit)]
+    if missing:
+        stage.make(missing, run)
+    return units
