@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_steer_stage import SETTINGS, made
-from tiny import TinyFolder, TinyImages, TinySet
+from test_steer_stage import SETTINGS
+from tiny import TinyFolder, TinyImages, TinySet, made
 from torch import Tensor
 
 from saefw import live
