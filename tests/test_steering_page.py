@@ -1,16 +1,20 @@
 """The steering page without a browser: its documents, what its callbacks do, and who may reach its server."""
 
 import asyncio
+import csv
+import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from html import escape
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 from urllib.parse import unquote
 
 import numpy as np
@@ -427,6 +431,46 @@ def test_a_link_holds_the_state_and_a_false_one_is_refused(visitor: Visitor) -> 
     for text in ("{}", "[]", '{"sae": "../../x", "probe": "000000000000"}', "x" * 9000):
         with pytest.raises(UserError, match="so the page starts anew"):
             states.read(text)
+
+
+def test_an_edit_is_exported_and_its_lines_of_python_repeat_it(
+    visitor: Visitor, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visitor.press("guide-turn")
+    before, after = visitor.bars()
+    given = {}
+    for kind in ("csv", "json", "png", "svg"):
+        visitor.press(f"export-{kind}")
+        name, _, data = visitor["file"].tags
+        assert name == f"edit.{kind}"
+        given[kind] = b64decode(data)
+    header, *rows = csv.reader(given["csv"].decode().splitlines())
+    assert header == ["class", "before", "after", "change"] and [row[0] for row in rows] == visitor.experiment.classes
+    np.testing.assert_allclose(np.array([row[1:3] for row in rows], dtype=float).T, [before, after], atol=1e-9)
+    told = json.loads(given["json"])
+    assert [one["after"] for one in told["classes"].values()] == pytest.approx(after.tolist())
+    assert Image.open(BytesIO(given["png"])).format == "PNG" and b"<svg" in given["svg"]
+    lines = told["python"].replace("image.edit(", "edited = image.edit(")
+    (tmp_path / "again.py").write_text(lines)
+    monkeypatch.chdir(path.parent)
+    again = runpy.run_path(str(tmp_path / "again.py"))["edited"]
+    found = [again.probabilities[name] for name in visitor.experiment.classes]
+    np.testing.assert_allclose(found, after, atol=1e-5)
+
+
+@pytest.mark.parametrize(("client", "public", "shown"), [
+    ("127.0.0.1", False, True), ("::1", False, True), ("10.0.0.7", False, False), ("10.0.0.7", True, True),
+])  # fmt: skip
+def test_clients_from_elsewhere_are_refused_unless_it_is_public(
+    path: Path, client: str, public: bool, shown: bool
+) -> None:
+    """As under `bokeh serve steering`, which listens on all addresses by itself."""
+    doc = Document()
+    context = SimpleNamespace(request=SimpleNamespace(remote_ip=client, arguments={}), destroyed=False)
+    doc._session_context = cast(Any, lambda: context)
+    made = page(doc, path, public)
+    assert (made is not None) == shown
+    assert (f"This page is for its own machine, and not for {client}." in html(doc)) != shown
 
 
 def test_an_image_of_ones_own_is_read_in_memory(visitor: Visitor) -> None:
