@@ -1,5 +1,6 @@
 """What is checked of a dataset."""
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -61,7 +62,7 @@ def _check_loading(examples: Sequence[Example], again: Dataset) -> None:
 def _check_spawned(example: Example) -> None:
     """Load an image in a spawned process, to which `load` goes as multiprocessing sends it."""
     who, worker = f"image '{example.key}'", _worker()
-    worker.submit(_follow, list(sys.path)).result()
+    worker.submit(_follow, list(sys.path), os.getcwd()).result()
     try:
         there = worker.submit(_pixels, example.load).result()
     except BrokenProcessPool:
@@ -103,9 +104,10 @@ def _worker() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, get_context("spawn"))
 
 
-def _follow(path: list[str]) -> None:
-    """Look for modules where the sender does."""
+def _follow(path: list[str], folder: str) -> None:
+    """Look for modules and files where the sender does."""
     sys.path[:] = path
+    os.chdir(folder)
 
 
 def _pixels(load: Callable[[], "Image"]) -> tuple[str, tuple[int, int], bytes]:
