@@ -244,5 +244,5 @@ def test_the_example_on_real_data_runs(tmp_path: Path) -> None:
         (accuracy,) = db.execute("SELECT max(value) FROM final WHERE name = 'test_accuracy'").fetchall()[0]
         assert nmse < 0.8 and accuracy > 0.3
         (n_edits,) = db.execute("SELECT count(*) FROM edit").fetchall()[0]
-        # Images x roles x kinds x amounts; the control of like features may have none that fires.
-        assert 40 * 2 * 3 * 2 < n_edits <= 40 * 2 * 4 * 2
+        # Images x roles x ways x kinds x amounts; the control of like features may have none that fires.
+        assert 40 * 2 * 4 * 2 * 2 < n_edits <= 40 * 2 * 4 * 3 * 2

@@ -494,10 +494,10 @@ class FigureConfig(Entry):
     names_features: ClassVar[bool] = False
     """Whether it shows what people call features, so that it is drawn again when they say something else."""
 
-    width: float = Field(WIDTH, ge=2, le=40)
+    width: float = Field(default=WIDTH, ge=2, le=40)
     """Inches; 7.2 for both columns of a paper, 3.4 for one."""
 
-    height: float | None = Field(None, ge=1, le=40)
+    height: float | None = Field(default=None, ge=1, le=40)
     """Inches; null: as fits what is shown."""
 
     title: str | None = None
