@@ -282,9 +282,9 @@ class SaeConfig(Entry):
     W_enc and W_dec drawn apart, each uniform as He et al. 2015; `data`, as tied, but with rows near training tokens.
     """
 
-    b_dec: Literal["mean", "median"] = "mean"
-    """Where the decoder bias starts: at the mean of the training tokens, which is 0 since these are centred, or at the
-    geometric median of some of them.
+    b_dec: Literal["mean", "zero", "median"] = "mean"
+    """Where the decoder bias starts: at the `mean` of the training tokens, which is 0 since these are centred; at the
+    `zero` of the activations as they were recorded; or at the geometric `median` of some of the tokens.
     """
 
     lr: float = Field(default=1e-3, gt=0)
