@@ -18,6 +18,7 @@ FLOORS = (
         "images",
         "moments",
         "monosemantic",
+        "origin",
         "rows",
         "sparse",
         "splits",
