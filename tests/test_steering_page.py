@@ -98,8 +98,11 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def html(doc: Document) -> str:
+    """Return all texts: what was sent since the page was built stands in `live`."""
     divs: Any = doc.select({"type": Div})
-    return "".join(div.text for div in divs)
+    live: Any = doc.select_one({"name": "live"})
+    sent = {name: text for name, text, _ in live.tags[1:] if text is not None} if live else {}
+    return "".join(sent.get(div.name, div.text) for div in divs)
 
 
 class Visitor:
@@ -118,6 +121,13 @@ class Visitor:
 
     def press(self, name: str) -> None:
         self[name]._trigger_event(ButtonClick(self[name]))
+
+    def feature(self, group: str, i: int) -> int:
+        """Return what a card shows."""
+        assert self.steer.session is not None
+        facts = self.steer.session.columns.groups[group][i].facts
+        assert facts is not None
+        return facts.feature
 
     def bars(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         assert self.steer.session is not None
@@ -169,9 +179,9 @@ def test_the_first_example_turns_one_class_into_another(visitor: Visitor) -> Non
     assert [before.argmax(), after.argmax()] == [first.own, first.target]
     # Row by row what is edited is what was stored, and the stage measured what the page shows.
     # A feature of both classes stands in the rows of the image's own.
-    rows = [f"{group}-{i}" for group in ("own", "other", "found") for i in range(4)]
-    edited = {visitor[f"pick-{row}"].label: visitor[f"number-{row}"].value for row in rows}
-    wanted = {str(feature): first.amount for feature in first.features}
+    rows = [(group, i) for group in ("own", "other", "found") for i in range(4)]
+    edited = {visitor.feature(*row): visitor["number-{}-{}".format(*row)].value for row in rows}
+    wanted = {feature: first.amount for feature in first.features}
     assert {feature: amount for feature, amount in edited.items() if amount is not None} == wanted
     with visitor.choice.run.store.db() as db:
         stored = db.execute(
@@ -243,7 +253,7 @@ def test_edits_are_those_of_the_engine_on_the_patches_chosen(visitor: Visitor) -
     corner: Any = {"type": "rect", "x0": 1.2, "x1": 2.8, "y0": 0.1, "y1": 1.9}
     picture._trigger_event(SelectionGeometry(picture, geometry=corner, final=True))
     chosen = [0, 9, 10, 13, 14]
-    feature, example = int(visitor["pick-found-0"].label), int(visitor["image"].value)
+    feature, example = visitor.feature("found", 0), int(visitor["image"].value)
     edit = Edit(feature, "set", 3.0 * experiment.about[feature].p99, chosen)
     engine = experiment.steerings["patches"].edit(experiment.seen(example).readings["patches"], [edit])
     after = visitor.bars()[1]
@@ -276,11 +286,12 @@ def test_images_are_gone_through_and_edits_in_sight_stay(visitor: Visitor) -> No
 def test_the_picture_is_lit_where_a_feature_fires(visitor: Visitor) -> None:
     image = visitor["picture"].renderers[0].data_source
     plain = image.data["image"][0].copy()
-    visitor.press("pick-found-0")
-    assert visitor["light"].active
+    lit = visitor.feature("found", 0)
+    visitor["signal"].tags = ["light", 1, lit]
+    assert visitor["light"].active and f'<button class="pick" data-light="{lit}"' in visitor.html()
     assert not np.array_equal(image.data["image"][0], plain)
     texts = visitor["picture"].renderers[2].data_source.data["value"]
-    values = visitor.experiment.seen(int(visitor["image"].value)).patch_ps[:, int(visitor["pick-found-0"].label)]
+    values = visitor.experiment.seen(int(visitor["image"].value)).patch_ps[:, lit]
     assert [text.endswith(" 0.00") for text in texts] == [f"{v:.2f}" == "0.00" for v in values / values.max()]
     visitor["light"].active = False
     assert np.array_equal(image.data["image"][0], plain)
@@ -426,7 +437,7 @@ def test_a_link_holds_the_state_and_a_false_one_is_refused(visitor: Visitor) -> 
     session = visitor.steer.session
     assert session is not None
     state = session.state()
-    assert visitor["link"].tags == [f"?state={states.written(state)}"]
+    assert visitor["live"].tags[0] == f"?state={states.written(state)}"
     assert states.read(unquote(states.written(state))) == state
     for text in ("{}", "[]", '{"sae": "../../x", "probe": "000000000000"}', "x" * 9000):
         with pytest.raises(UserError, match="so the page starts anew"):
