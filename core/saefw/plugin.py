@@ -158,6 +158,13 @@ class Backbone(nn.Module):
             tokens = block(tokens)
         return tokens
 
+    def cls_after(self, tokens: Tensor, number: int) -> Tensor:
+        """Return [CLS] as block `number` puts it out, [batch, d_model], of what enters that block.
+
+        Override it where the block need not be run for the other tokens: their keys and values are enough.
+        """
+        return self.tail(tokens, number, number)[:, 0]
+
     def forward(self, images: Tensor) -> Tensor:
         """Return the output of the last block, [batch, token, d_model]; no final norm."""
         return self.tail(self.embed(images), 0)

@@ -117,6 +117,10 @@ class Steering:
 
     def logits(self, tokens_btd: Tensor) -> Tensor:
         """Return what the probe says, [b, c], if block `layer` puts out these tokens."""
+        if self.token == "cls" and self.probe_layer > self.layer:
+            before_btd = self.backbone.tail(tokens_btd, self.layer + 1, self.probe_layer - 1)
+            out: Tensor = self.probe(self.backbone.cls_after(before_btd, self.probe_layer))
+            return out
         return self._read(self.backbone.tail(tokens_btd, self.layer + 1, self.probe_layer))
 
     def _read(self, tokens_btd: Tensor) -> Tensor:
