@@ -93,7 +93,7 @@ class FeatureCard:
         parts: list[Any] = [self.about, self.state, self.slider, self.mode, self.number, self.reset]
         self.model = Row(children=parts, name=f"card-{name}", stylesheets=[style.FEATURE], sizing_mode="stretch_width")
         self.slider.on_change("value", self._asked)
-        self.number.on_change("value", self._asked)
+        self.number.on_change("value", lambda _attr, _old, new: None if new == self.amount else self._ask(new))
         self.mode.on_change("value", self._mode_chosen)
         self.reset.on_click(lambda: self._ask(None))
         self._look()
@@ -138,8 +138,8 @@ class FeatureCard:
         shown = min(max(rest if amount is None else amount, ways.start), ways.end)
         if abs(shown - self.slider.value) > 1e-6:  # what it says itself is not said back to it while it is dragged
             self.slider.value = shown
-        self.number.value = amount
         self._quiet = False
+        self._live.numbers[self.number] = amount
         self._look()
 
     def highlight(self, feature: int | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from bokeh.models.callbacks import CustomJS
 from bokeh.models.layouts import LayoutDOM
 from bokeh.models.sources import ColumnDataSource
-from bokeh.models.widgets import Div
+from bokeh.models.widgets import Div, Spinner
 
 import saefw_steering_script as script
 from saefw_steering_views import div
@@ -28,6 +28,8 @@ class Live:
         self.texts: dict[str, str] = {}
         """HTML by the name of its place; on the models themselves stands what was first shown."""
         self._classes: dict[str, list[str]] = {}
+        self.numbers: dict[Spinner, float | None] = {}
+        """What fields are to show; sent last, so that the browser draws all at once."""
 
     def div(self, name: str) -> Div:
         """Return a place for HTML."""
@@ -49,6 +51,9 @@ class Live:
         rows: list[Any] = [[name, text, None] for name, text in self.texts.items()]
         rows += [[name, None, classes] for name, classes in self._classes.items()]
         self.source.tags = [self.link, *rows]
+        for field, value in self.numbers.items():
+            field.value = value
+        self.numbers.clear()
 
 
 def told(name: str, code: str) -> ColumnDataSource:

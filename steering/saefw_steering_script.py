@@ -16,6 +16,7 @@ KEYS = {
 READY = """
 if (window.saefw_ready) return
 window.saefw_ready = true
+document.getElementById("loading")?.remove()
 const model = (name) => {
   for (const doc of Bokeh.documents) {
     const found = doc.get_model_by_name(name)

@@ -1,6 +1,5 @@
 """The Steer tab of one visitor: an image, three columns of its features, what the probe reads before and after."""
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
@@ -18,13 +17,10 @@ from saefw_steering_columns import FINDERS, FOUND, Columns
 from saefw_steering_keep import Keeper
 from saefw_steering_layout import Widgets
 from saefw_steering_live import Live
-from saefw_steering_state import Edited, State
+from saefw_steering_state import Edited, Past, State
 from saefw_steering_views import Picture, verdict
 from saefw_steering_work import Newest
 from saefw_upload import uploaded
-
-TOGETHER = 1.0
-"""Seconds within which changes of one feature are one step of undo."""
 
 LISTED = 200
 """Images of a class that are listed; any other is found by its number or its key."""
@@ -62,8 +58,7 @@ class Session:
         self.edits: dict[int, Edited] = {}
         self.lit = -1
         self._quiet = False
-        self._past: list[State] = []
-        self._at, self._last, self._when = -1, "", 0.0
+        self._past = Past()
         self._newest = Newest(doc, self._failed)
         self.picture = Picture(experiment.acts.grid, self._guarded(self._patches_chosen))
         self.live = Live()
@@ -86,7 +81,7 @@ class Session:
         except UserError as error:
             self.apply(usual)
             say(str(error))
-        self._remember("")
+        self.remember()
         self._newest.open = True
 
     def _guarded(self, do: Callable[..., Any]) -> Callable[..., None]:
@@ -201,29 +196,21 @@ class Session:
         self._look(state.example)
         self.show_features()
 
-    def _remember(self, what: str) -> None:
-        """Note the state as a step that can be undone; changes of one feature in a row are one step."""
-        state, now = self.state(), time.monotonic()
-        if self._at >= 0 and state == self._past[self._at]:
-            return
-        together = bool(what) and what == self._last and now - self._when < TOGETHER
-        del self._past[self._at + (0 if together else 1) :]
-        self._past.append(state)
-        self._at, self._last, self._when = len(self._past) - 1, what, now
+    def remember(self, what: str = "") -> None:
+        """Note the state as a step that can be undone; changes of one feature in a row, `what`, are one step."""
+        self._past.note(self.state(), what)
         self._moves()
 
     def _moves(self) -> None:
-        self.w.buttons["undo"].disabled = self._at <= 0
-        self.w.buttons["redo"].disabled = self._at >= len(self._past) - 1
+        self.w.buttons["undo"].disabled = not self._past.at(-1)
+        self.w.buttons["redo"].disabled = not self._past.at(1)
 
     def travel(self, by: int) -> None:
-        """Undo or redo a step."""
-        at = self._at + by
-        if 0 <= at < len(self._past):
-            self._at, self._last = at, ""
-            state = self._past[at]
+        """Undo a step (-1), or redo it (1)."""
+        if (state := self._past.at(by)) is not None:
             if state.example is None and self.example is not None:
                 raise UserError("the image that was brought is not kept; bring it again")
+            self._past.go(by)
             self.apply(state)
             self._moves()
 
@@ -437,7 +424,7 @@ class Session:
         changes = [Change(edit.feature, edit.mode, edit.amount) for edit in self.edits.values()]
         directly = bool(self.w.directly.active) and place in self.experiment.direct
         self.w.places(place, self.picture, self.experiment)
-        self._remember(what)
+        self.remember(what)
         state, seen = self.state(), self.seen
         self._newest.ask(
             partial(self.experiment.edit, seen, changes, place, patches, directly),

@@ -34,6 +34,7 @@ WHOLE = f"""
 :root {{ color-scheme: light dark;{_named(0)} }}
 @media (prefers-color-scheme: dark) {{ :root {{{_named(1)} }} }}
 html {{ scrollbar-gutter: stable; }}
+#loading {{ margin: 0; padding: 14px 28px; font: 14px {FONT}; color: var(--faint); }}
 body {{ margin: 0; background: var(--ground); --bokeh-base-font: {FONT}; }}
 """
 
