@@ -159,6 +159,13 @@ class Backbone(nn.Module):
             tokens = block(tokens)
         return tokens
 
+    def cls_after(self, tokens: Tensor, number: int) -> Tensor:
+        """Return [CLS] as block `number` puts it out, [batch, d_model], of what enters that block.
+
+        Override it where the block need not be run for the other tokens: their keys and values are enough.
+        """
+        return self.tail(tokens, number, number)[:, 0]
+
     def forward(self, images: Tensor) -> Tensor:
         """Return the output of the last block, [batch, token, d_model]; no final norm."""
         return self.tail(self.embed(images), 0)
@@ -306,9 +313,9 @@ class SaeConfig(Entry):
     W_enc and W_dec drawn apart, each uniform as He et al. 2015; `data`, as tied, but with rows near training tokens.
     """
 
-    b_dec: Literal["mean", "median"] = "mean"
-    """Where the decoder bias starts: at the mean of the training tokens, which is 0 since these are centred, or at the
-    geometric median of some of them.
+    b_dec: Literal["mean", "zero", "median"] = "mean"
+    """Where the decoder bias starts: at the `mean` of the training tokens, which is 0 since these are centred; at the
+    `zero` of the activations as they were recorded; or at the geometric `median` of some of the tokens.
     """
 
     lr: float = Field(default=1e-3, gt=0)
