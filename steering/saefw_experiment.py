@@ -367,16 +367,20 @@ class Experiment:
         """
         place = place or self.place
         steering, reading = self.steerings[place], seen.readings[place]
-        some = None if place == "cls" else patches
-        edits = [
-            Edit(s, mode, x if raw or mode in FACTORS else x * float(self.about.p99_s[s]), some)
-            for s, mode, x in changes
-        ]
+        edits = self.edits(changes, place, patches, raw)
         if not edits:
             return After(seen.probability_c(place), 0.0)
         delta_bpd = steering.change(reading, edits)
         logits_bc = steering.directly(reading, delta_bpd) if directly else steering.after(reading, delta_bpd)
         return After(probabilities(logits_bc[0]), float(delta_bpd.norm()))
+
+    def edits(self, changes: Sequence[Change], place: str, patches: Sequence[int] | None, raw: bool) -> list[Edit]:
+        """Return changes as the engine takes them; the arguments are those of `edit`."""
+        some = None if place == "cls" else patches
+        return [
+            Edit(s, mode, x if raw or mode in FACTORS else x * float(self.about.p99_s[s]), some)
+            for s, mode, x in changes
+        ]
 
     def read(self, image: "Image") -> tuple[Seen, "Image"]:
         """Return an image of anybody's as the models see it, and the crop that they see."""
@@ -387,8 +391,12 @@ class Experiment:
         return self._of_tokens(tokens_btd), backbone.view(image).convert("RGB")
 
     def _seen(self, example: int) -> Seen:
+        return self._of_tokens(self.tokens(example))
+
+    def tokens(self, example: int) -> torch.Tensor:
+        """Return what the SAE's block puts out for an image, float32 [1, t, d]."""
         ((_, tokens_1td),) = self.acts.read("all", np.array([example]))
-        return self._of_tokens(tokens_1td.to(self._run.device))
+        return tokens_1td.to(self._run.device)
 
     @torch.no_grad()
     def _of_tokens(self, tokens_1td: torch.Tensor) -> Seen:
