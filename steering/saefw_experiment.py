@@ -152,7 +152,7 @@ class Experiment:
         self.counted = "images" if self.trained_on == "cls" else "patches"
         self.place: Place = unit.content["place"]
         self.mode = str(unit.content["mode"])
-        self.amounts = [float(amount) for amount in unit.content["amounts"]]
+        self.amounts = [1.0] if unit.content["raw"] else [float(amount) for amount in unit.content["amounts"]]
         # Escaped as for any other eye: HTML would show an override of the direction of writing by obeying it.
         self.classes = list(map(escaped, self.acts.classes))
         self.labels = self.acts.labels
@@ -176,7 +176,9 @@ class Experiment:
         self.about = Features(run, tables, classes, self.sae.d_sae, self.labels)
         self.title, self.subtitle = title_of(unit, run, self.acts.layer)
         folder = run.store.folder(unit)
-        self.first: First | None = first_of(folder, self.acts.classes) if self.steered else None
+        # What was edited in other units, or on some patches alone, is not what is edited here.
+        alike = self.steered and not unit.content["raw"] and unit.content["patches"] is None
+        self.first: First | None = first_of(folder, self.acts.classes) if alike else None
         self.guides: list[Guide] = guides_of(unit, run, self.first) if self.first else []
         self.top = int(classes.content["top"])
         self.max_frequency = float(unit.content["max_frequency"])

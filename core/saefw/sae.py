@@ -16,10 +16,10 @@ from saefw.origin import whose
 from saefw.sparse import (
     Entries,
     Scratch,
+    above,
     chosen,
     decode,
     encode,
-    above,
     largest,
     largest_above_zero,
     largest_of_batch,
