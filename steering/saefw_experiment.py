@@ -127,7 +127,7 @@ class Model:
 @lru_cache(maxsize=2)
 def built(model: Model) -> Backbone:
     """Load a backbone, once for all experiments on it."""
-    made: Backbone = model.entry.build(model.device)
+    made: Backbone = model.entry.fresh(model.device)
     return made
 
 

@@ -20,8 +20,8 @@ from saefw.plugin import PenalisedConfig, Run, SaeConfig, Unit
 
 CHECKPOINT = "checkpoint.safetensors"
 
-ROWS = 256
-"""Decoder rows that fit a processor's cache, together with their gradient."""
+HELD = 1 << 18
+"""How many numbers of the decoder fit a processor's cache, about, together with their gradient."""
 
 
 class Training:
@@ -163,7 +163,8 @@ def drop_radial(W_dec: Parameter) -> None:
     if W_dec.grad is None:
         return
     # A few rows at a time, so that they are read from memory once.
-    for rows, gradient in zip(torch.split(W_dec, ROWS), torch.split(W_dec.grad, ROWS), strict=True):
+    n_rows = max(1, HELD // W_dec.shape[1])
+    for rows, gradient in zip(torch.split(W_dec, n_rows), torch.split(W_dec.grad, n_rows), strict=True):
         along = (gradient * rows).sum(dim=1, keepdim=True) / rows.square().sum(dim=1, keepdim=True)
         gradient.addcmul_(along, rows, value=-1)
 

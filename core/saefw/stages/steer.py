@@ -232,7 +232,7 @@ class Steer(StageConfig):
         sae, probe, _, _, recording = unit.needs
         acts = acts_of(recording, run)
         steering = Steering(
-            recording.given["backbone"].build(run.device),
+            recording.given["backbone"].fresh(run.device),
             open_sae(sae.given["sae"], run.folder(sae), run.device),
             opened(probe, run),
             acts.layer,

@@ -193,5 +193,5 @@ def _picture(recording: Unit, run: Run, example: int, key: str) -> bytes:
     """Return what the model sees of an image, as PNG."""
     image = again(run.dataset(recording.given["dataset"]), example, key)
     file = BytesIO()
-    recording.given["backbone"].build("cpu").view(image).save(file, "PNG")
+    recording.given["backbone"].fresh("cpu").view(image).save(file, "PNG")
     return file.getvalue()

@@ -207,7 +207,7 @@ class Visuals(StageConfig):
         saving, telling = Clock(self.checkpoint_every), Clock(0.1)
         backbone: Backbone | None = None
         if self.monosemanticity:
-            backbone = jobs[0].unit.needs[1].given["backbone"].build(run.device)
+            backbone = jobs[0].unit.needs[1].given["backbone"].fresh(run.device)
         whole = self._whole(tokens)
         read, n_tokens = ("all", acts.n_tokens) if whole else (tokens, jobs[0].sizes.n_patches)
         for indices, x_etd in acts.read(read, examples[first:], max(1, READ // n_tokens)):
