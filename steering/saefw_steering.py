@@ -6,7 +6,7 @@
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -130,6 +130,8 @@ def page(doc: Document, path: Path, public: bool = True) -> Page | None:
         public: show it to clients of other machines too.
 
     """
+    if doc.session_context is not None:
+        _undelayed()
     doc.title = "saefw steering"
     doc.template = cast(Any, TEMPLATE)
     parts: list[Any]
@@ -146,6 +148,24 @@ def page(doc: Document, path: Path, public: bool = True) -> Page | None:
     doc.add_root(Column(children=parts, name="page", stylesheets=[style.PAGE], sizing_mode="stretch_width"))
     doc.js_on_event("document_ready", CustomJS(args={"keys": script.KEYS}, code=script.READY))
     return made
+
+
+@cache
+def _undelayed() -> None:
+    """Have messages sent at once, by `saefw serve` as by `bokeh serve`.
+
+    Bokeh writes each in three small packets and leaves it to the kernel to hold the second until the browser has
+    acknowledged the first, which browsers do up to 40 ms later.
+    """
+    from bokeh.server.views.ws import WSHandler
+
+    opened = WSHandler.open
+
+    def open_undelayed(handler: WSHandler) -> None:
+        opened(handler)
+        handler.set_nodelay(True)
+
+    cast(Any, WSHandler).open = open_undelayed
 
 
 def lines(text: str) -> str:

@@ -197,9 +197,7 @@ def _duplicates(registry: "Registry", printer: "Printer") -> int:
 
 @app.command()
 def plugins(
-    name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Show this one and its settings.")
-    ] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this one and its settings.")] = None,
     registry: With = REGISTRY,
 ) -> None:
     """List what plugins bring or, with a name, the settings of one."""

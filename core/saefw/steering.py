@@ -74,6 +74,7 @@ class Steering:
         place: str = "patches",
         keep_error: bool = True,
         token: Token = "cls",
+        patches: Sequence[int] | None = None,
     ) -> None:
         """Put the parts together; all in eval mode and on one device.
 
@@ -86,6 +87,7 @@ class Steering:
             place: the tokens that are edited, `patches` or `cls`.
             keep_error: add edits to the tokens as they are; if not, to the SAE's reconstruction of them.
             token: what the probe reads.
+            patches: those that may be edited, ascending, row by row from 0; None: all.
 
         Raises:
             UserError: an edit there cannot reach the probe.
@@ -97,7 +99,10 @@ class Steering:
         self.backbone, self.sae, self.probe = backbone, sae, probe
         self.layer, self.probe_layer, self.place, self.keep_error = layer, probe_layer, place, keep_error
         self.token = token
-        self.edited = slice(0, 1) if place == "cls" else slice(backbone.info.n_prefix, None)
+        n_prefix = backbone.info.n_prefix
+        self.edited: slice | list[int] = slice(0, 1) if place == "cls" else slice(n_prefix, None)
+        if patches is not None:
+            self.edited = [n_prefix + patch for patch in patches]
 
     # Before
 
@@ -117,8 +122,7 @@ class Steering:
         codes = self.sae.encode(tokens_btd[:, self.edited].flatten(0, 1))
         if not self.keep_error:
             tokens_btd = tokens_btd.clone()
-            edited_bpd = tokens_btd[:, self.edited]
-            edited_bpd[:] = self.sae.decode(codes).view_as(edited_bpd)
+            tokens_btd[:, self.edited] = self.sae.decode(codes).view(len(tokens_btd), -1, tokens_btd.shape[2])
         return tokens_btd, codes
 
     def logits(self, tokens_btd: Tensor) -> Tensor:
@@ -233,11 +237,10 @@ class Steering:
 
         """
         shift_b1d = torch.zeros_like(tokens_btd[:, :1]).requires_grad_()
+        edited_t1 = torch.zeros_like(tokens_btd[0, :, :1])
+        edited_t1[self.edited] = 1
         with torch.enable_grad():
-            shifted = [tokens_btd[:, : self.edited.start], tokens_btd[:, self.edited] + shift_b1d]
-            if self.edited.stop is not None:
-                shifted.append(tokens_btd[:, self.edited.stop :])
-            picked_bm = self.logits(torch.cat(shifted, dim=1)).gather(1, classes_bm)
+            picked_bm = self.logits(tokens_btd + edited_t1 * shift_b1d).gather(1, classes_bm)
             rows = [torch.autograd.grad(x, shift_b1d, retain_graph=True)[0].cpu() for x in picked_bm.sum(dim=0)]
         return torch.cat(rows, dim=1).double()
 

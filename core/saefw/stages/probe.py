@@ -153,7 +153,7 @@ class ProbeStage(StageConfig):
         for unit, config, probe in zip(units, members, probes, strict=True):
             probe = probe.to(run.device).eval().requires_grad_(False)
             _check_logits(probe, splits["valid"].x_nd[:2], len(task.classes))
-            measured = {split: measure(probe, data) for split, data in splits.items()}
+            measured = {split: measure(probe, data, f"{unit.label}, {split}") for split, data in splits.items()}
             test = measured["test"]
             low, high = bootstrap(test.right_n[:, None].astype(np.float64), 0)
             bins = reliability(test.confidence_n, test.right_n)
@@ -363,12 +363,23 @@ def _check_logits(probe: Probe, x_nd: Tensor, n_classes: int) -> None:
 
 
 @torch.no_grad()
-def measure(probe: Probe, data: Labelled) -> Measured:
-    """Return what the probe says of a split, and how often and how surely it is right."""
+def measure(probe: Probe, data: Labelled, name: str) -> Measured:
+    """Return what the probe says of a split, and how often and how surely it is right.
+
+    Raises:
+        UserError: logits are NaN or infinite; `name` says of what.
+
+    """
     loss, predicted, margins, sure = 0.0, [], [], []
     for start in range(0, len(data.y_n), BATCH):
         some = slice(start, start + BATCH)
         logits_nc = probe(data.x_nd[some]).cpu()
+        if n_bad := int((~logits_nc.isfinite()).any(dim=1).sum()):
+            first = data.examples[start + int((~logits_nc.isfinite()).any(dim=1).float().argmax())]
+            raise UserError(
+                f"{name}: the probe's logits are NaN or infinite for {n_bad} of {len(logits_nc)} images, first for "
+                f"image {first}; lower its learning rate, or record tokens that are finite"
+            )
         wide_nc = logits_nc.double()
         loss += float(cross_entropy(wide_nc, data.y_n[some].cpu(), reduction="sum"))
         top = logits_nc.topk(2, dim=1)
