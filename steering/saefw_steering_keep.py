@@ -147,7 +147,7 @@ def exported(kind: str, experiment: Experiment, state: State, seen: Seen, after:
         state.example or 0, shown(names[int(before_c.argmax())]), shown(names[int(after_c.argmax())]),
         said_of([(edit.mode, edit.amount) for edit in state.edits], state.place, len(state.patches)),
         [edit.feature for edit in state.edits], list(map(shown, names)), before_c, after_c, len(names),
-        {experiment.unit.needs[3].address}, view,
+        {experiment.unit.needs[3].address}, view, state.patches,
     )  # fmt: skip
     run_ = experiment.choice.run
     with run_.store.db() as db, styled():

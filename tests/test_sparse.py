@@ -15,9 +15,10 @@ from torch import Tensor
 
 from saefw import sae as module
 from saefw import sparse
+from saefw.largest import BLOCK
 from saefw.plugin import SaeConfig
 from saefw.sae import Batch, Entries, Loss, Sae, largest, largest_of_batch, where
-from saefw.sparse import BLOCK, Scratch, chosen, decode, encode, left_over, split, stacked, turned
+from saefw.sparse import Scratch, chosen, decode, encode, left_over, split, stacked, turned
 from saefw_relu import Relu
 from saefw_topk import TopK
 

@@ -17,6 +17,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
+from saefw.largest import kth_largest, largest_of_rows
+
 
 class Entries(NamedTuple):
     """Which features are active on which token: row by row, as in a compressed sparse matrix [r, s]."""
@@ -33,20 +35,26 @@ class Entries(NamedTuple):
     k: int | None = None
     """How many entries each row has, if it is the same number."""
 
+    source: Tensor | None = None
+    """The matrix [n, s] that they were chosen from, if its values at them were kept; it must not change any more."""
+
+    known_e: Tensor | None = None
+    """Those values [e]."""
+
     def rows(self) -> Tensor:
-        """Return the row of each entry, int64 [e]."""
-        counts_r = self.starts_r.diff()
-        rows_r = torch.arange(len(counts_r), device=counts_r.device)
-        return rows_r.repeat_interleave(counts_r, output_size=len(self.features_e))
+        """Return the row of each entry, int32 [e]."""
+        return torch.repeat_interleave(self.starts_r.diff(), output_size=len(self.features_e))
 
     def of(self, x_ns: Tensor) -> Tensor:
         """Return the values [e] of a dense matrix [n, s] at the entries."""
-        return x_ns.reshape(-1)[self.rows() % self.n * x_ns.shape[1] + self.features_e]
+        if x_ns is self.source and self.known_e is not None:
+            return self.known_e
+        return x_ns.reshape(-1)[self.rows().long() % self.n * x_ns.shape[1] + self.features_e]
 
     def dense(self, values_e: Tensor, d_sae: int) -> Tensor:
         """Return the dense matrix [r, s] that has these values at the entries, and zeros elsewhere."""
         x_rs = values_e.new_zeros(len(self.starts_r) - 1, d_sae)
-        return x_rs.index_put((self.rows(), self.features_e.long()), values_e)
+        return x_rs.index_put((self.rows().long(), self.features_e.long()), values_e)
 
 
 def chosen(indices_nk: Tensor, kept_nk: Tensor | None = None) -> Entries:
@@ -64,33 +72,54 @@ def where(mask_ns: Tensor) -> Entries:
     return _at(mask_ns.flatten().nonzero().flatten(), *mask_ns.shape)
 
 
+def above(pre_ns: Tensor, edge: Tensor | float) -> Entries:
+    """Return the entries that are larger than an edge: a number, or one of each feature [s]."""
+    n, s = pre_ns.shape
+    places, known = [pre_ns.new_zeros(0, dtype=torch.int64)], [pre_ns.new_zeros(0)]
+    # A few rows at a time: they are in the processor's cache when they are read again.
+    at_once = max(1, HELD // s)
+    for start in range(0, n, at_once):
+        rows = pre_ns[start : start + at_once]
+        found = (rows > edge).flatten().nonzero().flatten()
+        known.append(rows.reshape(-1)[found])
+        places.append(found + start * s)
+    return _at(torch.cat(places), n, s)._replace(source=pre_ns, known_e=torch.cat(known))
+
+
 def largest(pre_ns: Tensor, k: int) -> Entries:
     """Return each token's k largest; of equal ones no more than that."""
-    return chosen(_largest(pre_ns, k))
+    indices_nk, known_nk = largest_of_rows(pre_ns, k)
+    return chosen(indices_nk)._replace(source=pre_ns, known_e=known_nk.flatten())
 
 
 def largest_of_batch(pre_ns: Tensor, k: int) -> Entries:
     """Return the k n largest of all n tokens together; of equal ones no more than that."""
-    places_e = _largest(pre_ns.reshape(1, -1), k * len(pre_ns)).flatten()
-    return _at(places_e.sort().values, *pre_ns.shape)
+    places, known = largest_of_rows(pre_ns.reshape(1, -1), k * len(pre_ns))
+    places_e, order_e = places.flatten().sort()
+    return _at(places_e, *pre_ns.shape)._replace(source=pre_ns, known_e=known.flatten()[order_e])
 
 
-def _largest(x_rs: Tensor, k: int) -> Tensor:
-    """Return the indices [r, k] of the k largest of each row, in any order."""
-    r, s = x_rs.shape
-    if s % BLOCK or not 0 < 2 * k * BLOCK <= s:
-        return x_rs.topk(k, dim=1, sorted=False).indices
-    # The k blocks with the largest maxima hold the k largest: what lies in another one has k others at least as large.
-    blocks_rk = x_rs.reshape(r, BLOCK, -1).amax(dim=1).topk(k, dim=1, sorted=False).indices
-    places = (blocks_rk[:, :, None] + torch.arange(0, s, s // BLOCK, device=x_rs.device)).flatten(1)
-    return places.gather(1, x_rs.gather(1, places).topk(k, dim=1, sorted=False).indices)
+def largest_above_zero(pre_ns: Tensor, features_a: Tensor, k: int) -> Entries:
+    """Return, of some features [a], each token's k largest that are above zero; of equal ones no more than k."""
+    pre_na = pre_ns.index_select(1, features_a)
+    least_n = torch.nextafter(pre_ns.new_zeros(()), pre_ns.new_ones(())).expand(len(pre_ns))
+    if len(features_a) > k:
+        least_n = kth_largest(pre_na, k).maximum(least_n)
+    kept_na = pre_na >= least_n[:, None]
+    places_e = kept_na.flatten().nonzero().flatten()
+    if len(features_a) > k and len(places_e) > k * len(pre_ns):  # some are tied with the k-th
+        kept_na &= torch.zeros_like(kept_na).scatter_(1, largest_of_rows(pre_na, k)[0], True)
+        places_e = kept_na.flatten().nonzero().flatten()
+    found = _at(places_e, *pre_na.shape)
+    features_e = features_a.int()[found.features_e]
+    return found._replace(features_e=features_e, source=pre_ns, known_e=pre_na.flatten()[places_e])
 
 
 GATHERED = 1 << 16
 """Of how many entries the vectors lie side by side in memory, where there is no other way."""
 
-BLOCK = 16
-"""Of how many entries, far apart in a row, the maximum is taken before the largest are looked for."""
+HELD = 1 << 20
+"""How many pre-activations are looked through at a time."""
 
 
 def _at(places_e: Tensor, n: int, s: int) -> Entries:
@@ -107,7 +136,10 @@ def stacked(parts: Sequence[Entries]) -> Entries:
         ends.append(ends[-1] + len(part.features_e))
     starts = [part.starts_r[:-1] + end for part, end in zip(parts, ends, strict=False)]
     last = parts[-1].starts_r[-1:] + ends[-2]
-    return Entries(torch.cat([*starts, last]), torch.cat([part.features_e for part in parts]), parts[0].n)
+    whole = Entries(torch.cat([*starts, last]), torch.cat([part.features_e for part in parts]), parts[0].n)
+    source = parts[0].source
+    known = [part.known_e for part in parts if part.source is source and part.known_e is not None]
+    return whole._replace(source=source, known_e=torch.cat(known)) if len(known) == len(parts) else whole
 
 
 def split(entries: Entries, ends: Sequence[int]) -> Entries:
@@ -117,7 +149,9 @@ def split(entries: Entries, ends: Sequence[int]) -> Entries:
     edges = torch.tensor(ends[:-1], dtype=torch.int32, device=entries.features_e.device)
     rows_e = torch.bucketize(entries.features_e, edges, right=True) * entries.n + entries.rows()
     rows_e, order_e = rows_e.sort(stable=True)
-    return Entries(_starts(rows_e, entries.n * len(ends)), entries.features_e[order_e], entries.n)
+    known_e = None if entries.known_e is None else entries.known_e[order_e]
+    starts_r = _starts(rows_e, entries.n * len(ends))
+    return Entries(starts_r, entries.features_e[order_e], entries.n, source=entries.source, known_e=known_e)
 
 
 def _starts(sorted_e: Tensor, n: int) -> Tensor:
@@ -146,7 +180,8 @@ def turned(entries: Entries, d_sae: int) -> Turned:
     """Return the entries feature by feature, those of one feature in the order of their rows."""
     features_e, order_e = entries.features_e.sort(stable=True)
     rows_e = entries.rows()[order_e]
-    return Turned(order_e, _starts(features_e, d_sae), rows_e.int(), (rows_e % entries.n).int())
+    tokens_e = rows_e if len(entries.starts_r) - 1 == entries.n else rows_e % entries.n
+    return Turned(order_e, _starts(features_e, d_sae), rows_e, tokens_e)
 
 
 def encode(
@@ -241,6 +276,8 @@ class _LeftOver(Function):
 
 def _sums(weights_e: Tensor, x_nd: Tensor, indices_e: Tensor, starts_r: Tensor) -> Tensor:
     """Return for each row the weighted sum [r, d] of the vectors x that its entries name."""
+    # Of what needs a gradient, torch would note more, to have it ready for that.
+    x_nd, weights_e = x_nd.detach(), weights_e.detach()
     return embedding_bag(indices_e, x_nd, starts_r, mode="sum", per_sample_weights=weights_e, include_last_offset=True)
 
 
@@ -262,7 +299,7 @@ def _gathered(x_rd: Tensor, W_sd: Tensor, starts_r: Tensor, features_e: Tensor) 
     """Return the same, slowly."""
     rows_e = Entries(starts_r, features_e, len(x_rd)).rows()
     parts = zip(torch.split(rows_e, GATHERED), torch.split(features_e, GATHERED), strict=True)
-    return torch.cat([(x_rd[rows] * W_sd[features.long()]).sum(dim=1) for rows, features in parts])
+    return torch.cat([(x_rd[rows.long()] * W_sd[features.long()]).sum(dim=1) for rows, features in parts])
 
 
 class Scratch:
