@@ -65,6 +65,9 @@ class Steer:
             self._chooser()
             return
         state = None
+        if feature is not None and choice == self.choice and self.session is not None:
+            self.open(self.session.state().model_copy(update={"finder": "numbers", "numbers": (feature,)}))
+            return
         if feature is not None:
             state = State(
                 sae=choice.sae.address,
@@ -76,12 +79,18 @@ class Steer:
             )
         self._show(choice, state)
 
+    def open_unit(self, unit: str) -> None:
+        """Open what a steer stage measured, by its address; the page stays as it is if that is gone."""
+        for choice in self._found:
+            if choice.unit.address == unit and choice != self.choice:
+                self._show(choice)
+
     def open(self, state: State) -> None:
         """Show a state, of what is open or of something else."""
         choice = self._of(state)
         if choice == self.choice and self.session is not None:
             self.session.apply(state)
-            self.session._remember("")
+            self.session.remember()
         else:
             self._show(choice, state)
 

@@ -28,13 +28,15 @@ class Newest:
         self._doc, self._failed = doc, failed
         self._next: tuple[Callable[[], Any], Callable[[Any], None]] | None = None
         self._busy = False
+        self.open = False
+        """Whether there is somebody who waits; until then, what is asked for is done at once."""
 
     def ask(self, job: Callable[[], Any], show: Callable[[Any], None]) -> None:
         """Do `job` in a thread and give its result to `show`; what was asked before and not begun is dropped.
 
-        A document without a server has nobody who waits, so there it is done at once.
+        A document without a server has nobody who waits.
         """
-        if self._doc.session_context is None:
+        if not self.open or self._doc.session_context is None:
             try:
                 result = job()
             except (UserError, OSError) as error:

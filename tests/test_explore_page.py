@@ -215,6 +215,19 @@ def test_the_front_leads_to_the_features_of_its_sae(path: Path, root: Path) -> N
         assert sae in [look.sae for look in looks(Store(root)) if look.unit == chosen]
 
 
+def test_what_is_looked_at_is_steered_with(path: Path) -> None:
+    visitor = Visitor(path, 1)
+    feature = visitor.shown()[0]
+    visitor.press("feature-steer")
+    assert visitor["tabs"].active == 0
+    assert (visitor["finder"].value, visitor["numbers"].value) == ("numbers", str(feature))
+    visitor["tabs"].active = 2
+    other = next((value for value, _ in visitor["steered"].options if value != visitor["steered"].value), None)
+    visitor["steered"].value = other or visitor["steered"].value
+    visitor.press("go-on")
+    assert visitor["tabs"].active == 0 and visitor["target"].options
+
+
 def test_probes_and_edits_are_those_of_the_store(path: Path, root: Path) -> None:
     visitor = Visitor(path, 2)
     cells = visitor["probe-cells"].data
@@ -247,7 +260,7 @@ def test_neither_tab_loads_a_model(path: Path, root: Path, monkeypatch: pytest.M
         raise AssertionError("a backbone is built")
 
     monkeypatch.setattr(tiny.TinyVit, "build", refuse)
-    assert Explore(root).panel and Compare(root, lambda _: False).panel
+    assert Explore(root, lambda *_: None).panel and Compare(root, lambda _: False, lambda _: None).panel
 
 
 def test_names_from_files_are_text_and_never_html(path: Path) -> None:

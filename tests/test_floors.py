@@ -19,6 +19,7 @@ FLOORS = (
         "largest",
         "moments",
         "monosemantic",
+        "origin",
         "rows",
         "splits",
         "tensors",

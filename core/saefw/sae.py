@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag, mse_loss
 
+from saefw.errors import UserError
+from saefw.origin import whose
 from saefw.sparse import (
     Entries,
     Scratch,
@@ -218,7 +220,7 @@ class Sae(nn.Module):
             batch, aux_nd, fired_s = self._dense(x_nd, z_nd, pre_ns, ends, dead)
         else:
             batch, aux_nd, fired_s = self._sparse(x_nd, z_nd, pre_ns, ends, dead, entries)
-        terms = self.terms(batch)
+        terms = self._numbers(self.terms(batch))
         if self.aux:
             terms["aux"] = self.aux * auxk(batch.error_gnd[-1], aux_nd) if len(dead) else x_nd.new_zeros(())
         return Loss(terms, fired_s)
@@ -271,6 +273,15 @@ class Sae(nn.Module):
 
     # How a step is done.
 
+    def _numbers(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what `terms` gave, which must be numbers by name: a message of torch's would name neither."""
+        if not isinstance(terms, dict):
+            raise UserError(f"{whose(type(self))}: terms() must return a dict of scalars by name (got {terms!r})")
+        for name, term in terms.items():
+            if term.shape:
+                raise UserError(f"{whose(type(self))}: the term '{name}' must be a scalar (got {list(term.shape)})")
+        return terms
+
     def _product(self, z_nd: Tensor) -> Tensor:
         """Return z W_enc + b_enc [n, s] in `precision`, in memory that the next call uses again."""
         dtype = self.precision if z_nd.dtype == torch.float32 else z_nd.dtype
@@ -316,6 +327,9 @@ class Sae(nn.Module):
         """Return the same as `_sparse`, by plain autograd on all of [n, s]."""
         pre_ns = encode(pre_ns.to(x_nd.dtype), z_nd, self.W_enc, self.b_enc, self.b_dec)
         codes_ns, W_sd = self.activate(pre_ns), self.dictionary()
+        if codes_ns.shape != pre_ns.shape:
+            who, got, wanted = whose(type(self)), list(codes_ns.shape), list(pre_ns.shape)
+            raise UserError(f"{who}: activate() must give codes [n, s], here {wanted} (got {got})")
         parts = [codes_ns[:, start:end] @ W_sd[start:end] for start, end in pairwise((0, *ends))]
         x_hat_gnd = torch.stack(parts).cumsum(dim=0) + self.b_dec
         pre_na = pre_ns[:, dead]

@@ -65,7 +65,7 @@ class FeatureDistributions(OfFeatures):
         if not firing:
             raise UserError(f"no feature of {label} fires")
         feature_n, frequency_n, value_n = (np.array(column) for column in zip(*firing, strict=True))
-        best = best_classes(db, unit)
+        best, wide = best_classes(db, unit), self.width > 5
         figure = Figure(figsize=(self.width, max(3.6, 0.6 * self.width)))
         grid = figure.add_gridspec(2, 2, width_ratios=(4, 1), height_ratios=(1, 3))
         axes = figure.add_subplot(grid[1, 0])
@@ -80,8 +80,9 @@ class FeatureDistributions(OfFeatures):
             corner = figure.add_subplot(grid[0, 1])
             corner.axis("off")
             where = corner.inset_axes((0, 0.3, 1, 0.14))
-            figure.colorbar(points, cax=where, orientation="horizontal", ticks=[0, 0.5, 1])
-            where.set_title("average precision,\nbest class", fontsize=7, pad=3)
+            bar = figure.colorbar(points, cax=where, orientation="horizontal", ticks=[0, 0.5, 1] if wide else [0, 1])
+            bar.ax.xaxis.set_major_formatter("{x:g}")
+            where.set_title("average precision,\nbest class" if wide else "AP, best\nclass", fontsize=7, pad=3)
             where.tick_params(labelsize=7, length=0)
         for values, side, line in ((frequency_n, above, "axvline"), (value_n, beside, "axhline")):
             bins: Any = np.geomspace(values.min() / 1.05, values.max() * 1.05, 31)
@@ -96,7 +97,10 @@ class FeatureDistributions(OfFeatures):
         beside.tick_params(labelleft=False)
         above.set_ylabel("features")
         beside.set_xlabel("features")
-        axes.set(xlabel="frequency: share of tokens", ylabel="mean positive value, SAE units")
+        # In a narrow figure the longer one would run into its neighbour's.
+        axes.set(
+            xlabel="frequency: share of tokens" if wide else "share of tokens", ylabel="mean positive value, SAE units"
+        )
         figure.suptitle(
             wrapped(
                 f"{label}\n{len(firing):,} of {len(rows):,} features fire; medians: frequency "
@@ -149,7 +153,7 @@ class ActivationHistograms(OfFeatures):
         for axes in all_axes[len(chosen) :]:
             axes.axis("off")
         all_axes[0].set_xscale("log")
-        plain_ticks(all_axes[0].xaxis)
+        plain_ticks(all_axes[0].xaxis, most=3)
         all_axes[0].minorticks_off()  # of all: they share it
         figure.supxlabel("positive value, SAE units", x=0.012, ha="left", fontsize=7.5)
         figure.suptitle(
@@ -214,7 +218,8 @@ class ClassCoverage(OfFeatures):
         Of a class on which nothing fires it is 0, and of feature -1.
         """
         rows = db.execute(
-            "SELECT c.name, coalesce(max(p.ap), 0) AS ap, coalesce(arg_max(p.feature, p.ap), -1) FROM class c "
+            "SELECT c.name, coalesce(max(p.ap), 0) AS ap, coalesce(arg_max(p.feature, (p.ap, -p.feature)), -1) "
+            "FROM class c "
             "SEMI JOIN (FROM feature WHERE unit = $unit) f ON f.acts = c.unit "
             "SEMI JOIN example e ON e.unit = c.unit AND e.label = c.label "
             "LEFT JOIN class_feature p ON p.unit = $unit AND p.label = c.label GROUP BY c.label, c.name "

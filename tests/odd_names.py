@@ -1,0 +1,67 @@
+"""An experiment on the tiny images under names that HTML would take for its own, for the tests of the page."""
+
+from pathlib import Path
+
+import tiny
+
+from saefw import pipeline, registry
+from saefw.catalog import Catalog
+
+ODD = '''
+"""The tiny images under names that HTML would take for its own."""
+
+from typing import Literal
+
+from saefw.plugin import DatasetConfig, hookimpl
+from tiny import TinyImages, TinySet
+
+
+class OddSet(TinySet):
+    """The tiny images."""
+
+    use: Literal["odd-set"] = "odd-set"
+
+    def build(self, base):
+        return OddImages(self.n, self.seed, frozenset())
+
+
+class OddImages(TinyImages):
+    """With odd names."""
+
+    classes = ("<b>red</b>", "green & co", "<script>blue()</script>")
+
+    def __getitem__(self, index):
+        example = super().__getitem__(index)
+        return example._replace(key=f"<i>{example.key}</i>")
+
+
+@hookimpl
+def saefw_datasets():
+    """One: odd-set."""
+    return [OddSet]
+'''
+
+REGISTRY = f"""
+saefw: 1
+plugins: [{Path(tiny.__file__)}, odd.py]
+device: cpu
+backbones: {{tiny: {{use: tiny-vit}}}}
+datasets: {{odd: {{use: odd-set}}, other: {{use: tiny-set, n: 30, seed: 3}}}}
+saes: {{topk: {{use: topk, k: 4, expansion: 2, lr: 0.003}}}}
+probes: {{linear: {{use: linear, lr: 0.01}}}}
+stages:
+  acts: {{use: record, backbone: tiny, datasets: [odd, other], layers: [0, -1]}}
+  sweep: {{use: train, acts: acts, saes: [topk], layers: [0], n_tokens: 4096, batch_size: 256}}
+  looks: {{use: visuals, saes: sweep, acts: acts, top: 6}}
+  probes: {{use: probe, acts: acts, probes: [linear]}}
+  steer: {{use: steer, saes: sweep, probes: probes, visuals: looks, amounts: [1, 8], max_frequency: 2}}
+"""
+
+
+def made(folder: Path) -> Path:
+    """Make everything in a folder; return its registry."""
+    (folder / "odd.py").write_text(ODD)
+    (folder / "registry.yaml").write_text(REGISTRY)
+    catalog = Catalog()
+    pipeline.run(registry.read(folder / "registry.yaml", catalog), catalog)
+    return folder / "registry.yaml"
