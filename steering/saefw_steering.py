@@ -5,7 +5,6 @@
 
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache, partial
 from html import escape
 from pathlib import Path
@@ -22,7 +21,6 @@ import saefw_steering_style as style
 from saefw.errors import UserError
 from saefw_choices import choices, store_of
 from saefw_compare import Compare
-from saefw_experiment import opened
 from saefw_explore import Explore
 from saefw_steering_layout import card
 from saefw_steering_tab import Steer
@@ -209,8 +207,7 @@ def serve(
     """Serve the steering page of an experiment, to this machine alone."""
     if not registry.is_file():
         raise UserError(f"there is no file {registry}; name a registry, or write one by `saefw init`")
-    with suppress(UserError):  # the page says it
-        opened(choices(registry)[0])  # so that nobody waits for the models
+    page(Document(), registry)  # so that not even the first visitor waits for models, tables and pictures
     listening = server(registry, port)
     typer.echo(f"The steering page is at http://localhost:{port}/steering (stop it with Ctrl-C).")
     if show:
