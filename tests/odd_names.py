@@ -1,4 +1,4 @@
-"""The tiny images under names that HTML would take for its own, and an experiment on them, for the tests of the page."""
+"""The tiny images under names that HTML would take for its own, and an experiment on them, to test the page with."""
 
 from pathlib import Path
 from typing import Literal
