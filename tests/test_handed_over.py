@@ -118,7 +118,7 @@ SLIPS = {
         "stage",
         'Unit("my-stage", self.content(), needs=(acts,), label=label)',
         "label",
-        "units() must return units (got 'splits of vit on digits, layer 2')",
+        "units() must return units (got ['splits of vit on digits, layer 2'])",
     ),
 }
 """By what is wrong: the kind, what stands in its example, what in its place, and what is said."""

@@ -211,10 +211,10 @@ def _row(code: str, text: str) -> str:
 
 
 def test_the_methods_in_the_docs_are_these() -> None:
-    ours = ("edge", "select", "fire", "activate", "dictionary", "prefixes", "terms", "prepare", "settle")
-    assert table_in_docs("| `Sae` | what it is for |") == _about(Sae, *ours)
-    ours = ("blocks", "prepare", "view", "embed", "tail", "embedding", "text")
-    assert table_in_docs("| `Backbone` | what it is for |") == _about(Backbone, *ours)
+    sae = ["edge", "select", "fire", "activate", "dictionary", "prefixes", "terms", "prepare", "settle"]
+    assert table_in_docs("| `Sae` | what it is for |") == _about(Sae, *sae)
+    backbone = ["blocks", "prepare", "view", "embed", "tail", "embedding", "text"]
+    assert table_in_docs("| `Backbone` | what it is for |") == _about(Backbone, *backbone)
 
 
 def test_the_fields_of_a_batch_in_the_docs_are_these() -> None:

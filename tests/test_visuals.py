@@ -391,6 +391,9 @@ def test_monosemanticity_is_by_the_embeddings_of_the_backbone(tmp_path: Path, to
         embedding = normalize(backbone.embedding(backbone.tail(x_etd, 4)), dim=1).double().numpy()
     low, high = score.min(axis=0), score.max(axis=0)
     found = table(run, unit, "feature")["monosemanticity"]
+    with run.db() as db:
+        asked = "SELECT value FROM final WHERE unit = ? AND name = 'monosemanticity'"
+        assert db.execute(asked, [unit.address]).fetchall() == [(pytest.approx(found.mean()),)]
     cosine = np.triu(embedding @ embedding.T, 1)
     for s in range(64):
         if high[s] == low[s]:

@@ -28,6 +28,7 @@ from saefw.registry import Registry
 from saefw.run import Run, Watcher
 from saefw.store import Store
 from saefw.unit import Unit, canonical
+from saefw.wording import got
 
 log = logging.getLogger("saefw")
 
@@ -278,9 +279,10 @@ def _list(registry: Registry, name: str, run: Run) -> tuple[StagePlan, list[tupl
         for member in registry.families["stages"][name]:
             assert isinstance(member.entry, StageConfig)
             told: object = member.entry.units(run)
-            listed = list(told) if isinstance(told, Iterable) else [told]
-            if wrong := [unit for unit in listed if not isinstance(unit, Unit)]:
-                raise UserError(f"{whose(type(member.entry))}: units() must return units (got {wrong[0]!r})")
+            told = list(told) if isinstance(told, Iterable) else [told]
+            listed = [unit for unit in told if isinstance(unit, Unit)]
+            if len(listed) < len(told):
+                raise UserError(f"{whose(type(member.entry))}: units() must return units{got(told)}")
             units = [unit for unit in dict.fromkeys(listed) if unit not in has]
             has |= {unit: run.store.has(unit) for unit in units}
             members.append((member.entry, units))

@@ -84,13 +84,15 @@ def add(kept: dict[str, Tensor], example_e: Tensor, label_e: Tensor, fired: Firi
 
 def opens(group_n: Array) -> Array:
     """Return where each run of equal numbers, 0 or larger, begins."""
-    return np.flatnonzero(np.diff(group_n, prepend=-1))
+    found: Array = np.flatnonzero(np.diff(group_n, prepend=-1))
+    return found
 
 
 def places(group_n: Array) -> Array:
     """Return the place of each number in its run of equal ones."""
     first_r = opens(group_n)
-    return np.arange(len(group_n)) - np.repeat(first_r, np.diff(first_r, append=len(group_n)))
+    found: Array = np.arange(len(group_n)) - np.repeat(first_r, np.diff(first_r, append=len(group_n)))
+    return found
 
 
 def rows(kept: dict[str, Tensor]) -> dict[str, Array]:

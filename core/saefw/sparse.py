@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
-from saefw.largest import kth_largest, largest_of_rows
+from saefw.largest import at_least, largest_of_rows
 
 
 class Entries(NamedTuple):
@@ -101,18 +101,17 @@ def largest_of_batch(pre_ns: Tensor, k: int) -> Entries:
 
 def largest_above_zero(pre_ns: Tensor, features_a: Tensor, k: int) -> Entries:
     """Return, of some features [a], each token's k largest that are above zero; of equal ones no more than k."""
+    n, a = len(pre_ns), len(features_a)
     pre_na = pre_ns.index_select(1, features_a)
-    least_n = torch.nextafter(pre_ns.new_zeros(()), pre_ns.new_ones(())).expand(len(pre_ns))
-    if len(features_a) > k:
-        least_n = kth_largest(pre_na, k).maximum(least_n)
-    kept_na = pre_na >= least_n[:, None]
-    places_e = kept_na.flatten().nonzero().flatten()
-    if len(features_a) > k and len(places_e) > k * len(pre_ns):  # some are tied with the k-th
-        kept_na &= torch.zeros_like(kept_na).scatter_(1, largest_of_rows(pre_na, k)[0], True)
-        places_e = kept_na.flatten().nonzero().flatten()
-    found = _at(places_e, *pre_na.shape)
-    features_e = features_a.int()[found.features_e]
-    return found._replace(features_e=features_e, source=pre_ns, known_e=pre_na.flatten()[places_e])
+    places_e = at_least(pre_na, k) if n and a > k else (pre_na > 0).flatten().nonzero().flatten()
+    if a > k and len(places_e) > k * n:  # some are tied with the k-th
+        indices_nk, _ = largest_of_rows(pre_na, k)
+        places_e = (indices_nk + torch.arange(0, n * a, a, device=indices_nk.device)[:, None]).flatten().sort().values
+    known_e = pre_na.flatten()[places_e]
+    if not (above_e := known_e > 0).all():
+        places_e, known_e = places_e[above_e], known_e[above_e]
+    found = _at(places_e, n, a)
+    return found._replace(features_e=features_a.int()[found.features_e], source=pre_ns, known_e=known_e)
 
 
 GATHERED = 1 << 16

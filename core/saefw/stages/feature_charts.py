@@ -92,7 +92,7 @@ class FeatureDistributions(OfFeatures):
             )  # fmt: skip
             for one in (side, axes):
                 getattr(one, line)(np.median(values), color=PALETTE[1], linewidth=1)
-        plain_ticks(axes.xaxis, axes.yaxis)
+        plain_ticks(axes.xaxis, axes.yaxis, most=None if wide else 4)
         above.tick_params(labelbottom=False)
         beside.tick_params(labelleft=False)
         above.set_ylabel("features")
@@ -144,16 +144,16 @@ class ActivationHistograms(OfFeatures):
         best = best_classes(db, unit)
         columns = min(len(chosen), max(1, round(self.width / 1.44)))
         n_rows = -(-len(chosen) // columns)
-        figure = Figure(figsize=(self.width, 1.05 * n_rows + 0.95))
+        figure = Figure(figsize=(self.width, 1.15 * n_rows + 0.95))
         all_axes = figure.subplots(n_rows, columns, sharex=True, squeeze=False).ravel()
         for axes, feature in zip(all_axes, chosen, strict=False):
-            name = f" · {shown(best[feature].name, 12)}" if feature in best else ""
-            axes.set_title(f"{feature}{name}", fontsize=7.5, pad=3)
+            name = f" · {shown(best[feature].name, 14)}" if feature in best else ""
+            axes.set_title(f"{feature}{name}", fontsize=7.5, pad=11)
             self._panel(axes, spread.get(feature), told[feature])
         for axes in all_axes[len(chosen) :]:
             axes.axis("off")
         all_axes[0].set_xscale("log")
-        plain_ticks(all_axes[0].xaxis, most=3)
+        plain_ticks(all_axes[0].xaxis, most=4)
         all_axes[0].minorticks_off()  # of all: they share it
         figure.supxlabel("positive value, SAE units", x=0.012, ha="left", fontsize=7.5)
         figure.suptitle(
@@ -181,7 +181,7 @@ class ActivationHistograms(OfFeatures):
         density = np.zeros(len(edges) - 1)
         density[np.searchsorted(edges, low)] = n / np.log2(high / low)
         axes.stairs(density, edges, fill=True, color=PALETTE[0], alpha=0.6)
-        axes.set_title(f"N = {n.sum():,}", loc="right", fontsize=6, pad=3, color=FAINT)
+        axes.text(0, 1.03, f"N = {n.sum():,}", transform=axes.transAxes, va="bottom", fontsize=6, color=FAINT)
 
 
 class ClassCoverage(OfFeatures):
@@ -256,7 +256,7 @@ class ClassCoverage(OfFeatures):
         names = list(best)
         title = f"{len(names)} classes and their best features"
         if len(names) > BARS:
-            title = f"the {BARS // 2} best and the {BARS // 2} worst detected of {len(names):,} classes"
+            title = f"{BARS // 2} best and {BARS // 2} worst of {len(names):,} classes"
             names = [*names[: BARS // 2], *names[-BARS // 2 :]]
         y = np.arange(len(names))
         colours = [PALETTE[0] if best[name][0] > self.threshold else ZERO for name in names]

@@ -244,10 +244,12 @@ class Visuals(StageConfig):
         run.put(unit, "class_feature", **whose, **tally.class_features())
         write_atomically(job.folder / MAPS, save({"maps": tally.maps()}))
         views.write(job.folder / PICTURES, unit, np.unique(top["example"]))
-        measured = {"n_live": int((features["frequency"] > 0).sum()), "n_images": tally.seen}
+        measured: dict[str, float] = {"n_live": int((features["frequency"] > 0).sum()), "n_images": tally.seen}
         if job.sizes.n_classes:
             # Of as many images as were asked for: a feature with fewer is less pure than it looks.
             measured["n_pure"] = int((tally.purity().max(axis=0) >= PURE).sum())
+        if job.sizes.d_embed and (told := features["monosemanticity"]).count():
+            measured["monosemanticity"] = float(told.mean())
         run.log(unit, 0, **measured)
         run.keep(unit, without=[CHECKPOINT, PAIRS, IMAGES])
 
