@@ -185,7 +185,7 @@ class Experiment:
         self.seen = lru_cache(maxsize=8)(self._seen)
         self.view = lru_cache(maxsize=32)(self._view)
         self.thumbnails = lru_cache(maxsize=512)(self._thumbnails)
-        self.ranked = lru_cache(maxsize=64)(self._ranked)
+        self._rankings: dict[tuple[int, str], Ints] = {}
 
     def check_place(self, place: str) -> None:
         """See that an edit somewhere reaches what the probe reads.
@@ -218,6 +218,14 @@ class Experiment:
         return {feature: escaped(note.name) for feature, note in said.items() if note.name}
 
     # Images
+
+    @cached_property
+    def beginning(self) -> tuple[int, int]:
+        """The image and the other class to begin with: those of the stored example, if there is one."""
+        if self.first:
+            return self.first.example, self.first.target
+        start = int(self.test[0]) if len(self.test) else 0
+        return start, (int(self.labels[start]) + 1) % len(self.classes)
 
     @cached_property
     def test(self) -> Ints:
@@ -275,7 +283,14 @@ class Experiment:
 
     def strong(self, label: int, n: int, place: str | None = None) -> list[int]:
         """Return the features with the largest predicted effect on a class's logit, as the steer stage chose them."""
-        return [int(feature) for feature in self.ranked(label, place or self.place)[:n]]
+        place = place or self.place
+        if (label, place) not in self._rankings:
+            self._rankings[label, place] = self._ranked(label, place)
+        return [int(feature) for feature in self._rankings[label, place][:n]]
+
+    def knows(self, label: int, place: str) -> bool:
+        """Whether the strong features of a class are known at once; otherwise blocks run over some train images."""
+        return (label, place) in self._rankings or (self.steered and place == self.place)
 
     def detectors(self, label: int, n: int) -> list[int]:
         """Return the features that are the best detectors of a class, by average precision."""

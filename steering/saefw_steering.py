@@ -5,8 +5,7 @@
 
 import re
 from collections.abc import Callable
-from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -22,7 +21,6 @@ import saefw_steering_style as style
 from saefw.errors import UserError
 from saefw_choices import choices, store_of
 from saefw_compare import Compare
-from saefw_experiment import opened
 from saefw_explore import Explore
 from saefw_steering_layout import card
 from saefw_steering_tab import Steer
@@ -130,6 +128,8 @@ def page(doc: Document, path: Path, public: bool = True) -> Page | None:
         public: show it to clients of other machines too.
 
     """
+    if doc.session_context is not None:
+        _undelayed()
     doc.title = "saefw steering"
     doc.template = cast(Any, TEMPLATE)
     parts: list[Any]
@@ -146,6 +146,24 @@ def page(doc: Document, path: Path, public: bool = True) -> Page | None:
     doc.add_root(Column(children=parts, name="page", stylesheets=[style.PAGE], sizing_mode="stretch_width"))
     doc.js_on_event("document_ready", CustomJS(args={"keys": script.KEYS}, code=script.READY))
     return made
+
+
+@cache
+def _undelayed() -> None:
+    """Have messages sent at once, by `saefw serve` as by `bokeh serve`.
+
+    Bokeh writes each in three small packets and leaves it to the kernel to hold the second until the browser has
+    acknowledged the first, which browsers do up to 40 ms later.
+    """
+    from bokeh.server.views.ws import WSHandler
+
+    opened = WSHandler.open
+
+    def open_undelayed(handler: WSHandler) -> None:
+        opened(handler)
+        handler.set_nodelay(True)
+
+    cast(Any, WSHandler).open = open_undelayed
 
 
 def lines(text: str) -> str:
@@ -189,8 +207,7 @@ def serve(
     """Serve the steering page of an experiment, to this machine alone."""
     if not registry.is_file():
         raise UserError(f"there is no file {registry}; name a registry, or write one by `saefw init`")
-    with suppress(UserError):  # the page says it
-        opened(choices(registry)[0])  # so that nobody waits for the models
+    page(Document(), registry)  # so that not even the first visitor waits for models, tables and pictures
     listening = server(registry, port)
     typer.echo(f"The steering page is at http://localhost:{port}/steering (stop it with Ctrl-C).")
     if show:

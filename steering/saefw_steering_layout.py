@@ -1,6 +1,6 @@
 """The widgets of the Steer tab, and how they are laid out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -163,6 +163,11 @@ class Widgets:
         self.heads[2].text = f"<h2 class=found>{finding} <small>{more}not in the other columns</small>{none}</h2>"
         self.label.visible = self.finder.value in ("detectors", "effect")
         self.numbers.visible = self.finder.value == "numbers"
+
+    def busy(self, labels: Sequence[int]) -> None:
+        """Say above the first column that features are looked for, which takes some seconds."""
+        names = ", ".join(escape(self.experiment.classes[label]) for label in labels)
+        self.heads[0].text = f"<div class=busy>Looking for the features with most effect on {names} …</div>"
 
     def target_name(self) -> str:
         """Return the name of the other class."""

@@ -61,8 +61,9 @@ document.addEventListener("click", (event) => {
   pressed += 1
   signal.tags = ["light", pressed, Number(at.dataset.light)]
 })
-document.addEventListener("pointerover", point)
-document.addEventListener("focusin", point)
+// Events of entering would not leave the shadow tree in which the pointer, or the focus, moves.
+document.addEventListener("pointermove", point)
+document.addEventListener("keyup", point)
 model("live")?.properties.tags.change.emit()
 """
 """Once a page is there; `keys` is KEYS."""

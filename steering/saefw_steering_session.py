@@ -48,7 +48,6 @@ class Session:
 
         """
         self.experiment, self._say, self._open = experiment, say, open_
-        first, classes = experiment.first, experiment.classes
         self.example: int | None = None
         self.seen: Seen
         self.after: After
@@ -59,7 +58,7 @@ class Session:
         self.lit = -1
         self._quiet = False
         self._past = Past()
-        self._newest = Newest(doc, self._failed)
+        self._newest, self._rankings = Newest(doc, self._failed), Newest(doc, self._failed)
         self.picture = Picture(experiment.acts.grid, self._guarded(self._patches_chosen))
         self.live = Live()
         self.columns = Columns(experiment, self.live, self._edited)
@@ -67,8 +66,7 @@ class Session:
         self.keeper = Keeper(self)
         self.parts = self.w.laid_out(self.keeper.model)
         self._connect()
-        start = first.example if first else int((experiment.test if len(experiment.test) else np.array([0]))[0])
-        target = first.target if first else (int(experiment.labels[start]) + 1) % len(classes)
+        start, target = experiment.beginning
         usual = State(
             sae=experiment.choice.sae.address,
             probe=experiment.choice.probe.address,
@@ -82,7 +80,7 @@ class Session:
             self.apply(usual)
             say(str(error))
         self.remember()
-        self._newest.open = True
+        self._newest.open = self._rankings.open = True
 
     def _guarded(self, do: Callable[..., Any]) -> Callable[..., None]:
         """Return a callback that says what a visitor can mend; the page stays alive."""
@@ -383,6 +381,17 @@ class Session:
         if silent := [feature for feature in asked if feature not in experiment.about]:
             self._say(f"feature {silent[0]}: none of this number fires on the training images")
         state = self.state()
+        labels = {self.own, state.target, *([state.label] if state.finder == "effect" else [])}
+        unknown = [label for label in labels if not experiment.knows(label, state.place)]
+        if unknown and self._rankings.waited_for:
+            w.busy(unknown)
+            self._rankings.ask(
+                lambda: [experiment.strong(label, 1, state.place) for label in unknown],
+                lambda _: self.show_features(),
+            )
+            self.show_picture()
+            self.update()
+            return
         chosen = self.columns.show(state, self.seen, self.own)
         edited = any(edit.feature in chosen[2] for edit in state.edits)
         w.headings(self.own, self.example is None, edited, self.finding(), len(chosen[2]))

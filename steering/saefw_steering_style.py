@@ -49,7 +49,8 @@ TABS = """
 :host { color: var(--ink); font-size: 13px; }
 .bk-header { border-bottom: 1px solid var(--line) !important; margin-bottom: 12px; }
 .bk-tab { color: var(--faint); padding: 6px 14px; font-size: 14px; border: none !important; background: none !important;
-  outline-offset: -3px; }
+  outline: none !important; }
+.bk-tab:focus-visible { color: var(--ink); text-decoration: underline; }
 .bk-tab:hover { color: var(--ink); }
 .bk-tab.bk-active { color: var(--ink) !important; font-weight: 650; box-shadow: inset 0 -2px var(--after); }
 """
@@ -84,11 +85,12 @@ FOLD = """
 
 TEXT = """
 :host { color: var(--ink); font-size: 13px; line-height: 1.4; }
-.bk-clearfix { width: 100%; }
+.bk-clearfix { width: 100%; vertical-align: top; }
 h1 { font-size: 18px; font-weight: 650; margin: 0 0 2px; letter-spacing: -0.01em; }
-h2 { font-size: 13px; font-weight: 650; margin: 0; min-height: 2.8em; }
+h2 { font-size: 13px; font-weight: 650; margin: 0; }
 h2 small, .faint { font-size: 12px; font-weight: 400; color: var(--faint); }
 h2.own { color: var(--own); } h2.other { color: var(--other); } h2.found { color: var(--found); }
+h2.own, h2.other, h2.found { min-height: 2.8em; }
 p { margin: 0; }
 .room { height: 28px; }
 code { font: 12px/1.5 ui-monospace, Menlo, Consolas, 'Liberation Mono', monospace; }
@@ -102,8 +104,7 @@ code { background: var(--soft); border-radius: 4px; padding: 1px 4px; }
 .pick:focus-visible { outline: 2px solid var(--after); outline-offset: 1px; }
 .strip { display: grid; grid-template-columns: repeat(5, minmax(0, 48px)); gap: 3px; }
 .strip img { width: 100%; aspect-ratio: 1; border-radius: 4px; object-fit: contain; background: #16171a; }
-.facts { font-size: 11.5px; line-height: 1.3; color: var(--faint); white-space: nowrap; overflow: hidden;
-  text-overflow: ellipsis; }
+.facts { font-size: 11.5px; line-height: 1.3; color: var(--faint); }
 .state { font-size: 12px; color: var(--faint); white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
 .state.edited { color: var(--after); font-weight: 600; }
 .brand { float: right; font-size: 12px; color: var(--faint); padding-top: 6px; }
@@ -187,7 +188,10 @@ FIELD = """
 .bk-input::placeholder { color: var(--faint); }
 .bk-input:focus { outline: 2px solid var(--after); outline-offset: -1px; box-shadow: none; }
 .bk-input-group label { font-size: 12px; color: var(--faint); padding: 0 0 2px; }
+select.bk-input { appearance: auto; background-image: none; padding-right: 2px; }
 input[type=file] { height: auto; padding: 3px; font-size: 12px; }
+input[type=file]::file-selector-button { border: 1px solid var(--edge); border-radius: 4px; background: var(--soft);
+  color: var(--ink); padding: 3px 8px; }
 """
 
 SLIDER = """

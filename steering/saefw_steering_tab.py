@@ -186,7 +186,7 @@ class Steer:
     async def _load(self, choice: Choice, state: State | None) -> None:
         loop = asyncio.get_running_loop()
         try:
-            await loop.run_in_executor(None, opened, choice)
+            await loop.run_in_executor(None, _prepared, choice, state)
         except (UserError, OSError) as error:
             later(self._doc, partial(self._failed, choice, str(error)))
         else:
@@ -211,6 +211,17 @@ class Steer:
         if choice == self.choice:
             self._body.children = [div("")]
             self._say(text)
+
+
+def _prepared(choice: Choice, state: State | None) -> None:
+    """Open a choice, and find the features that it will show first, in a thread."""
+    experiment = opened(choice)
+    example, target = experiment.beginning if state is None else (state.example, state.target)
+    labels = [target] if example is None or example >= len(experiment.labels) else [target, experiment.labels[example]]
+    place = state.place if state else experiment.place
+    for label in map(int, labels):
+        if 0 <= label < len(experiment.classes) and place in experiment.steerings:
+            experiment.strong(label, 1, place)
 
 
 def _with(units: Sequence[Unit], value: Unit) -> list[Unit]:

@@ -31,12 +31,14 @@ class Newest:
         self.open = False
         """Whether there is somebody who waits; until then, what is asked for is done at once."""
 
-    def ask(self, job: Callable[[], Any], show: Callable[[Any], None]) -> None:
-        """Do `job` in a thread and give its result to `show`; what was asked before and not begun is dropped.
+    @property
+    def waited_for(self) -> bool:
+        """Whether what is asked for is done beside the page; a document without a server has nobody who waits."""
+        return self.open and self._doc.session_context is not None
 
-        A document without a server has nobody who waits.
-        """
-        if not self.open or self._doc.session_context is None:
+    def ask(self, job: Callable[[], Any], show: Callable[[Any], None]) -> None:
+        """Do `job` in a thread and give its result to `show`; what was asked before and not begun is dropped."""
+        if not self.waited_for:
             try:
                 result = job()
             except (UserError, OSError) as error:

@@ -14,6 +14,7 @@ import pytest
 from saefw.catalog import Catalog
 from saefw.entry import KINDS, Knob, Late, Names
 from saefw.errors import Faults, UserError
+from saefw.origin import whose
 from saefw.plugin import SaeConfig, hookimpl
 from saefw.registry import read
 
@@ -88,6 +89,9 @@ def test_an_installed_plugin_is_found_and_its_origin_known(site: Path) -> None:
     catalog = Catalog()
     cls = catalog.lookup("saes")["noise-1"]
     assert catalog.origin(cls) == "saefw-noise 0.2"
+    assert whose(cls) == f"plugin 'noise' of saefw-noise 0.2 ({file_of(site, 'saefw-noise')})"
+    assert re.fullmatch(r"plugin 'topk' of saefw \S+", whose(catalog.lookup("saes")["topk"]))
+    assert re.fullmatch(r"plugin 'record' of saefw \S+", whose(catalog.lookup("stages")["record"]))
     assert catalog.origin(catalog.lookup("saes")["topk"]).startswith("saefw ")
 
 

@@ -233,7 +233,7 @@ def test_plugins(saefw: Saefw) -> None:
     lines = saefw("plugins").splitlines()
     assert max(map(len, lines)) <= 80
     assert any(re.search(r"^dots +Dots on a line\. +fakes\.py$", line) for line in lines)
-    assert [line.split()[0] for line in lines if line.endswith(" from")] == [
+    assert [line.split()[0] for line in lines if line.endswith(" from") and "what it is" in line] == [
         "backbones", "datasets", "saes", "probes", "figures", "stages", "metrics", "watchers",
     ]  # fmt: skip
     assert any(re.match(r"tensorboard +\S.* +saefw \S+$", line) for line in lines)
@@ -356,6 +356,13 @@ def test_the_schema_refuses_what_a_registry_does(settings: str, tmp_path: Path) 
     assert checked(path, json_schema(Catalog()))
     path.write_text("saefw: 1\nsaes: {a: {use: topk, vary: {k: [8, 16]}}}\n")
     assert not checked(path, json_schema(Catalog()))
+
+
+def test_the_schema_says_what_is_wrong_of_the_entry_that_use_names(tmp_path: Path) -> None:
+    path = tmp_path / "registry.yaml"
+    path.write_text("saefw: 1\nsaes: {a: {use: topk, k: 0}, b: {use: tokp}}\n")
+    (of_k, of_use) = checked(path, json_schema(Catalog()))
+    assert of_k == "0 is less than or equal to the minimum of 0" and of_use.startswith("'tokp' is not one of [")
 
 
 def test_init(saefw: Saefw) -> None:

@@ -237,7 +237,7 @@ def test_a_token_does_not_depend_on_its_neighbours(config: SaeConfig) -> None:
 
 @pytest.mark.parametrize("config", VARIANTS, ids=lambda config: config.use)
 def test_more_axes_are_flattened_by_who_has_them_and_never_wrongly(config: SaeConfig) -> None:
-    """Images and their patches give the codes of each patch alone; unflattened, or a token without its axis: refused."""
+    """Patches of images give the codes of each patch alone; with their axes, or none, they are refused."""
     sae, x_bpd = rough(config).eval(), torch.stack([tokens(), tokens(2), tokens(3)])
     with torch.no_grad():
         dense_bps = sae.dense(x_bpd.flatten(0, 1)).unflatten(0, (3, N))
@@ -248,7 +248,7 @@ def test_more_axes_are_flattened_by_who_has_them_and_never_wrongly(config: SaeCo
             torch.testing.assert_close(sae.dense(x_pd), dense_ps)
         for x in (x_bpd, x_bpd[0, 0], x_bpd.mT):
             for method in (sae.encode, sae.dense, sae):
-                with pytest.raises(RuntimeError, match="matri|size of tensor"):
+                with pytest.raises(RuntimeError, match=r"matri|size of tensor"):
                     method(x)
 
 

@@ -153,7 +153,7 @@ def test_planted() -> None:
     """What learns passes in test_planted; this one learns to be silent."""
     assert re.fullmatch(
         r"sae\.planted, trained on sums of about three planted directions, it has a row near each of them: "
-        r"expected a mean cosine above 0\.95, got 0\.\d+",
+        r"expected a mean cosine above 0\.95, got 0\.\d+, with \d+\.\d features on a token",
         broken(check_planted, Variant(fault="idle")),
     )
 

@@ -4,6 +4,7 @@ Shapes: r rows, s entries of a row, k the largest of them, b blocks of a row, j 
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,37 +32,37 @@ def largest_of_rows(x_rs: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return indices_rk, x_rs.gather(1, found_rk)
 
 
-def kth_largest(x_rs: Tensor, k: int) -> Tensor:
-    """Return the k-th largest of each row, [r]; 0 < k <= s."""
+def at_least(x_rs: Tensor, k: int) -> Tensor:
+    """Return where each row's k largest are in the flattened matrix, int64, rising; what is tied with the k-th, too.
+
+    0 < k <= s. In rows with NaN there may be fewer.
+    """
     r, s = x_rs.shape
     if x_rs.device.type != "cpu":
-        return x_rs.topk(k, dim=1, sorted=False).values.amin(dim=1)
+        least_r = x_rs.topk(k, dim=1, sorted=False).values.amin(dim=1)
+        return (x_rs >= least_r[:, None]).flatten().nonzero().flatten()
     # NumPy partitions with vector instructions, which torch does not. It has no type for bfloat16.
-    numbers = (x_rs if x_rs.dtype in (torch.float32, torch.float64) else x_rs.float()).detach().numpy()
-    found, at_once = np.empty(r, numbers.dtype), max(1, HELD // s)
+    numbers_rs = (x_rs if x_rs.dtype in (torch.float32, torch.float64) else x_rs.float()).detach().numpy()
+    at_once = max(1, HELD // s)
 
-    def find(start: int) -> None:
-        rows = slice(start, start + at_once)
-        found[rows] = np.partition(numbers[rows], s - k, axis=1)[:, s - k]
+    def find(start: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        rows = numbers_rs[start : start + at_once]
+        return np.flatnonzero(rows >= np.partition(rows, s - k, axis=1)[:, s - k, None]) + start * s
 
-    starts = range(0, r, at_once)
-    if len(starts) == 1:
-        find(0)
-    else:
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(find, starts))
-    return torch.from_numpy(found).to(x_rs.dtype)
+    if r <= at_once:
+        return torch.from_numpy(find(0))
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return torch.from_numpy(np.concatenate(list(pool.map(find, range(0, r, at_once)))))
 
 
 def _indices(x_rs: Tensor, k: int) -> Tensor:
     """Return the indices [r, k] of the k largest of each row, in any order."""
     r, s = x_rs.shape
-    if x_rs.device.type == "cpu" and 0 < k < s:
-        least_r1 = kth_largest(x_rs, k)[:, None]
-        places = (x_rs >= least_r1).flatten().nonzero().flatten()
+    if x_rs.device.type == "cpu" and r and 0 < k < s:
+        places = at_least(x_rs, k)
         if len(places) == r * k:
             indices_rk = places.view(r, k) - torch.arange(0, r * s, s)[:, None]
-            if not r or (indices_rk.amin() >= 0 and indices_rk.amax() < s):
+            if indices_rk.amin() >= 0 and indices_rk.amax() < s:
                 return indices_rk
     # Some are tied with the k-th, or no numbers.
     return x_rs.topk(k, dim=1, sorted=False).indices

@@ -9,7 +9,7 @@ import logging
 import resource
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -21,13 +21,14 @@ from saefw.care import Damage, said
 from saefw.catalog import Catalog
 from saefw.entry import KINDS
 from saefw.errors import NotYet, UserError, did_you_mean
-from saefw.origin import code
+from saefw.origin import code, whose
 from saefw.pace import Pace
 from saefw.plugin import StageConfig
 from saefw.registry import Registry
 from saefw.run import Run, Watcher
 from saefw.store import Store
 from saefw.unit import Unit, canonical
+from saefw.wording import got
 
 log = logging.getLogger("saefw")
 
@@ -277,7 +278,12 @@ def _list(registry: Registry, name: str, run: Run) -> tuple[StagePlan, list[tupl
     try:
         for member in registry.families["stages"][name]:
             assert isinstance(member.entry, StageConfig)
-            units = [unit for unit in dict.fromkeys(member.entry.units(run)) if unit not in has]
+            told: object = member.entry.units(run)
+            told = list(told) if isinstance(told, Iterable) else [told]
+            listed = [unit for unit in told if isinstance(unit, Unit)]
+            if len(listed) < len(told):
+                raise UserError(f"{whose(type(member.entry))}: units() must return units{got(told)}")
+            units = [unit for unit in dict.fromkeys(listed) if unit not in has]
             has |= {unit: run.store.has(unit) for unit in units}
             members.append((member.entry, units))
     except NotYet:

@@ -223,7 +223,7 @@ class BackboneConfig(Entry):
 
     def build(self, device: str) -> Backbone:
         """Load it on a device."""
-        raise NotImplementedError(f"{type(self).__name__} cannot be built")
+        raise NotImplementedError(f"{type(self).__name__} has no build()")
 
 
 # Datasets
@@ -293,7 +293,7 @@ class DatasetConfig(Entry):
             UserError: it is not there, or not as it should be; the text names what is missing.
 
         """
-        raise NotImplementedError(f"{type(self).__name__} cannot be built")
+        raise NotImplementedError(f"{type(self).__name__} has no build()")
 
 
 # SAE variants
@@ -390,7 +390,7 @@ class SaeConfig(Entry):
             UserError: the settings do not fit a model of this width.
 
         """
-        raise NotImplementedError(f"{type(self).__name__} cannot be built")
+        raise NotImplementedError(f"{type(self).__name__} has no build()")
 
 
 class KeptConfig(SaeConfig):
@@ -460,7 +460,7 @@ class ProbeConfig(Entry):
 
     def build(self, task: Task) -> Probe:
         """Return an unfitted one, into which `load_state_dict` may put a stored state."""
-        raise NotImplementedError(f"{type(self).__name__} cannot be built")
+        raise NotImplementedError(f"{type(self).__name__} has no build()")
 
     def fit(self, task: Task, x_nd: Tensor, y_n: Tensor) -> Probe:
         """Return one fitted to tokens x (float32) and labels y (int64)."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, mse_loss
 
 from saefw.errors import UserError
 from saefw.origin import whose
@@ -188,7 +188,8 @@ class Sae(nn.Module):
 
         It is the mean over tokens and dimensions, and over the prefixes where there are several.
         """
-        return {"mse": batch.error_gnd.square().mean()}
+        # In one pass each, forward and back; a square and its mean take five.
+        return {"mse": mse_loss(batch.error_gnd, batch.error_gnd.new_zeros(()).expand_as(batch.error_gnd))}
 
     def prepare(self, x_nd: Tensor) -> None:
         """Take in a sample of normalised training tokens, once, before the first step; by default nothing.
@@ -306,10 +307,11 @@ class Sae(nn.Module):
         known_e = every.of(pre_ns).to(x_nd.dtype)
         pre_e = encode(known_e, z_nd, self.W_enc, self.b_enc, self.b_dec, by_feature)
         features_e, W_sd = main.features_e.long(), self.dictionary()
-        pre_e, aux_e = pre_e.tensor_split([len(features_e)])
+        # Their gradients come together in one copy; those of slices would each be as large as the whole.
+        pre_e, aux_e = pre_e.split([len(features_e), len(pre_e) - len(features_e)]) if len(dead) else (pre_e, None)
         codes_e = self.fire(pre_e, features_e)
-        rows_rd = decode(torch.cat([codes_e, aux_e.relu()]) if len(dead) else codes_e, W_sd, every, by_feature)
-        prefixes_rd, aux_nd = rows_rd.tensor_split([len(ends) * n])
+        rows_rd = decode(codes_e if aux_e is None else torch.cat([codes_e, aux_e]), W_sd, every, by_feature)
+        prefixes_rd, aux_nd = (rows_rd, rows_rd[:0]) if aux_e is None else rows_rd.split([len(ends) * n, n])
         error_gnd = left_over(x_nd - self.b_dec, prefixes_rd.view(len(ends), n, -1))
 
         def rebuild(values_e: Tensor) -> Tensor:
@@ -355,7 +357,7 @@ def auxk(error_nd: Tensor, x_hat_nd: Tensor) -> Tensor:
 
     """
     target_nd = error_nd.detach()
-    rest = (target_nd - x_hat_nd).square().mean()
-    variance = target_nd.var(dim=0, correction=0).mean()
+    rest = mse_loss(x_hat_nd, target_nd)
+    variance = mse_loss(target_nd, target_nd.mean(dim=0).expand_as(target_nd))
     # A batch whose tokens all leave the same error has no variance to compare with.
     return torch.where(variance > 0, rest / torch.where(variance > 0, variance, 1), 0)

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
-from saefw.largest import kth_largest, largest_of_rows
+from saefw.largest import at_least, largest_of_rows
 
 
 class Entries(NamedTuple):
@@ -42,21 +42,19 @@ class Entries(NamedTuple):
     """Those values [e]."""
 
     def rows(self) -> Tensor:
-        """Return the row of each entry, int64 [e]."""
-        counts_r = self.starts_r.diff()
-        rows_r = torch.arange(len(counts_r), device=counts_r.device)
-        return rows_r.repeat_interleave(counts_r, output_size=len(self.features_e))
+        """Return the row of each entry, int32 [e]."""
+        return torch.repeat_interleave(self.starts_r.diff(), output_size=len(self.features_e))
 
     def of(self, x_ns: Tensor) -> Tensor:
         """Return the values [e] of a dense matrix [n, s] at the entries."""
         if x_ns is self.source and self.known_e is not None:
             return self.known_e
-        return x_ns.reshape(-1)[self.rows() % self.n * x_ns.shape[1] + self.features_e]
+        return x_ns.reshape(-1)[self.rows().long() % self.n * x_ns.shape[1] + self.features_e]
 
     def dense(self, values_e: Tensor, d_sae: int) -> Tensor:
         """Return the dense matrix [r, s] that has these values at the entries, and zeros elsewhere."""
         x_rs = values_e.new_zeros(len(self.starts_r) - 1, d_sae)
-        return x_rs.index_put((self.rows(), self.features_e.long()), values_e)
+        return x_rs.index_put((self.rows().long(), self.features_e.long()), values_e)
 
 
 def chosen(indices_nk: Tensor, kept_nk: Tensor | None = None) -> Entries:
@@ -103,16 +101,17 @@ def largest_of_batch(pre_ns: Tensor, k: int) -> Entries:
 
 def largest_above_zero(pre_ns: Tensor, features_a: Tensor, k: int) -> Entries:
     """Return, of some features [a], each token's k largest that are above zero; of equal ones no more than k."""
+    n, a = len(pre_ns), len(features_a)
     pre_na = pre_ns.index_select(1, features_a)
-    least_n = torch.nextafter(pre_ns.new_zeros(()), pre_ns.new_ones(())).expand(len(pre_ns))
-    if len(features_a) > k:
-        least_n = kth_largest(pre_na, k).maximum(least_n)
-    kept_na = pre_na >= least_n[:, None]
-    if len(features_a) > k and kept_na.count_nonzero() > k * len(pre_ns):  # some are tied with the k-th
-        kept_na &= torch.zeros_like(kept_na).scatter_(1, largest_of_rows(pre_na, k)[0], True)
-    found = where(kept_na)
-    features_e = features_a.int()[found.features_e]
-    return found._replace(features_e=features_e, source=pre_ns, known_e=pre_na[kept_na])
+    places_e = at_least(pre_na, k) if n and a > k else (pre_na > 0).flatten().nonzero().flatten()
+    if a > k and len(places_e) > k * n:  # some are tied with the k-th
+        indices_nk, _ = largest_of_rows(pre_na, k)
+        places_e = (indices_nk + torch.arange(0, n * a, a, device=indices_nk.device)[:, None]).flatten().sort().values
+    known_e = pre_na.flatten()[places_e]
+    if not (above_e := known_e > 0).all():
+        places_e, known_e = places_e[above_e], known_e[above_e]
+    found = _at(places_e, n, a)
+    return found._replace(features_e=features_a.int()[found.features_e], source=pre_ns, known_e=known_e)
 
 
 GATHERED = 1 << 16
@@ -180,7 +179,8 @@ def turned(entries: Entries, d_sae: int) -> Turned:
     """Return the entries feature by feature, those of one feature in the order of their rows."""
     features_e, order_e = entries.features_e.sort(stable=True)
     rows_e = entries.rows()[order_e]
-    return Turned(order_e, _starts(features_e, d_sae), rows_e.int(), (rows_e % entries.n).int())
+    tokens_e = rows_e if len(entries.starts_r) - 1 == entries.n else rows_e % entries.n
+    return Turned(order_e, _starts(features_e, d_sae), rows_e, tokens_e)
 
 
 def encode(
@@ -275,6 +275,8 @@ class _LeftOver(Function):
 
 def _sums(weights_e: Tensor, x_nd: Tensor, indices_e: Tensor, starts_r: Tensor) -> Tensor:
     """Return for each row the weighted sum [r, d] of the vectors x that its entries name."""
+    # Of what needs a gradient, torch would note more, to have it ready for that.
+    x_nd, weights_e = x_nd.detach(), weights_e.detach()
     return embedding_bag(indices_e, x_nd, starts_r, mode="sum", per_sample_weights=weights_e, include_last_offset=True)
 
 
@@ -296,7 +298,7 @@ def _gathered(x_rd: Tensor, W_sd: Tensor, starts_r: Tensor, features_e: Tensor) 
     """Return the same, slowly."""
     rows_e = Entries(starts_r, features_e, len(x_rd)).rows()
     parts = zip(torch.split(rows_e, GATHERED), torch.split(features_e, GATHERED), strict=True)
-    return torch.cat([(x_rd[rows] * W_sd[features.long()]).sum(dim=1) for rows, features in parts])
+    return torch.cat([(x_rd[rows.long()] * W_sd[features.long()]).sum(dim=1) for rows, features in parts])
 
 
 class Scratch:

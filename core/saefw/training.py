@@ -4,7 +4,7 @@ Shapes: n tokens, d d_model, s d_sae.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ class Training:
         if self.config.unit_norm:
             drop_radial(self.sae.W_dec)
         if self.config.clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.config.clip)
+            clip(self.sae.parameters(), self.config.clip)
         for mine, parameter in zip(self.adam.param_groups[0]["params"], self.sae.parameters(), strict=True):
             mine.grad = None if parameter.grad is None else inline(parameter.grad)
         self.adam.step()
@@ -155,6 +155,14 @@ def risen(step: int, warmup: int) -> float:
 def inline(x: Tensor) -> Tensor:
     """Return a tensor as it lies in memory, W_enc as [s, d]: Adam's one pass over it needs no copy then."""
     return x.detach() if x.is_contiguous() else x.detach().T
+
+
+def clip(parameters: Iterable[Parameter], largest: float) -> None:
+    """Scale all gradients down to a common L2 norm; a smaller one costs no pass over them."""
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if norm > largest:
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
 
 
 @torch.no_grad()

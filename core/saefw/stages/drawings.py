@@ -13,6 +13,7 @@ from pydantic import Field
 from saefw import pictures
 from saefw.choice import PUREST, Choice, best_classes, picked
 from saefw.errors import did_you_mean
+from saefw.facts import commonest
 from saefw.plugin import FigureConfig, Pick, UserError, hookimpl
 from saefw.store import SAVED
 from saefw.style import FAINT, WIDTH, shown
@@ -246,9 +247,8 @@ def _strip(db: "DuckDBPyConnection", folder: Path, feature: int, n: int, side: i
     strip = np.full((height, n * (side + gap) - gap, 3), 255, dtype=np.uint8)
     for i, tile in enumerate(tiles):
         strip[: tile.shape[0], i * (side + gap) : i * (side + gap) + tile.shape[1]] = tile
-    names = [shown(name) for _, _, name in rows if name is not None]
-    commonest = max(dict.fromkeys(names), key=names.count) if names else ""
-    purity = f"{names.count(commonest)} of {len(rows)}: {commonest}" if names else ""
+    most, count = commonest(name for _, _, name in rows)
+    purity = "" if most is None else f"{count} of {len(rows)}: {shown(most)}"
     return Strip(strip, purity, largest if maps_tp.shape[1] > 1 else None)
 
 
