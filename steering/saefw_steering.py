@@ -62,8 +62,8 @@ class Page:
             "Compare": lambda: Compare(store_of(path), self._look_at, self._steer_unit).panel,
         }
         self._built: set[int] = set()
-        # Bokeh warns of a column without anything in it.
-        self._bodies = [Column(children=[div("")], sizing_mode="stretch_width") for _ in self._kinds]
+        reading = "<div class=busy>Reading the store …</div>"
+        self._bodies = [Column(children=[div(reading)], sizing_mode="stretch_width") for _ in self._kinds]
         panels: list[Any] = [
             TabPanel(title=title, child=body) for title, body in zip(self._kinds, self._bodies, strict=True)
         ]
