@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -116,8 +117,15 @@ def page(chromium: "Browser", site: Site) -> "Iterator[Page]":
 
 
 def until(page: "Page", text: str) -> Any:
-    """Wait until an expression is true, and return it."""
-    return page.wait_for_function(text).json_value()
+    """Wait until an expression is true, and return it.
+
+    Asked from outside: within the page its policy forbids to evaluate text, as playwright would to wait.
+    """
+    end = time.monotonic() + 30
+    while not (found := page.evaluate(text)):
+        assert time.monotonic() < end, f"never: {text}"
+        page.wait_for_timeout(20)
+    return found
 
 
 def drag(page: "Page", start: tuple[float, float], end: tuple[float, float]) -> None:
