@@ -1,49 +1,17 @@
-"""An experiment on the tiny images under names that HTML would take for its own, for the tests of the page."""
+"""The tiny images under names that HTML would take for its own, and an experiment on them, to test the page with."""
 
 from pathlib import Path
+from typing import Literal
 
 import tiny
 
 from saefw import pipeline, registry
 from saefw.catalog import Catalog
-
-ODD = '''
-"""The tiny images under names that HTML would take for its own."""
-
-from typing import Literal
-
-from saefw.plugin import DatasetConfig, hookimpl
-from tiny import TinyImages, TinySet
-
-
-class OddSet(TinySet):
-    """The tiny images."""
-
-    use: Literal["odd-set"] = "odd-set"
-
-    def build(self, base):
-        return OddImages(self.n, self.seed, frozenset())
-
-
-class OddImages(TinyImages):
-    """With odd names."""
-
-    classes = ("<b>red</b>", "green & co", "<script>blue()</script>")
-
-    def __getitem__(self, index):
-        example = super().__getitem__(index)
-        return example._replace(key=f"<i>{example.key}</i>")
-
-
-@hookimpl
-def saefw_datasets():
-    """One: odd-set."""
-    return [OddSet]
-'''
+from saefw.plugin import Dataset, DatasetConfig, Example, hookimpl
 
 REGISTRY = f"""
 saefw: 1
-plugins: [{Path(tiny.__file__)}, odd.py]
+plugins: [{Path(tiny.__file__)}, {Path(__file__)}]
 device: cpu
 backbones: {{tiny: {{use: tiny-vit}}}}
 datasets: {{odd: {{use: odd-set}}, other: {{use: tiny-set, n: 30, seed: 3}}}}
@@ -58,10 +26,34 @@ stages:
 """
 
 
-def made(folder: Path) -> Path:
-    """Make everything in a folder; return its registry."""
-    (folder / "odd.py").write_text(ODD)
-    (folder / "registry.yaml").write_text(REGISTRY)
+class OddSet(tiny.TinySet):
+    """The tiny images."""
+
+    use: Literal["odd-set"] = "odd-set"  # type: ignore[assignment]
+
+    def build(self, base: Path) -> Dataset:
+        return OddImages(self.n, self.seed, frozenset())
+
+
+class OddImages(tiny.TinyImages):
+    """With odd names."""
+
+    classes = ("<b>red</b>", "green & co", "<script>blue()</script>")
+
+    def __getitem__(self, index: int) -> Example:
+        example = super().__getitem__(index)
+        return example._replace(key=f"<i>{example.key}</i>")
+
+
+@hookimpl
+def saefw_datasets() -> list[type[DatasetConfig]]:
+    """One: odd-set."""
+    return [OddSet]
+
+
+def made(folder: Path, text: str = REGISTRY) -> Path:
+    """Make everything that a registry asks for in a folder; return where it lies."""
+    (folder / "registry.yaml").write_text(text)
     catalog = Catalog()
     pipeline.run(registry.read(folder / "registry.yaml", catalog), catalog)
     return folder / "registry.yaml"

@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import odd_names
 import pytest
 import tiny
 from bokeh.document import Document
 from bokeh.events import ButtonClick, SelectionGeometry
 from bokeh.models.widgets import Div
 from safetensors.torch import load_file
-from test_steering_page import ODD, REGISTRY
 
-from saefw import notes, pipeline, registry
-from saefw.catalog import Catalog
+from saefw import notes
 from saefw.index import INDEX
 from saefw.stages.steer_charts import SAID
 from saefw.store import Store
@@ -36,18 +35,10 @@ EVIL = '<img src=x onerror="document.title=1">'
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A registry on images with odd names, with everything made."""
-    folder = tmp_path_factory.mktemp("explore")
-    (folder / "odds.py").write_text(ODD)  # another test has an odd.py in the same process
-    text = REGISTRY.replace("odd.py", "odds.py").replace(
-        "k: 4, expansion: 2, lr: 0.003", "expansion: 2, lr: 0.003, vary: {k: [2, 4]}"
-    )
+    text = odd_names.REGISTRY.replace("k: 4, expansion: 2, lr: 0.003", "expansion: 2, lr: 0.003, vary: {k: [2, 4]}")
     text = text.replace("lr: 0.01}", "vary: {lr: [0.01, 0.1], weight_decay: [0.0, 1.0]}}")
-    (folder / "registry.yaml").write_text(
-        text.replace("saes: sweep, probes", "saes: sweep, sae: {lowest: nmse}, probes")
-    )
-    catalog = Catalog()
-    pipeline.run(registry.read(folder / "registry.yaml", catalog), catalog)
-    return folder / "registry.yaml"
+    text = text.replace("saes: sweep, probes", "saes: sweep, sae: {lowest: nmse}, probes")
+    return odd_names.made(tmp_path_factory.mktemp("explore"), text)
 
 
 @pytest.fixture

@@ -218,6 +218,7 @@ def test_the_stage_draws_each_figure_as_png_svg_and_pdf(stock: Run) -> None:
         set(stock.made_by("sweep")),
         set(stock.made_by("seen")),
         *[set(stock.made_by("probes"))] * 3,
+        set(stock.made_by("faithful")),
         *[set(stock.made_by("steer"))] * 3,
         {*stock.made_by("seen"), *stock.made_by("steer")},
         *[set(stock.made_by("seen"))] * 3,
@@ -388,7 +389,7 @@ def test_feature_grid_shows_the_features_or_classes_asked_for(stock: Run) -> Non
 
 
 def test_any_figure_takes_a_size_and_a_title(stock: Run) -> None:
-    stages = "sweep", "seen", "probes", "steer"
+    stages = "sweep", "seen", "probes", "faithful", "steer"
     for figure in FIGURES.values():
         made = drawn(stock, figure.model_copy(update={"width": 5.0, "height": 9.0, "title": "Mine & <b>$"}), *stages)
         assert made.get_size_inches().tolist() == [5, 9]

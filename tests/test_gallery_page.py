@@ -117,10 +117,7 @@ def page(chromium: "Browser", site: Site) -> "Iterator[Page]":
 
 
 def until(page: "Page", text: str) -> Any:
-    """Wait until an expression is true, and return it.
-
-    Asked from outside: within the page its policy forbids to evaluate text, as playwright would to wait.
-    """
+    """Wait until an expression is true, and return it; the page's own policy lets no script wait for one."""
     end = time.monotonic() + 30
     while not (found := page.evaluate(text)):
         assert time.monotonic() < end, f"never: {text}"

@@ -338,8 +338,8 @@ def test_logits_that_are_no_numbers_are_told_and_nothing_is_kept(tmp_path: Path)
     with pytest.raises(UserError) as caught:
         made(desk, "probes", ProbeStage(acts="acts", probes=["wild"]))
     assert re.fullmatch(
-        r"wild on tiny on tiny, layer 2, train: the probe's logits are NaN or infinite for \d+ of \d+ images, first for "
-        r"image \d+; lower its learning rate, or record tokens that are finite",
+        r"wild on tiny on tiny, layer 2, train: the probe's logits are NaN or infinite for \d+ of \d+ images, "
+        r"first for image \d+; lower its learning rate, or record tokens that are finite",
         str(caught.value),
     )
 

@@ -1,14 +1,21 @@
 """The largest entries of each row of a matrix, exactly, by reading the matrix once.
 
+NumPy partitions with vector instructions, which torch does not.
+
 Shapes: r rows, s entries of a row, k the largest of them, b blocks of a row, j entries of a block.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+T = TypeVar("T")
 
 BLOCK = 16
 """Of how many entries, far apart in a row, the maximum is taken before the largest are looked for."""
@@ -32,37 +39,58 @@ def largest_of_rows(x_rs: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return indices_rk, x_rs.gather(1, found_rk)
 
 
-def at_least(x_rs: Tensor, k: int) -> Tensor:
-    """Return where each row's k largest are in the flattened matrix, int64, rising; what is tied with the k-th, too.
+def places_above(x_rs: Tensor, edge: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Return where a matrix is larger than an edge, a number or one of each column [s]; int64, rising, and the values.
 
-    0 < k <= s. In rows with NaN there may be fewer.
+    The places are those in the flattened matrix.
     """
-    r, s = x_rs.shape
     if x_rs.device.type != "cpu":
-        least_r = x_rs.topk(k, dim=1, sorted=False).values.amin(dim=1)
-        return (x_rs >= least_r[:, None]).flatten().nonzero().flatten()
-    # NumPy partitions with vector instructions, which torch does not. It has no type for bfloat16.
-    numbers_rs = (x_rs if x_rs.dtype in (torch.float32, torch.float64) else x_rs.float()).detach().numpy()
-    at_once = max(1, HELD // s)
+        places_e = (x_rs > edge).flatten().nonzero().flatten()
+        return places_e, x_rs.reshape(-1)[places_e]
+    r, s = x_rs.shape
+    numbers_rs, over = _numbers(x_rs), edge if isinstance(edge, float) else _numbers(edge)
 
-    def find(start: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        rows = numbers_rs[start : start + at_once]
-        return np.flatnonzero(rows >= np.partition(rows, s - k, axis=1)[:, s - k, None]) + start * s
+    def find(start: int, stop: int) -> tuple[Array, Array]:
+        rows = numbers_rs[start:stop]
+        found = np.flatnonzero(rows > over)
+        return found + start * s, rows.reshape(-1)[found]
 
-    if r <= at_once:
-        return torch.from_numpy(find(0))
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return torch.from_numpy(np.concatenate(list(pool.map(find, range(0, r, at_once)))))
+    found = _in_parts(find, r, s)
+    places_e, values_e = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*found, strict=True))
+    return places_e, values_e.to(x_rs.dtype)
 
 
 def _indices(x_rs: Tensor, k: int) -> Tensor:
     """Return the indices [r, k] of the k largest of each row, in any order."""
     r, s = x_rs.shape
-    if x_rs.device.type == "cpu" and r and 0 < k < s:
-        places = at_least(x_rs, k)
-        if len(places) == r * k:
-            indices_rk = places.view(r, k) - torch.arange(0, r * s, s)[:, None]
-            if indices_rk.amin() >= 0 and indices_rk.amax() < s:
-                return indices_rk
-    # Some are tied with the k-th, or no numbers.
-    return x_rs.topk(k, dim=1, sorted=False).indices
+    if x_rs.device.type != "cpu" or not 0 < k < s:
+        return x_rs.topk(k, dim=1, sorted=False).indices
+    numbers_rs = _numbers(x_rs)
+
+    def find(start: int, stop: int) -> Array:
+        rows = numbers_rs[start:stop]
+        places = np.flatnonzero(rows >= np.partition(rows, s - k, axis=1)[:, s - k, None])
+        if len(places) == len(rows) * k:
+            indices = places.reshape(-1, k) - np.arange(0, rows.size, s)[:, None]
+            if (indices[:, 0] >= 0).all() and (indices[:, -1] < s).all():
+                return indices
+        # Some are tied with the k-th, or no numbers.
+        return torch.from_numpy(rows).topk(k, dim=1, sorted=False).indices.numpy()
+
+    return torch.from_numpy(np.concatenate(_in_parts(find, r, s)))
+
+
+def _numbers(x: Tensor) -> Array:
+    """Return what NumPy computes with: it has no type for bfloat16."""
+    numbers: Array = (x if x.dtype in (torch.float32, torch.float64) else x.float()).detach().numpy()
+    return numbers
+
+
+def _in_parts(find: Callable[[int, int], T], r: int, s: int) -> list[T]:
+    """Return what is found in the rows from one to another, few at a time, and on all cores."""
+    at_once = max(1, HELD // s)
+    starts = range(0, r, at_once) or range(1)
+    if len(starts) == 1:
+        return [find(0, r)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(lambda start: find(start, start + at_once), starts))

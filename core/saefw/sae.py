@@ -308,10 +308,10 @@ class Sae(nn.Module):
         pre_e = encode(known_e, z_nd, self.W_enc, self.b_enc, self.b_dec, by_feature)
         features_e, W_sd = main.features_e.long(), self.dictionary()
         # Their gradients come together in one copy; those of slices would each be as large as the whole.
-        pre_e, aux_e = pre_e.split([len(features_e), len(pre_e) - len(features_e)]) if len(dead) else (pre_e, None)
+        pre_e, aux_e = torch.split(pre_e, [len(features_e), len(pre_e) - len(features_e)])
         codes_e = self.fire(pre_e, features_e)
-        rows_rd = decode(codes_e if aux_e is None else torch.cat([codes_e, aux_e]), W_sd, every, by_feature)
-        prefixes_rd, aux_nd = (rows_rd, rows_rd[:0]) if aux_e is None else rows_rd.split([len(ends) * n, n])
+        rows_rd = decode(torch.cat([codes_e, aux_e]), W_sd, every, by_feature)
+        prefixes_rd, aux_nd = torch.split(rows_rd, [len(ends) * n, n]) if len(dead) else (rows_rd, rows_rd[:0])
         error_gnd = left_over(x_nd - self.b_dec, prefixes_rd.view(len(ends), n, -1))
 
         def rebuild(values_e: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
-from saefw.largest import at_least, largest_of_rows
+from saefw.largest import largest_of_rows, places_above
 
 
 class Entries(NamedTuple):
@@ -74,16 +74,8 @@ def where(mask_ns: Tensor) -> Entries:
 
 def above(pre_ns: Tensor, edge: Tensor | float) -> Entries:
     """Return the entries that are larger than an edge: a number, or one of each feature [s]."""
-    n, s = pre_ns.shape
-    places, known = [pre_ns.new_zeros(0, dtype=torch.int64)], [pre_ns.new_zeros(0)]
-    # A few rows at a time: they are in the processor's cache when they are read again.
-    at_once = max(1, HELD // s)
-    for start in range(0, n, at_once):
-        rows = pre_ns[start : start + at_once]
-        found = (rows > edge).flatten().nonzero().flatten()
-        known.append(rows.reshape(-1)[found])
-        places.append(found + start * s)
-    return _at(torch.cat(places), n, s)._replace(source=pre_ns, known_e=torch.cat(known))
+    places_e, known_e = places_above(pre_ns, edge)
+    return _at(places_e, *pre_ns.shape)._replace(source=pre_ns, known_e=known_e)
 
 
 def largest(pre_ns: Tensor, k: int) -> Entries:
@@ -101,24 +93,17 @@ def largest_of_batch(pre_ns: Tensor, k: int) -> Entries:
 
 def largest_above_zero(pre_ns: Tensor, features_a: Tensor, k: int) -> Entries:
     """Return, of some features [a], each token's k largest that are above zero; of equal ones no more than k."""
-    n, a = len(pre_ns), len(features_a)
-    pre_na = pre_ns.index_select(1, features_a)
-    places_e = at_least(pre_na, k) if n and a > k else (pre_na > 0).flatten().nonzero().flatten()
-    if a > k and len(places_e) > k * n:  # some are tied with the k-th
-        indices_nk, _ = largest_of_rows(pre_na, k)
-        places_e = (indices_nk + torch.arange(0, n * a, a, device=indices_nk.device)[:, None]).flatten().sort().values
-    known_e = pre_na.flatten()[places_e]
-    if not (above_e := known_e > 0).all():
-        places_e, known_e = places_e[above_e], known_e[above_e]
-    found = _at(places_e, n, a)
-    return found._replace(features_e=features_a.int()[found.features_e], source=pre_ns, known_e=known_e)
+    pre_na = pre_ns.gather(1, features_a.expand(len(pre_ns), -1))
+    if len(features_a) <= k:
+        found = above(pre_na, 0.0)
+        return found._replace(features_e=features_a.int()[found.features_e], source=pre_ns)
+    indices_nk, known_nk = largest_of_rows(pre_na, k)
+    kept_nk = known_nk > 0
+    return chosen(features_a[indices_nk], kept_nk)._replace(source=pre_ns, known_e=known_nk[kept_nk])
 
 
 GATHERED = 1 << 16
 """Of how many entries the vectors lie side by side in memory, where there is no other way."""
-
-HELD = 1 << 20
-"""How many pre-activations are looked through at a time."""
 
 
 def _at(places_e: Tensor, n: int, s: int) -> Entries:
@@ -246,7 +231,11 @@ class _Decode(Function):
     def backward(ctx: Any, gradient_rd: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         codes_e, W_sd, starts_r, features_e, *turned = ctx.saved_tensors
         code_e = W = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and turned:
+            # Feature by feature: the gradient fits the processor's cache, W_dec does not, and is read once so.
+            order_e, starts_s, rows_e, _ = turned
+            code_e = torch.empty_like(codes_e).index_put_((order_e,), _dots(W_sd, gradient_rd, starts_s, rows_e))
+        elif ctx.needs_input_grad[0]:
             code_e = _dots(gradient_rd, W_sd, starts_r, features_e)
         if ctx.needs_input_grad[1]:
             order_e, starts_s, rows_e, _ = turned
@@ -281,7 +270,7 @@ def _sums(weights_e: Tensor, x_nd: Tensor, indices_e: Tensor, starts_r: Tensor) 
 
 
 def _dots(x_rd: Tensor, W_sd: Tensor, starts_r: Tensor, features_e: Tensor) -> Tensor:
-    """Return x_r . W_s for each entry, [e]."""
+    """Return x_r . W_s for each entry, [e]; rows and columns may as well be exchanged."""
     if not len(features_e) or x_rd.device.type == "mps":  # which has no compressed matrices
         return _gathered(x_rd, W_sd, starts_r, features_e)
     with warnings.catch_warnings():

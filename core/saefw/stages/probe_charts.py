@@ -218,19 +218,15 @@ class Faithful(FigureConfig):
             part.suptitle(fill(text, int(13 * self.width)), x=0.012, ha="left", fontsize=9.5)
         raw, share = part.subplots(1, 2)
         variants = sorted({row[6] for row in rows})
-        for measure, axes, filled in (
-            ("accuracy", raw, True),
-            ("accuracy", share, True),
-            ("cross_entropy", share, False),
-        ):
+        for measure, axes in (("accuracy", raw), ("accuracy", share), ("cross_entropy", share)):
             for i, variant in enumerate(variants):
                 ours = [row for row in rows if row[5] == measure and row[6] == variant]
                 x, recovered = [row[7] for row in ours], np.array([row[11:14] for row in ours], dtype=float)
                 look: dict[str, Any] = {
                     "color": PALETTE[i % len(PALETTE)],
                     "marker": "os^Dvp*"[i % 7],
-                    "markerfacecolor": None if filled else "white",
-                    "linestyle": "-" if filled else "--",
+                    "markerfacecolor": None if measure == "accuracy" else "white",
+                    "linestyle": "-" if measure == "accuracy" else "--",
                     "label": f"{variant}: {measure.replace('_', '-')}" if axes is share else variant,
                 }
                 if axes is raw:
