@@ -5,8 +5,6 @@ fires on it.
 """
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,24 +159,6 @@ class Tally:
             embedding_ed: of a tally with `d_embed`.
 
         """
-        parts = [
-            partial(self._count, fired),
-            partial(ranking.add, self._part("top"), example_e, label_e, fired),
-            partial(self._rank_features, example_e, fired),
-        ]
-        if self.sizes.n_classes:
-            parts.append(partial(self._classify, label_e, fired))
-        if embedding_ed is not None:
-            pairs = fired.image_g, fired.feature_g, fired.score_g
-            parts.append(partial(monosemantic.add, self._part("alike"), *pairs, embedding_ed))
-        # Each keeps one core busy, and no two touch the same sums.
-        with ThreadPoolExecutor(len(parts)) as threads:
-            for done in [threads.submit(part) for part in parts]:
-                done.result()
-        self.seen += len(example_e)
-
-    def _count(self, fired: Firing) -> None:
-        """Add up how often and how strongly each feature fires."""
         sums = self._sums
         feature_n = fired.feature_g.repeat_interleave(fired.length_g)
         fires_n = fired.value_n > 0
@@ -186,6 +166,13 @@ class Tally:
         sums["fired_s"].scatter_add_(0, fired.feature_g, fired.fires_g)
         sums["total_s"].scatter_add_(0, fired.feature_g, fired.mass_g)
         sums["max_s"].scatter_reduce_(0, fired.feature_g, fired.peak_g, "amax")
+        ranking.add(self._part("top"), example_e, label_e, fired)
+        self._rank_features(example_e, fired)
+        if self.sizes.n_classes:
+            self._classify(label_e, fired)
+        if embedding_ed is not None:
+            monosemantic.add(self._part("alike"), fired.image_g, fired.feature_g, fired.score_g, embedding_ed)
+        self.seen += len(example_e)
 
     def _part(self, part: str) -> dict[str, Tensor]:
         return {name.removeprefix(f"{part}."): x for name, x in self._sums.items() if name.startswith(f"{part}.")}
