@@ -25,6 +25,7 @@ from saefw.stages.steer_charts import LOOK, SAID
 from saefw.store import Store
 from saefw.style import PALETTE
 from saefw.sweep import changing, ordered, words, written
+from saefw_steering_layout import button, row
 from saefw_steering_views import div
 
 MARKERS = ("circle", "square", "triangle", "diamond", "inverted_triangle", "hex", "star")
@@ -37,14 +38,19 @@ SHARE = ("probability", "flip")
 class Compare:
     """What the store says of all SAEs, probes and edits; it is read when the tab is first looked at."""
 
-    def __init__(self, root: Path, look_at: Callable[[str], bool]) -> None:
-        """Call `look_at` with the address of an SAE that is chosen; it says whether there is something to look at.
+    def __init__(self, root: Path, look_at: Callable[[str], bool], steer: Callable[[str], None]) -> None:
+        """Read the store.
+
+        Args:
+            root: its folder.
+            look_at: called with the address of an SAE that is chosen; it says whether there is something to look at.
+            steer: called with the address of what was steered, when somebody wants to go on with it.
 
         Raises:
             UserError: nothing was trained, probed or steered yet, or the index cannot be read.
 
         """
-        self.store, self._look_at = Store(root), look_at
+        self.store, self._look_at, self._steer = Store(root), look_at, steer
         self.said = div("")
         self.cards: list[Any] = [card for card in (self._saes(), self._probes(), self._steering()) if card]
         if not self.cards:
@@ -188,7 +194,9 @@ class Compare:
             children=[self.steered, self.way, self.measure], stylesheets=[own.FIELDS], sizing_mode="stretch_width"
         )
         head = div("<h2>Steering <small>mean over the images, with 95 % bootstrap intervals</small></h2>")
-        return _card([head, fields, self.doses, self.about_doses])
+        go_on = button("Steer with this SAE and probe", "go-on")
+        go_on.on_click(lambda: self._steer(str(self.steered.value)))
+        return _card([head, fields, self.doses, self.about_doses, row(go_on)])
 
     def _show_steering(self) -> None:
         asked = self.steered.value, self.way.value, self.measure.value

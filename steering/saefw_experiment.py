@@ -127,7 +127,7 @@ class Model:
 @lru_cache(maxsize=2)
 def built(model: Model) -> Backbone:
     """Load a backbone, once for all experiments on it."""
-    made: Backbone = model.entry.build(model.device)
+    made: Backbone = model.entry.fresh(model.device)
     return made
 
 
@@ -152,7 +152,7 @@ class Experiment:
         self.counted = "images" if self.trained_on == "cls" else "patches"
         self.place: Place = unit.content["place"]
         self.mode = str(unit.content["mode"])
-        self.amounts = [float(amount) for amount in unit.content["amounts"]]
+        self.amounts = [1.0] if unit.content["raw"] else [float(amount) for amount in unit.content["amounts"]]
         # Escaped as for any other eye: HTML would show an override of the direction of writing by obeying it.
         self.classes = list(map(escaped, self.acts.classes))
         self.labels = self.acts.labels
@@ -176,14 +176,16 @@ class Experiment:
         self.about = Features(run, tables, classes, self.sae.d_sae, self.labels)
         self.title, self.subtitle = title_of(unit, run, self.acts.layer)
         folder = run.store.folder(unit)
-        self.first: First | None = first_of(folder, self.acts.classes) if self.steered else None
+        # What was edited in other units, or on some patches alone, is not what is edited here.
+        alike = self.steered and not unit.content["raw"] and unit.content["patches"] is None
+        self.first: First | None = first_of(folder, self.acts.classes) if alike else None
         self.guides: list[Guide] = guides_of(unit, run, self.first) if self.first else []
         self.top = int(classes.content["top"])
         self.max_frequency = float(unit.content["max_frequency"])
         self.seen = lru_cache(maxsize=8)(self._seen)
         self.view = lru_cache(maxsize=32)(self._view)
         self.thumbnails = lru_cache(maxsize=512)(self._thumbnails)
-        self.ranked = lru_cache(maxsize=64)(self._ranked)
+        self._rankings: dict[tuple[int, str], Ints] = {}
 
     def check_place(self, place: str) -> None:
         """See that an edit somewhere reaches what the probe reads.
@@ -216,6 +218,14 @@ class Experiment:
         return {feature: escaped(note.name) for feature, note in said.items() if note.name}
 
     # Images
+
+    @cached_property
+    def beginning(self) -> tuple[int, int]:
+        """The image and the other class to begin with: those of the stored example, if there is one."""
+        if self.first:
+            return self.first.example, self.first.target
+        start = int(self.test[0]) if len(self.test) else 0
+        return start, (int(self.labels[start]) + 1) % len(self.classes)
 
     @cached_property
     def test(self) -> Ints:
@@ -273,7 +283,14 @@ class Experiment:
 
     def strong(self, label: int, n: int, place: str | None = None) -> list[int]:
         """Return the features with the largest predicted effect on a class's logit, as the steer stage chose them."""
-        return [int(feature) for feature in self.ranked(label, place or self.place)[:n]]
+        place = place or self.place
+        if (label, place) not in self._rankings:
+            self._rankings[label, place] = self._ranked(label, place)
+        return [int(feature) for feature in self._rankings[label, place][:n]]
+
+    def knows(self, label: int, place: str) -> bool:
+        """Whether the strong features of a class are known at once; otherwise blocks run over some train images."""
+        return (label, place) in self._rankings or (self.steered and place == self.place)
 
     def detectors(self, label: int, n: int) -> list[int]:
         """Return the features that are the best detectors of a class, by average precision."""
@@ -367,16 +384,20 @@ class Experiment:
         """
         place = place or self.place
         steering, reading = self.steerings[place], seen.readings[place]
-        some = None if place == "cls" else patches
-        edits = [
-            Edit(s, mode, x if raw or mode in FACTORS else x * float(self.about.p99_s[s]), some)
-            for s, mode, x in changes
-        ]
+        edits = self.edits(changes, place, patches, raw)
         if not edits:
             return After(seen.probability_c(place), 0.0)
         delta_bpd = steering.change(reading, edits)
         logits_bc = steering.directly(reading, delta_bpd) if directly else steering.after(reading, delta_bpd)
         return After(probabilities(logits_bc[0]), float(delta_bpd.norm()))
+
+    def edits(self, changes: Sequence[Change], place: str, patches: Sequence[int] | None, raw: bool) -> list[Edit]:
+        """Return changes as the engine takes them; the arguments are those of `edit`."""
+        some = None if place == "cls" else patches
+        return [
+            Edit(s, mode, x if raw or mode in FACTORS else x * float(self.about.p99_s[s]), some)
+            for s, mode, x in changes
+        ]
 
     def read(self, image: "Image") -> tuple[Seen, "Image"]:
         """Return an image of anybody's as the models see it, and the crop that they see."""
@@ -387,8 +408,12 @@ class Experiment:
         return self._of_tokens(tokens_btd), backbone.view(image).convert("RGB")
 
     def _seen(self, example: int) -> Seen:
+        return self._of_tokens(self.tokens(example))
+
+    def tokens(self, example: int) -> torch.Tensor:
+        """Return what the SAE's block puts out for an image, float32 [1, t, d]."""
         ((_, tokens_1td),) = self.acts.read("all", np.array([example]))
-        return self._of_tokens(tokens_1td.to(self._run.device))
+        return tokens_1td.to(self._run.device)
 
     @torch.no_grad()
     def _of_tokens(self, tokens_1td: torch.Tensor) -> Seen:

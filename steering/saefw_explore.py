@@ -50,8 +50,8 @@ for by. Only a click or Tab leaves that field."""
 class Explore:
     """What one visitor looks for among the features of an SAE, and the feature that is open."""
 
-    def __init__(self, root: Path) -> None:
-        """Show the first SAE of a store.
+    def __init__(self, root: Path, steer: Callable[[str, int], None]) -> None:
+        """Show the first SAE of a store; `steer` is called with an SAE and a feature that somebody wants to edit.
 
         Raises:
             UserError: nothing was looked at yet, or the index cannot be read.
@@ -79,7 +79,7 @@ class Explore:
         self.filter = IndexFilter(indices=[])
         self.scatter = self._scatter()
         self.table = self._table()
-        self.feature = FeaturePage(self.store, self.open, self._noted, self._step)
+        self.feature = FeaturePage(self.store, self.open, self._noted, self._step, steer)
         wide: dict[str, Any] = {"sizing_mode": "stretch_width"}
         ranges = [
             Column(children=[said, slider], **wide) for said, slider in zip(self.said_ranges, self.ranges, strict=True)

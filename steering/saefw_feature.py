@@ -34,8 +34,18 @@ class FeaturePage:
         go_to: Callable[[int], None],
         save: Callable[[int, str, str], notes.Note],
         step: Callable[[int], None],
+        steer: Callable[[str, int], None],
     ) -> None:
-        """Call `go_to` with another feature, `step` with 1 or -1 for the next or the one before, `save` with a note."""
+        """Show nothing as yet.
+
+        Args:
+            store: what is read.
+            go_to: called with another feature.
+            save: called with a note.
+            step: called with 1 or -1 for the next feature or the one before.
+            steer: called with an SAE and a feature of it that somebody wants to edit.
+
+        """
         self.store, self._save = store, save
         self.feature = -1
         self.head, self.facts, self.tiles = _text(), _text(), _text()
@@ -53,6 +63,8 @@ class FeaturePage:
         )  # fmt: skip
         self.save = Button(label="Save the note", name="note-save", stylesheets=[style.BUTTON], margin=0)
         self.save.on_click(self._saved)
+        self.steer = Button(label="Steer with it", name="feature-steer", stylesheets=[style.BUTTON], margin=0)
+        self.steer.on_click(lambda: steer(self.look.sae, self.feature))
         self.bins = ColumnDataSource({name: [] for name in ("left", "right", "top")})
         self.marks = [Span(dimension="height", line_color=own.CHOSEN, line_width=2, line_dash=dash)
                       for dash in ("solid", "dashed", "dotted")]  # fmt: skip
@@ -72,7 +84,7 @@ class FeaturePage:
                 self.tiles,
                 self.name,
                 self.text,
-                Row(children=[self.save], **row),
+                Row(children=[self.save, self.steer], **row),
                 self.history,
                 div("<h2>Classes that it detects best</h2>"),
                 self.classes,

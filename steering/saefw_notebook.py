@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 from saefw.pictures import enlarged, png
 from saefw.plugin import UserError
-from saefw.steering import MODES
+from saefw.steering import MODES, Edit, Together
 from saefw_choices import choices
-from saefw_experiment import Change, Experiment, Floats, opened
+from saefw_experiment import Change, Experiment, Floats, opened, probabilities
 
 BEFORE, AFTER = "#b4b8c1", "#0072B2"
 
@@ -136,7 +137,22 @@ class Shot:
             UserError: there is no such mode, feature, place or patch; or the edit cannot go straight into the probe.
 
         """
-        experiment, seen, place = self.experiment, self.experiment.seen(self.example), place or self.experiment.place
+        step = self._step(self.experiment, amounts, mode, patches, raw, place)
+        seen = self.experiment.seen(self.example)
+        after = self.experiment.edit(seen, step.changes, step.place, patches, directly, raw)
+        return Edited(self, [] if directly else [step], step.place, after.probability_c)
+
+    def _step(
+        self,
+        experiment: Experiment,
+        amounts: Mapping[int, float],
+        mode: str | Mapping[int, str],
+        patches: Sequence[int] | None,
+        raw: bool,
+        place: str | None,
+    ) -> "Step":
+        """Return what is asked of an SAE, once it is checked."""
+        seen, place = experiment.seen(self.example), place or experiment.place
         if place not in experiment.steerings:
             raise UserError(f"place: there is no '{place}' (there are: {', '.join(experiment.steerings)})")
         n, modes = len(seen.edited(place)), {f: mode if isinstance(mode, str) else mode.get(f, "set") for f in amounts}
@@ -151,7 +167,7 @@ class Shot:
                 there = "none: edits are on [CLS]" if place == "cls" else f"0 to {n - 1}"
                 raise UserError(f"patches: there is no {patch} (there are: {there})")
         changes = [Change(feature, modes[feature], amount) for feature, amount in amounts.items()]
-        return Edited(self, place, experiment.edit(seen, changes, place, patches, directly, raw).probability_c)
+        return Step(experiment, place, changes, experiment.edits(changes, place, patches, raw))
 
     def _repr_png_(self) -> bytes:
         return png(enlarged(self.experiment.view(self.example), SIDE))
@@ -179,12 +195,26 @@ class Features:
         return f"<table>{head}{''.join(rows)}</table>"
 
 
+class Step(NamedTuple):
+    """What is done to features of one SAE."""
+
+    experiment: Experiment
+    place: str
+    changes: list[Change]
+    edits: list[Edit]
+
+
 @dataclass(frozen=True)
 class Edited:
     """An image after an edit."""
 
     before: Shot
+    steps: list[Step]
+    """What was done, SAE by SAE; nothing of an edit straight into the probe."""
+
     place: str
+    """The tokens that were edited first."""
+
     probability_c: Floats
     """float64 [c]."""
 
@@ -192,6 +222,41 @@ class Edited:
     def probabilities(self) -> dict[str, float]:
         """What the probe says, by class."""
         return _named(self.before.experiment, self.probability_c)
+
+    def also(
+        self,
+        other: Notebook,
+        amounts: Mapping[int, float],
+        mode: str | Mapping[int, str] = "set",
+        patches: Sequence[int] | None = None,
+        raw: bool = False,
+        place: str | None = None,
+    ) -> "Edited":
+        """Edit features of another SAE too, of the same or another block, in one pass with what is edited already.
+
+        Args:
+            other: the other SAE, opened with the same probe.
+            amounts: these and the others as in `Shot.edit`.
+            mode: see there.
+            patches: see there.
+            raw: see there.
+            place: see there.
+
+        Raises:
+            UserError: as there; or another probe reads the other SAE, or this edit went straight into the probe.
+
+        """
+        one, choice = self.before.experiment.choice, other.experiment.choice
+        if choice.probe != one.probe:
+            raise UserError(f"also: the other SAE is read by {choice.probe.label}, this one by {one.probe.label}")
+        if not self.steps:
+            raise UserError("also: an edit straight into the probe stands alone")
+        steps = [*self.steps, self.before._step(other.experiment, amounts, mode, patches, raw, place)]
+        together = Together([step.experiment.steerings[step.place] for step in steps])
+        first = min((step.experiment for step in steps), key=lambda experiment: experiment.acts.layer)
+        readings = together.reading(first.tokens(self.before.example))
+        logits_bc = together.edit(readings, [step.edits for step in steps])
+        return Edited(self.before, steps, self.place, probabilities(logits_bc[0]))
 
     def _repr_html_(self) -> str:
         experiment = self.before.experiment

@@ -5,16 +5,14 @@
 
 import re
 from collections.abc import Callable
-from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from bokeh.document import Document
 from bokeh.models.callbacks import CustomJS
-from bokeh.models.css import GlobalInlineStyleSheet
 from bokeh.models.layouts import Column, TabPanel, Tabs
 
 import saefw_steering_script as script
@@ -23,7 +21,6 @@ import saefw_steering_style as style
 from saefw.errors import UserError
 from saefw_choices import choices, store_of
 from saefw_compare import Compare
-from saefw_experiment import opened
 from saefw_explore import Explore
 from saefw_steering_layout import card
 from saefw_steering_tab import Steer
@@ -34,6 +31,20 @@ if TYPE_CHECKING:
 
 HERE = ("127.0.0.1", "::1")
 """This machine, as a client of the server."""
+
+
+TEMPLATE = (
+    """{% block preamble %}<meta name="viewport" content="width=device-width, initial-scale=1">{% endblock %}
+{% block js_resources %}
+{% for line in bokeh_js.splitlines() if "bokeh-mathjax" not in line and "bokeh-gl" not in line %}{{ line }}
+{% endfor %}
+<style>"""
+    + style.WHOLE
+    + """</style>
+{% endblock %}
+{% block contents %}<p id="loading">Loading the page …</p>{{ super() }}{% endblock %}"""
+)
+"""The page before Bokeh is there. It needs neither formulas nor WebGL, half of Bokeh's code, which took a second."""
 
 
 class Page:
@@ -48,7 +59,7 @@ class Page:
         self._kinds: dict[str, Callable[[], Any]] = {
             "Steer": self._steering,
             "Explore": self._exploring,
-            "Compare": lambda: Compare(store_of(path), self._look_at).panel,
+            "Compare": lambda: Compare(store_of(path), self._look_at, self._steer_unit).panel,
         }
         self._built: set[int] = set()
         # Bokeh warns of a column without anything in it.
@@ -82,8 +93,22 @@ class Page:
         return self.steer.panel
 
     def _exploring(self) -> Any:
-        self._explore = Explore(store_of(self._path))
+        self._explore = Explore(store_of(self._path), self._steer_feature)
         return self._explore.panel
+
+    def _steer_feature(self, sae: str, feature: int) -> None:
+        """Show a feature of an SAE in the Steer tab."""
+        self.tabs.active = 0
+        if self.steer is not None:
+            self.say("")
+            self.steer.switch(sae, feature=feature)
+
+    def _steer_unit(self, unit: str) -> None:
+        """Show in the Steer tab what a steer stage measured."""
+        self.tabs.active = 0
+        if self.steer is not None:
+            self.say("")
+            self.steer.open_unit(unit)
 
     def _look_at(self, sae: str) -> bool:
         """Show an SAE in the Explore tab; return whether there is something to look at."""
@@ -103,8 +128,10 @@ def page(doc: Document, path: Path, public: bool = True) -> Page | None:
         public: show it to clients of other machines too.
 
     """
+    if doc.session_context is not None:
+        _undelayed()
     doc.title = "saefw steering"
-    whole = GlobalInlineStyleSheet(css=style.WHOLE)
+    doc.template = cast(Any, TEMPLATE)
     parts: list[Any]
     made: Page | None = None
     if not public and (client := _client(doc)) not in HERE:
@@ -116,9 +143,27 @@ def page(doc: Document, path: Path, public: bool = True) -> Page | None:
     else:
         made = Page(doc, path)
         parts = [made.notice, made.tabs]
-    doc.add_root(Column(children=parts, name="page", stylesheets=[whole, style.PAGE], sizing_mode="stretch_width"))
+    doc.add_root(Column(children=parts, name="page", stylesheets=[style.PAGE], sizing_mode="stretch_width"))
     doc.js_on_event("document_ready", CustomJS(args={"keys": script.KEYS}, code=script.READY))
     return made
+
+
+@cache
+def _undelayed() -> None:
+    """Have messages sent at once, by `saefw serve` as by `bokeh serve`.
+
+    Bokeh writes each in three small packets and leaves it to the kernel to hold the second until the browser has
+    acknowledged the first, which browsers do up to 40 ms later.
+    """
+    from bokeh.server.views.ws import WSHandler
+
+    opened = WSHandler.open
+
+    def open_undelayed(handler: WSHandler) -> None:
+        opened(handler)
+        handler.set_nodelay(True)
+
+    cast(Any, WSHandler).open = open_undelayed
 
 
 def lines(text: str) -> str:
@@ -162,8 +207,7 @@ def serve(
     """Serve the steering page of an experiment, to this machine alone."""
     if not registry.is_file():
         raise UserError(f"there is no file {registry}; name a registry, or write one by `saefw init`")
-    with suppress(UserError):  # the page says it
-        opened(choices(registry)[0])  # so that nobody waits for the models
+    page(Document(), registry)  # so that not even the first visitor waits for models, tables and pictures
     listening = server(registry, port)
     typer.echo(f"The steering page is at http://localhost:{port}/steering (stop it with Ctrl-C).")
     if show:

@@ -19,7 +19,8 @@ from saefw.stages.drawings import BeforeAfter, Case, said_of
 from saefw.style import rendered, shown, styled
 from saefw_experiment import After, Change, Experiment, Seen
 from saefw_saved import Saved
-from saefw_steering_layout import button, row, told
+from saefw_steering_layout import button, row
+from saefw_steering_live import told
 from saefw_steering_state import State, written
 from saefw_steering_views import div
 
@@ -41,8 +42,8 @@ class Keeper:
             name="save-name", placeholder="a name for this edit", stylesheets=[style.FIELD], margin=0, width=150
         )
         self.known = Select(name="saved", options=[], value="", stylesheets=[style.FIELD], margin=0, width=150)
-        self.python = div("", name="python")
-        self._link, self._file = told("link", script.LINK), told("file", script.FILE)
+        self.python = session.live.div("python")
+        self._file = told("file", script.FILE)
         save, delete = button("Save", "save"), button("Delete", "delete")
         exports = [button(kind.upper(), f"export-{kind}") for kind in FILES]
         save.on_click(session.pressed(self.save))
@@ -58,11 +59,10 @@ class Keeper:
                 row(self.known, delete),
                 row(div("<span class=faint>Export</span>", wide=False), *exports),
                 self.python,
-                self._link,
-                self._file,
             ],
             spacing=6,
             sizing_mode="stretch_width",
+            tags=[self._file],
         )
         self._edits: list[Saved] = []
         self.refresh()
@@ -76,14 +76,11 @@ class Keeper:
         self.known.value = chosen
         self._session._quiet = False
 
-    def link(self, state: State) -> None:
-        """Make the address of the page a link to a state."""
-        self._link.tags = [f"?state={written(state)}"]
-
     def changed(self, state: State) -> None:
-        """Show the Python lines that repeat a state."""
+        """Make the address of the page a link to a state, and show the Python lines that repeat it."""
+        self._session.live.link = f"?state={written(state)}"
         lines = python(self._session.experiment, state)
-        self.python.text = f"<pre>{escape(lines)}</pre>" if lines else ""
+        self._session.live.texts["python"] = f"<pre>{escape(lines)}</pre>" if lines else ""
 
     def save(self) -> None:
         """Keep the edit in the store under the name that is given."""
@@ -150,7 +147,7 @@ def exported(kind: str, experiment: Experiment, state: State, seen: Seen, after:
         state.example or 0, shown(names[int(before_c.argmax())]), shown(names[int(after_c.argmax())]),
         said_of([(edit.mode, edit.amount) for edit in state.edits], state.place, len(state.patches)),
         [edit.feature for edit in state.edits], list(map(shown, names)), before_c, after_c, len(names),
-        {experiment.unit.needs[3].address}, view,
+        {experiment.unit.needs[3].address}, view, state.patches,
     )  # fmt: skip
     run_ = experiment.choice.run
     with run_.store.db() as db, styled():

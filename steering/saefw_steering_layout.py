@@ -4,16 +4,15 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from bokeh.models.callbacks import CustomJS
 from bokeh.models.layouts import Column, Row
-from bokeh.models.widgets import Button, Checkbox, Div, FileInput, RadioButtonGroup, Select, TextInput
+from bokeh.models.sources import ColumnDataSource
+from bokeh.models.widgets import Button, Checkbox, FileInput, RadioButtonGroup, Select, TextInput
 
 import saefw_steering_style as style
 from saefw_experiment import Experiment
-from saefw_steering_views import Bars, FeatureCard, Picture, div
-
-FOUND = 12
-"""Cards of the third column, most of them hidden: what is edited and stands in no other column needs some."""
+from saefw_steering_columns import Columns
+from saefw_steering_live import Live
+from saefw_steering_views import Bars, Picture, div
 
 GUIDES = {
     "turn": "{own} → {target}",
@@ -36,11 +35,12 @@ class Widgets:
         self,
         experiment: Experiment,
         picture: Picture,
-        groups: Sequence[Sequence[FeatureCard]],
+        columns: Columns,
+        live: Live,
         finders: Mapping[Any, str],
     ) -> None:
         """Make the widgets, empty as yet."""
-        self.experiment, self.picture, self.groups = experiment, picture, groups
+        self.experiment, self.picture, self.columns, self.live = experiment, picture, columns, live
         classes = experiment.classes
         options: list[Any] = [(str(i), name) for i, name in enumerate(classes)]
         present = set(experiment.labels.tolist())
@@ -69,7 +69,7 @@ class Widgets:
             stylesheets=[style.BUTTON],
             margin=0,
         )
-        self.about_image, self.about_patches = div(""), div("", name="where")
+        self.about_image, self.about_patches = div(""), live.div("where")
         self.target = Select(**field, name="target", options=options, value="0")
         finder_options: list[Any] = list(finders.items())
         self.finder = Select(**field, name="finder", options=finder_options, value="here")
@@ -77,11 +77,11 @@ class Widgets:
         self.numbers = TextInput(**field, name="numbers", placeholder="for example 77 221")
         self.heads = [div(""), div(""), div("")]
         self.bars = Bars(classes)
-        self.verdict, self.norm = div("", name="verdict"), div("", name="norm")
+        self.bars_place, self.verdict, self.norm = live.div("bars"), live.div("verdict"), live.div("norm")
         tops: list[Any] = ["5", "10", "20", "50"]
         self.top = Select(options=tops, value="10", name="top", width=64, margin=0, stylesheets=[style.FIELD])
         # Read and written by the page's own script.
-        self.signal = Div(name="signal", visible=False)
+        self.signal = ColumnDataSource(name="signal")
         self.buttons: dict[str, Button] = {}
         for name, label, width in (
             ("previous", "←", 36),
@@ -124,8 +124,8 @@ class Widgets:
             [self.finder, self.label, self.numbers],
         ]
         columns: list[Any] = [
-            Column(children=[head, *extra, *(one.model for one in group)], spacing=4, sizing_mode="stretch_width")
-            for head, extra, group in zip(self.heads, extras, self.groups, strict=True)
+            Column(children=[head, *extra, cards], spacing=4, sizing_mode="stretch_width")
+            for head, extra, cards in zip(self.heads, extras, self.columns.models, strict=True)
         ]
         middle = card(
             "features",
@@ -138,13 +138,19 @@ class Widgets:
             "bars",
             self.verdict,
             div(f"<h2>{key}Probability, %, and its change</h2>"),
-            self.bars.model,
+            self.bars_place,
             self.norm,
             row(div("<span class=faint>Classes shown</span>", wide=False), self.top),
             keeper,
         )
-        columns_row = Row(children=[left, middle, right], stylesheets=[style.COLUMNS], sizing_mode="stretch_width")
-        return [self.signal, columns_row]
+        return [
+            Row(
+                children=[left, middle, right],
+                stylesheets=[style.COLUMNS],
+                sizing_mode="stretch_width",
+                tags=[self.signal, self.live.source],
+            )
+        ]
 
     def headings(self, own: int, brought: bool, edited: bool, finding: str, n: int) -> None:
         """Say above each column what its features are."""
@@ -157,6 +163,11 @@ class Widgets:
         self.heads[2].text = f"<h2 class=found>{finding} <small>{more}not in the other columns</small>{none}</h2>"
         self.label.visible = self.finder.value in ("detectors", "effect")
         self.numbers.visible = self.finder.value == "numbers"
+
+    def busy(self, labels: Sequence[int]) -> None:
+        """Say above the first column that features are looked for, which takes some seconds."""
+        names = ", ".join(escape(self.experiment.classes[label]) for label in labels)
+        self.heads[0].text = f"<div class=busy>Looking for the features with most effect on {names} …</div>"
 
     def target_name(self) -> str:
         """Return the name of the other class."""
@@ -175,7 +186,7 @@ class Widgets:
         else:
             where, hint = "all patches", "tap patches, or drag over them, to edit only these"
         off = "" if place == experiment.trained_on else f" The SAE was trained on {experiment.trained_on} alone."
-        self.about_patches.text = f"<p class=faint>Edits are made on {where}; {hint}.{off}</p>"
+        self.live.texts["where"] = f"<p class=faint>Edits are made on {where}; {hint}.{off}</p>"
 
 
 def card(name: str, *children: Any) -> Column:
@@ -193,10 +204,3 @@ def button(label: str, name: str, look: Any = style.BUTTON, width: int | None = 
 def row(*children: Any) -> Row:
     """Return parts side by side, on several lines where there is no room."""
     return Row(children=list(children), stylesheets=[style.BUTTONS], sizing_mode="stretch_width")
-
-
-def told(name: str, code: str) -> Div:
-    """Return what tells the browser something: `code` runs whenever its tags change."""
-    made = Div(name=name, visible=False)
-    made.js_on_change("tags", CustomJS(code=code))
-    return made

@@ -16,6 +16,7 @@ KEYS = {
 READY = """
 if (window.saefw_ready) return
 window.saefw_ready = true
+document.getElementById("loading")?.remove()
 const model = (name) => {
   for (const doc of Bokeh.documents) {
     const found = doc.get_model_by_name(name)
@@ -48,20 +49,49 @@ const point = (event) => {
   const over = model("over"), heat = model("heat")
   if (over == null || heat == null) return
   shown = feature
-  const found = feature == null ? null : heat.data[feature]
-  const value = Array.from(found ?? over.data.value, (v) => (found == null ? 0 : Math.min(1, v)))
-  over.data = {...over.data, value, alpha: value.map((v) => (v > 0 ? 0.3 + 0.6 * v : 0))}
+  const found = feature == null ? null : heat.get_column(feature)
+  const value = Array.from(over.get_column("value"), (_, i) => (found == null ? 0 : Math.min(1, found[i])))
+  const alpha = value.map((v) => (v > 0 ? 0.3 + 0.6 * v : 0))
+  over.data = {x: over.get_column("x"), y: over.get_column("y"), value, alpha}
 }
-document.addEventListener("pointerover", point)
-document.addEventListener("focusin", point)
+document.addEventListener("click", (event) => {
+  const at = event.composedPath().find((element) => element.dataset?.light != null)
+  const signal = model("signal")
+  if (at == null || signal == null) return
+  pressed += 1
+  signal.tags = ["light", pressed, Number(at.dataset.light)]
+})
+// Events of entering would not leave the shadow tree in which the pointer, or the focus, moves.
+document.addEventListener("pointermove", point)
+document.addEventListener("keyup", point)
+model("live")?.properties.tags.change.emit()
 """
 """Once a page is there; `keys` is KEYS."""
 
-LINK = """
+LIVE = """
+const [link, ...rows] = cb_obj.tags
+for (const [name, text, classes] of rows) {
+  const model = cb_obj.document?.get_model_by_name(name)
+  if (model == null) continue
+  // Silently, since a change that Bokeh hears of makes it lay out the whole page; what is not built yet will find it.
+  if (text != null && text != model.text) {
+    model.setv({text}, {silent: true})
+    const place = cb_context.index.find_one(model)?.markup_el
+    if (place != null) place.innerHTML = text
+  }
+  if (classes != null && classes.join() != model.css_classes.join()) {
+    const look = cb_context.index.find_one(model)?.el.classList
+    look?.remove(...model.css_classes)
+    look?.add(...classes)
+    model.setv({css_classes: classes}, {silent: true})
+  }
+}
+// Browsers allow few changes of the address a second.
 clearTimeout(window.saefw_link)
-window.saefw_link = setTimeout(() => history.replaceState(null, "", cb_obj.tags[0]), 250)
+window.saefw_link = setTimeout(() => history.replaceState(null, "", link), 250)
 """
-"""When the link of the page changes: browsers allow few changes a second."""
+"""When there is something new: the link of the page, then rows of a model's name, its HTML or null, its classes or
+null."""
 
 FILE = """
 const [name, kind, base64] = cb_obj.tags

@@ -1,6 +1,5 @@
 """The Steer tab of one visitor: an image, three columns of its features, what the probe reads before and after."""
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
@@ -14,26 +13,17 @@ from PIL import Image
 from saefw.errors import UserError
 from saefw_experiment import After, Change, Experiment, Seen
 from saefw_experiment_tables import Guide
+from saefw_steering_columns import FINDERS, FOUND, Columns
 from saefw_steering_keep import Keeper
-from saefw_steering_layout import FOUND, Widgets
-from saefw_steering_state import Edited, Finder, State
-from saefw_steering_views import Facts, FeatureCard, Picture, Ways, verdict
+from saefw_steering_layout import Widgets
+from saefw_steering_live import Live
+from saefw_steering_state import Edited, Past, State
+from saefw_steering_views import Picture, verdict
 from saefw_steering_work import Newest
 from saefw_upload import uploaded
 
-TOGETHER = 1.0
-"""Seconds within which changes of one feature are one step of undo."""
-
 LISTED = 200
 """Images of a class that are listed; any other is found by its number or its key."""
-
-FINDERS: dict[Finder, str] = {
-    "here": "Strongest in this image",
-    "controls": "Controls: as frequent, chosen at random",
-    "detectors": "Best detectors of a class",
-    "effect": "Largest effect on a class",
-    "numbers": "By number",
-}
 
 
 class Session:
@@ -58,7 +48,6 @@ class Session:
 
         """
         self.experiment, self._say, self._open = experiment, say, open_
-        first, classes = experiment.first, experiment.classes
         self.example: int | None = None
         self.seen: Seen
         self.after: After
@@ -68,24 +57,16 @@ class Session:
         self.edits: dict[int, Edited] = {}
         self.lit = -1
         self._quiet = False
-        self._past: list[State] = []
-        self._at, self._last, self._when = -1, "", 0.0
-        self._newest = Newest(doc, say)
+        self._past = Past()
+        self._newest, self._rankings = Newest(doc, self._failed), Newest(doc, self._failed)
         self.picture = Picture(experiment.acts.grid, self._guarded(self._patches_chosen))
-        n_other = max(4, len(first.features) if first else 0)
-        self.groups = [
-            [
-                FeatureCard(f"{group}-{i}", group, self._ways, self._edited, self._guarded(self.lighten))
-                for i in range(n)
-            ]
-            for group, n in (("own", 4), ("other", n_other), ("found", FOUND))
-        ]
-        self.w = Widgets(experiment, self.picture, self.groups, FINDERS)
+        self.live = Live()
+        self.columns = Columns(experiment, self.live, self._edited)
+        self.w = Widgets(experiment, self.picture, self.columns, self.live, FINDERS)
         self.keeper = Keeper(self)
         self.parts = self.w.laid_out(self.keeper.model)
         self._connect()
-        start = first.example if first else int((experiment.test if len(experiment.test) else np.array([0]))[0])
-        target = first.target if first else (int(experiment.labels[start]) + 1) % len(classes)
+        start, target = experiment.beginning
         usual = State(
             sae=experiment.choice.sae.address,
             probe=experiment.choice.probe.address,
@@ -98,7 +79,8 @@ class Session:
         except UserError as error:
             self.apply(usual)
             say(str(error))
-        self._remember("")
+        self.remember()
+        self._newest.open = self._rankings.open = True
 
     def _guarded(self, do: Callable[..., Any]) -> Callable[..., None]:
         """Return a callback that says what a visitor can mend; the page stays alive."""
@@ -134,7 +116,7 @@ class Session:
         heard(w.finder, "value", lambda _: self.show_features())
         heard(w.label, "value", lambda _: self.show_features())
         heard(w.numbers, "value", lambda _: self.show_features())
-        heard(w.light, "active", lambda _: self.show_picture())
+        heard(w.light, "active", lambda _: self._light())
         heard(w.place, "active", lambda _: self._place_chosen())
         heard(w.directly, "active", lambda _: self.update())
         heard(w.top, "value", lambda _: self.update())
@@ -153,6 +135,9 @@ class Session:
             w.buttons[name].on_click(self.pressed(do))
 
     def _key(self, tags: Sequence[Any]) -> None:
+        match tags:
+            case ["light", _, int(feature)] if feature in self.experiment.about:
+                self.lighten(feature)
         if tags and (button := self.w.buttons.get(str(tags[0]))) is not None and not button.disabled:
             button._trigger_event(ButtonClick(button))
 
@@ -178,7 +163,7 @@ class Session:
             edits=tuple(self.edits.values()),
             finder=w.finder.value,
             label=int(w.label.value),
-            numbers=tuple(self._numbers()[:64]),
+            numbers=tuple(s for s in self._numbers() if s in self.experiment.about)[:FOUND],
             top=int(w.top.value),
         )
 
@@ -209,30 +194,21 @@ class Session:
         self._look(state.example)
         self.show_features()
 
-    def _remember(self, what: str) -> None:
-        """Note the state as a step that can be undone; changes of one feature in a row are one step."""
-        state, now = self.state(), time.monotonic()
-        if self._at >= 0 and state == self._past[self._at]:
-            return
-        together = bool(what) and what == self._last and now - self._when < TOGETHER
-        del self._past[self._at + (0 if together else 1) :]
-        self._past.append(state)
-        self._at, self._last, self._when = len(self._past) - 1, what, now
+    def remember(self, what: str = "") -> None:
+        """Note the state as a step that can be undone; changes of one feature in a row, `what`, are one step."""
+        self._past.note(self.state(), what)
         self._moves()
 
     def _moves(self) -> None:
-        self.w.buttons["undo"].disabled = self._at <= 0
-        self.w.buttons["redo"].disabled = self._at >= len(self._past) - 1
-        self.keeper.link(self.state())
+        self.w.buttons["undo"].disabled = not self._past.at(-1)
+        self.w.buttons["redo"].disabled = not self._past.at(1)
 
     def travel(self, by: int) -> None:
-        """Undo or redo a step."""
-        at = self._at + by
-        if 0 <= at < len(self._past):
-            self._at, self._last = at, ""
-            state = self._past[at]
+        """Undo a step (-1), or redo it (1)."""
+        if (state := self._past.at(by)) is not None:
             if state.example is None and self.example is not None:
                 raise UserError("the image that was brought is not kept; bring it again")
+            self._past.go(by)
             self.apply(state)
             self._moves()
 
@@ -287,7 +263,7 @@ class Session:
     def reset(self) -> None:
         """Leave every feature as observed, on all patches."""
         self.edits = {}
-        for card in self._cards():
+        for card in self.columns.cards():
             card.set(None)
         self.picture.choose([], quiet=True)
         self.show_features()
@@ -298,7 +274,11 @@ class Session:
         self.w.light.active = not (self.w.light.active and self.lit == feature)
         self._quiet = False
         self.lit = feature
+        self._light()
+
+    def _light(self) -> None:
         self.show_picture()
+        self.live.show()
 
     def show_saved(self, state: State) -> None:
         """Show a saved state, of this experiment or of another."""
@@ -327,7 +307,7 @@ class Session:
         self.show_features()
 
     def _edited(self, feature: int) -> None:
-        for card in self._cards():
+        for card in self.columns.cards():
             if card.facts and card.facts.feature == feature:
                 if (edited := card.edited) is not None:
                     self.edits[feature] = edited
@@ -397,34 +377,29 @@ class Session:
     def show_features(self) -> None:
         """Fill the columns for the image, the target class and what is looked for."""
         experiment, w = self.experiment, self.w
-        place, target = self.place, int(w.target.value)
-        chosen: list[list[int]] = []
-        for found, n in (
-            (experiment.strong(self.own, 16, place), len(self.groups[0])),
-            (experiment.strong(target, 16, place), len(self.groups[1])),
-        ):
-            chosen.append([f for f in found if all(f not in before for before in chosen)][:n])
-        taken = {feature for features in chosen for feature in features}
-        # What is edited stays in sight.
-        edited = [feature for feature in self.edits if feature not in taken]
-        found = [f for f in self._found(place) if f not in taken and f not in edited]
-        chosen.append([*edited, *found[: FOUND if w.finder.value == "numbers" else 4]][:FOUND])
-        experiment.about.load(feature for features in chosen for feature in features)
-        for group, features in zip(self.groups, chosen, strict=True):
-            for i, card in enumerate(group):
-                feature = features[i] if i < len(features) else None
-                edit = self.edits.get(feature) if feature is not None else None
-                card.show(
-                    None if feature is None else self._facts(feature),
-                    edit.mode if edit else experiment.mode,
-                    edit.amount if edit else None,
-                )
-        w.headings(self.own, self.example is None, bool(edited), self.finding(), len(chosen[2]))
+        asked = self._numbers()
+        if silent := [feature for feature in asked if feature not in experiment.about]:
+            self._say(f"feature {silent[0]}: none of this number fires on the training images")
+        state = self.state()
+        labels = {self.own, state.target, *([state.label] if state.finder == "effect" else [])}
+        unknown = [label for label in labels if not experiment.knows(label, state.place)]
+        if unknown and self._rankings.waited_for:
+            w.busy(unknown)
+            self._rankings.ask(
+                lambda: [experiment.strong(label, 1, state.place) for label in unknown],
+                lambda _: self.show_features(),
+            )
+            self.show_picture()
+            self.update()
+            return
+        chosen = self.columns.show(state, self.seen, self.own)
+        edited = any(edit.feature in chosen[2] for edit in state.edits)
+        w.headings(self.own, self.example is None, edited, self.finding(), len(chosen[2]))
         if all(self.lit not in features for features in chosen):
             self.lit = next((features[0] for features in (*chosen[2:], *chosen) if features), -1)
         of_cls = experiment.counted == "images"
-        values = {} if of_cls else {str(f): self.seen.patch_ps[:, f] / experiment.about.p99_s[f] for f in self._shown()}
-        self.picture.heat.data = values
+        shown = [] if of_cls else [feature for features in chosen for feature in features]
+        self.picture.heat.data = {str(f): self.seen.patch_ps[:, f] / experiment.about.p99_s[f] for f in shown}
         self.show_picture()
         self.update()
 
@@ -435,29 +410,10 @@ class Session:
             return "Strongest on the chosen patches"
         return next(said for name, said in FINDERS.items() if name == finder)
 
-    def _found(self, place: str) -> list[int]:
-        """Return the features of the third column."""
-        experiment, label = self.experiment, int(self.w.label.value)
-        match self.w.finder.value:
-            case "controls":
-                return experiment.controls(self.example or 0, int(self.w.target.value), 4, place)
-            case "detectors":
-                return experiment.detectors(label, 16)
-            case "effect":
-                return experiment.strong(label, 16, place)
-            case "numbers":
-                return self._numbers()
-            case _:
-                patches = sorted(self.picture.chosen) if place == "patches" else []
-                return experiment.firing(self.seen, place, patches)[:32]
-
     def _numbers(self) -> list[int]:
         """Return the features that are asked for by number."""
         words = str(self.w.numbers.value).replace(",", " ").split()
-        asked = [int(word) for word in words if word.isdecimal() and len(word) < 10]
-        if silent := [feature for feature in asked if feature not in self.experiment.about]:
-            self._say(f"feature {silent[0]}: none of this number fires on the training images")
-        return list(dict.fromkeys(feature for feature in asked if feature in self.experiment.about))[:FOUND]
+        return list(dict.fromkeys(int(word) for word in words if word.isdecimal() and len(word) < 10))
 
     def show_picture(self) -> None:
         """Draw the image, lit or as it is."""
@@ -468,7 +424,7 @@ class Session:
         values = self.seen.patch_ps[:, self.lit] / experiment.about.p99_s[self.lit] if on else None
         self.picture.show(self.view, None if values is None else values.astype(np.float64), f"feature {self.lit} at")
         w.light.label = f"Light where {self.lit} fires"
-        for card in self._cards():
+        for card in self.columns.cards():
             card.highlight(self.lit if on else None)
 
     def update(self, what: str = "") -> None:
@@ -477,7 +433,7 @@ class Session:
         changes = [Change(edit.feature, edit.mode, edit.amount) for edit in self.edits.values()]
         directly = bool(self.w.directly.active) and place in self.experiment.direct
         self.w.places(place, self.picture, self.experiment)
-        self._remember(what)
+        self.remember(what)
         state, seen = self.state(), self.seen
         self._newest.ask(
             partial(self.experiment.edit, seen, changes, place, patches, directly),
@@ -487,11 +443,16 @@ class Session:
     def _show(self, state: State, seen: Seen, after: After) -> None:
         self.after = after
         before_c = seen.probability_c(state.place)
-        self.w.bars.show(before_c, after.probability_c, state.top)
-        done = self.done(state)
-        self.w.verdict.text = verdict(self.experiment.classes, before_c, after.probability_c, done)
-        self.w.norm.text = f"<p class=faint>Norm of the edit: <b>{after.norm:.3g}</b></p>" if done else ""
+        done, texts = self.done(state), self.live.texts
+        texts["bars"] = self.w.bars.drawn(before_c, after.probability_c, state.top)
+        texts["verdict"] = verdict(self.experiment.classes, before_c, after.probability_c, done)
+        texts["norm"] = f"<p class=faint>Norm of the edit: <b>{after.norm:.3g}</b></p>" if done else ""
         self.keeper.changed(state)
+        self.live.show()
+
+    def _failed(self, text: str) -> None:
+        self._say(text)
+        self.live.show()
 
     def done(self, state: State) -> str:
         """Return, in words, what a state edits; nothing if it edits nothing."""
@@ -503,52 +464,6 @@ class Session:
             where = "[CLS]"
         where += ", straight into the probe" if state.directly else ""
         return f"{n} feature{'s' * (n > 1)} edited on {where}"
-
-    def _cards(self) -> list[FeatureCard]:
-        return [card for group in self.groups for card in group]
-
-    def _shown(self) -> list[int]:
-        return [card.facts.feature for card in self._cards() if card.facts]
-
-    def _ways(self, mode: str) -> Ways:
-        amounts = self.experiment.amounts if mode == self.experiment.mode else [1.0]
-        low, high = min(amounts), max(amounts)
-        if mode == "set":
-            return Ways(min(0, low), max(3, high), None, "set to")
-        if mode == "add":
-            return Ways(min(-3, low), max(3, high), 0.0, "add")
-        if mode == "ablate":
-            return Ways(min(0, low), max(1, high), 0.0, "less a share of")
-        return Ways(min(0, low), max(5, high), 1.0, "multiplied by")
-
-    def _facts(self, feature: int) -> Facts:
-        experiment, about = self.experiment, self.experiment.about[feature]
-        values = self.seen.edited(self.place)[:, feature]
-        images = "".join(
-            f'<img src="{uri}" alt="" title="{escape(self._titled(example))}">'
-            for uri, example in experiment.thumbnails(feature)
-        )
-        name, pure = "no class", ""
-        if about.label >= 0:
-            name = escape(experiment.classes[about.label])
-            pure = f"{about.n_label} of {experiment.top} images, "
-        called = escape(experiment.called().get(feature, ""))
-        if called:
-            name, pure = called, f"{name}, {pure}" if pure else ""
-        n = int((values > 0).sum())
-        return Facts(
-            feature,
-            f'<div class="name" title="{name}">{name}</div>'
-            f'<div class="facts">{pure}on {100 * about.frequency:.2g} % of {experiment.counted}</div>',
-            f"<div class=strip>{images}</div>",
-            float(values.max() / about.p99),
-            n,
-            "[CLS]" if self.place == "cls" else f"{n} patch{'es' * (n > 1)}",
-        )
-
-    def _titled(self, example: int) -> str:
-        label = self.experiment.labels[example]
-        return f"{self.experiment.key(example)}: {self.experiment.classes[label]}" if label >= 0 else ""
 
     def _named(self, example: int) -> str:
         experiment, key = self.experiment, self.experiment.key(example)

@@ -5,6 +5,7 @@ what is there.
 """
 
 import json
+import time
 from typing import Annotated, Literal
 from urllib.parse import quote
 
@@ -14,6 +15,9 @@ from saefw.plugin import UserError
 
 LONGEST = 8_000
 """Characters of a link's state."""
+
+TOGETHER = 1.0
+"""Seconds within which changes of one feature are one step of undo."""
 
 Address = Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
 Number = Annotated[int, Field(ge=0, lt=2**31)]
@@ -63,6 +67,34 @@ class State(BaseModel):
 
     top: Literal[5, 10, 20, 50] = 10
     """At most so many classes are shown."""
+
+
+class Past:
+    """The states that a visitor went through, and where among them the page is."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._states: list[State] = []
+        self._here, self._last, self._when = -1, "", 0.0
+
+    def note(self, state: State, what: str) -> None:
+        """Add a state behind the present one, unless it is that one; soon after a change of the same, in its place."""
+        if state == self.at(0):
+            return
+        now = time.monotonic()
+        together = bool(what) and what == self._last and now - self._when < TOGETHER
+        del self._states[self._here + (0 if together else 1) :]
+        self._states.append(state)
+        self._here, self._last, self._when = len(self._states) - 1, what, now
+
+    def at(self, by: int) -> State | None:
+        """Return the state so many steps from here; none if there is none."""
+        at = self._here + by
+        return self._states[at] if 0 <= at < len(self._states) else None
+
+    def go(self, by: int) -> None:
+        """Be so many steps from here."""
+        self._here, self._last = self._here + by, ""
 
 
 def written(state: State) -> str:

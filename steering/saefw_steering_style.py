@@ -34,6 +34,7 @@ WHOLE = f"""
 :root {{ color-scheme: light dark;{_named(0)} }}
 @media (prefers-color-scheme: dark) {{ :root {{{_named(1)} }} }}
 html {{ scrollbar-gutter: stable; }}
+#loading {{ margin: 0; padding: 14px 28px; font: 14px {FONT}; color: var(--faint); }}
 body {{ margin: 0; background: var(--ground); --bokeh-base-font: {FONT}; }}
 """
 
@@ -48,7 +49,8 @@ TABS = """
 :host { color: var(--ink); font-size: 13px; }
 .bk-header { border-bottom: 1px solid var(--line) !important; margin-bottom: 12px; }
 .bk-tab { color: var(--faint); padding: 6px 14px; font-size: 14px; border: none !important; background: none !important;
-  outline-offset: -3px; }
+  outline: none !important; }
+.bk-tab:focus-visible { color: var(--ink); text-decoration: underline; }
 .bk-tab:hover { color: var(--ink); }
 .bk-tab.bk-active { color: var(--ink) !important; font-weight: 650; box-shadow: inset 0 -2px var(--after); }
 """
@@ -83,20 +85,26 @@ FOLD = """
 
 TEXT = """
 :host { color: var(--ink); font-size: 13px; line-height: 1.4; }
-.bk-clearfix { width: 100%; }
+.bk-clearfix { width: 100%; vertical-align: top; }
 h1 { font-size: 18px; font-weight: 650; margin: 0 0 2px; letter-spacing: -0.01em; }
-h2 { font-size: 13px; font-weight: 650; margin: 0; min-height: 2.8em; }
+h2 { font-size: 13px; font-weight: 650; margin: 0; }
 h2 small, .faint { font-size: 12px; font-weight: 400; color: var(--faint); }
 h2.own { color: var(--own); } h2.other { color: var(--other); } h2.found { color: var(--found); }
+h2.own, h2.other, h2.found { min-height: 2.8em; }
 p { margin: 0; }
 .room { height: 28px; }
 code { font: 12px/1.5 ui-monospace, Menlo, Consolas, 'Liberation Mono', monospace; }
 code { background: var(--soft); border-radius: 4px; padding: 1px 4px; }
 .name { font-weight: 600; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+.head { display: grid; grid-template-columns: 54px minmax(0, 1fr); gap: 0 6px; align-items: center;
+  padding: 0 26px 4px 0; }
+.pick { font: inherit; font-weight: 600; font-variant-numeric: tabular-nums; padding: 4px 2px; border-radius: 6px;
+  border: 1px solid var(--edge); background: var(--pick, var(--field)); color: var(--pick-ink, var(--ink));
+  cursor: pointer; }
+.pick:focus-visible { outline: 2px solid var(--after); outline-offset: 1px; }
 .strip { display: grid; grid-template-columns: repeat(5, minmax(0, 48px)); gap: 3px; }
 .strip img { width: 100%; aspect-ratio: 1; border-radius: 4px; object-fit: contain; background: #16171a; }
-.facts { font-size: 11.5px; line-height: 1.3; color: var(--faint); white-space: nowrap; overflow: hidden;
-  text-overflow: ellipsis; }
+.facts { font-size: 11.5px; line-height: 1.3; color: var(--faint); }
 .state { font-size: 12px; color: var(--faint); white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
 .state.edited { color: var(--after); font-weight: 600; }
 .brand { float: right; font-size: 12px; color: var(--faint); padding-top: 6px; }
@@ -131,18 +139,19 @@ kbd { font: 11px ui-monospace, monospace; border: 1px solid var(--edge); border-
 FEATURE = """
 :host { display: none !important; box-sizing: border-box; min-width: 0; gap: 4px 6px !important;
   padding: 8px 0 8px 8px; border-top: 1px solid var(--line); border-left: 3px solid transparent;
-  grid-template-columns: 54px minmax(0, 1fr) 44px 24px;
-  grid-template-areas: "pick caption caption reset" "thumbnails thumbnails thumbnails thumbnails"
-    "state state state state" "slider slider slider slider" "mode mode number number";
-  align-items: center; }
+  grid-template-columns: minmax(0, 1fr) 74px; position: relative; align-items: center;
+  grid-template-areas: "about about" "state state" "slider slider" "mode number"; }
 :host(.feature) { display: grid !important; }
+:host(.edited) { --changed: var(--after); --knob: var(--after); --reset: visible; }
+:host(.lit) { --pick: var(--ink); --pick-ink: var(--paper); }
 :host(.own) { border-left-color: var(--own); } :host(.other) { border-left-color: var(--other); }
 :host(.found) { border-left-color: var(--found); }
 :host(:hover) { background: var(--soft); }
-.pick { grid-area: pick; } .caption { grid-area: caption; min-width: 0; } .thumbnails { grid-area: thumbnails; }
-.state { grid-area: state; min-width: 0; } .slider { grid-area: slider; } .mode { grid-area: mode; }
-.number { grid-area: number; } .reset { grid-area: reset; }
+.about { grid-area: about; min-width: 0; } .state { grid-area: state; min-width: 0; } .slider { grid-area: slider; }
+.mode { grid-area: mode; } .number { grid-area: number; }
+.reset { position: absolute !important; top: 8px; right: 2px; }
 """
+"""Of a card. What its state changes is said to the sheets of its parts in custom properties, which they inherit."""
 
 BUTTON = """
 .bk-btn, .bk-btn-default { border: 1px solid var(--edge) !important; background: var(--field) !important;
@@ -162,20 +171,11 @@ STRONG = (
 """
 )
 
-PICK = (
-    BUTTON
-    + """
-.bk-btn { font-weight: 600; padding: 4px 2px; font-variant-numeric: tabular-nums; }
-:host(.lit) .bk-btn { background: var(--ink) !important; color: var(--paper) !important; }
-"""
-)
-
 ROUND = (
     BUTTON
     + """
 .bk-btn { border-color: transparent !important; background: none !important; font-size: 17px; line-height: 1;
-  padding: 3px 0; color: var(--faint) !important; }
-.bk-btn[disabled] { opacity: 0; }
+  padding: 3px 0; color: var(--faint) !important; visibility: var(--reset, hidden); }
 """
 )
 
@@ -188,18 +188,19 @@ FIELD = """
 .bk-input::placeholder { color: var(--faint); }
 .bk-input:focus { outline: 2px solid var(--after); outline-offset: -1px; box-shadow: none; }
 .bk-input-group label { font-size: 12px; color: var(--faint); padding: 0 0 2px; }
+select.bk-input { appearance: auto; background-image: none; padding-right: 2px; }
 input[type=file] { height: auto; padding: 3px; font-size: 12px; }
+input[type=file]::file-selector-button { border: 1px solid var(--edge); border-radius: 4px; background: var(--soft);
+  color: var(--ink); padding: 3px 8px; }
 """
 
 SLIDER = """
 .noUi-target { height: 6px; border: none; box-shadow: none; background: var(--line); border-radius: 3px;
   margin: 7px 8px 7px; }
-.noUi-connect { border-radius: 3px; background: var(--before) !important; }
-:host(.edited) .noUi-connect { background: var(--after) !important; }
+.noUi-connect { border-radius: 3px; background: var(--changed, var(--before)) !important; }
 .noUi-handle.noUi-touch-area, .noUi-handle { width: 18px !important; height: 18px !important; border-radius: 50%;
-  top: -6px !important; right: -9px !important; border: 2px solid var(--faint); box-shadow: none;
-  background: var(--paper); }
-:host(.edited) .noUi-handle { border-color: var(--after); }
+  top: -6px !important; right: -9px !important; border: 2px solid var(--knob, var(--faint));
+  box-shadow: none; background: var(--paper); }
 .noUi-handle::before, .noUi-handle::after { display: none; }
 .noUi-handle:focus-visible { outline: 2px solid var(--after); outline-offset: 2px; }
 """

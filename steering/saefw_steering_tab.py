@@ -65,6 +65,9 @@ class Steer:
             self._chooser()
             return
         state = None
+        if feature is not None and choice == self.choice and self.session is not None:
+            self.open(self.session.state().model_copy(update={"finder": "numbers", "numbers": (feature,)}))
+            return
         if feature is not None:
             state = State(
                 sae=choice.sae.address,
@@ -76,12 +79,18 @@ class Steer:
             )
         self._show(choice, state)
 
+    def open_unit(self, unit: str) -> None:
+        """Open what a steer stage measured, by its address; the page stays as it is if that is gone."""
+        for choice in self._found:
+            if choice.unit.address == unit and choice != self.choice:
+                self._show(choice)
+
     def open(self, state: State) -> None:
         """Show a state, of what is open or of something else."""
         choice = self._of(state)
         if choice == self.choice and self.session is not None:
             self.session.apply(state)
-            self.session._remember("")
+            self.session.remember()
         else:
             self._show(choice, state)
 
@@ -177,7 +186,7 @@ class Steer:
     async def _load(self, choice: Choice, state: State | None) -> None:
         loop = asyncio.get_running_loop()
         try:
-            await loop.run_in_executor(None, opened, choice)
+            await loop.run_in_executor(None, _prepared, choice, state)
         except (UserError, OSError) as error:
             later(self._doc, partial(self._failed, choice, str(error)))
         else:
@@ -202,6 +211,17 @@ class Steer:
         if choice == self.choice:
             self._body.children = [div("")]
             self._say(text)
+
+
+def _prepared(choice: Choice, state: State | None) -> None:
+    """Open a choice, and find the features that it will show first, in a thread."""
+    experiment = opened(choice)
+    example, target = experiment.beginning if state is None else (state.example, state.target)
+    labels = [target] if example is None or example >= len(experiment.labels) else [target, experiment.labels[example]]
+    place = state.place if state else experiment.place
+    for label in map(int, labels):
+        if 0 <= label < len(experiment.classes) and place in experiment.steerings:
+            experiment.strong(label, 1, place)
 
 
 def _with(units: Sequence[Unit], value: Unit) -> list[Unit]:

@@ -1,17 +1,15 @@
-"""The pieces of the steering page: a feature's card, the picture with its patches, the bars."""
+"""The pieces of the steering page: texts, the picture with its patches, the bars."""
 
-import math
 from collections.abc import Callable, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from bokeh.events import SelectionGeometry, Tap
-from bokeh.models.layouts import Row
 from bokeh.models.ranges import Range1d
 from bokeh.models.sources import ColumnDataSource
 from bokeh.models.tools import BoxSelectTool, HoverTool
-from bokeh.models.widgets import Button, Div, Select, Slider, Spinner
+from bokeh.models.widgets import Div
 from bokeh.palettes import Inferno256
 from bokeh.plotting import figure
 from bokeh.transform import linear_cmap
@@ -19,7 +17,6 @@ from numpy.typing import NDArray
 
 import saefw_steering_style as style
 from saefw.pictures import enlarged, lit
-from saefw_steering_state import Edited
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,8 +25,6 @@ Floats = NDArray[np.float64]
 
 SIDE = 384
 """Pixels of the picture; a screen with fewer points a pixel sees all of them."""
-
-MODES = {"set": "set", "add": "add", "scale": "times", "ablate": "ablate"}
 
 
 def div(html: str, *css_classes: str, wide: bool = True, name: str | None = None) -> Div:
@@ -48,186 +43,6 @@ def div(html: str, *css_classes: str, wide: bool = True, name: str | None = None
 def percent(share: float) -> str:
     """Return a share as the page writes it, in HTML: 97.8 %, < 0.1 %."""
     return "&lt; 0.1\N{NO-BREAK SPACE}%" if 0 < share < 0.0005 else f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
-
-
-class Ways(NamedTuple):
-    """How the amounts of a mode are chosen."""
-
-    start: float
-    end: float
-    neutral: float | None
-    """The amount that changes nothing; none: only leaving the feature as observed does."""
-
-    said: str
-    """What is done to a feature, for people."""
-
-
-class Facts(NamedTuple):
-    """What a card tells of a feature."""
-
-    feature: int
-    caption: str
-    """HTML."""
-
-    thumbnails: str
-    """HTML."""
-
-    largest: float
-    """Its largest value on the tokens that are edited, in units of its p99."""
-
-    n_firing: int
-    """On how many of them it fires."""
-
-    where: str
-    """Which these are, in words: `3 patches`."""
-
-
-class FeatureCard:
-    """A feature with its example pictures, and a slider that is at rest until somebody moves it."""
-
-    def __init__(
-        self,
-        name: str,
-        group: str,
-        ways: Callable[[str], Ways],
-        changed: Callable[[int], None],
-        lighten: Callable[[int], None],
-    ) -> None:
-        """Call `changed` when somebody edits the feature, `lighten` with it when its patches are to be lit."""
-        self.facts: Facts | None = None
-        self.amount: float | None = None
-        """What it is edited by; none: it stays as observed."""
-        self._ways, self._group, self._quiet, self._changed = ways, group, False, changed
-        self.pick = Button(
-            label="", name=f"pick-{name}", css_classes=["pick"], stylesheets=[style.PICK], width=54, margin=0
-        )
-        self.caption, self.thumbnails, self.state = div("", "caption"), div("", "thumbnails"), div("", "state")
-        self.slider = Slider(
-            start=0,
-            end=3,
-            value=0,
-            step=0.05,
-            title=None,
-            show_value=False,
-            tooltips=False,
-            margin=0,
-            name=f"slider-{name}",
-            css_classes=["slider"],
-            stylesheets=[style.SLIDER],
-            sizing_mode="stretch_width",
-        )
-        self.number = Spinner(
-            value=None,
-            step=0.05,
-            format="0.00",
-            placeholder="observed",
-            width=74,
-            margin=0,
-            name=f"number-{name}",
-            css_classes=["number"],
-            stylesheets=[style.FIELD],
-        )
-        options: list[Any] = list(MODES.items())
-        self.mode = Select(
-            options=options,
-            value="set",
-            width=66,
-            margin=0,
-            name=f"mode-{name}",
-            css_classes=["mode"],
-            stylesheets=[style.FIELD],
-        )
-        self.reset = Button(
-            label="×",
-            width=24,
-            margin=0,
-            disabled=True,
-            name=f"reset-{name}",
-            css_classes=["reset"],
-            stylesheets=[style.ROUND],
-        )
-        parts: list[Any] = [
-            self.pick,
-            self.caption,
-            self.thumbnails,
-            self.state,
-            self.slider,
-            self.mode,
-            self.number,
-            self.reset,
-        ]
-        self.model = Row(children=parts, name=f"card-{name}", stylesheets=[style.FEATURE], sizing_mode="stretch_width")
-        self.pick.on_click(lambda: lighten(self.facts.feature) if self.facts else None)
-        self.slider.on_change("value", self._asked)
-        self.number.on_change("value", self._asked)
-        self.mode.on_change("value", self._mode_chosen)
-        self.reset.on_click(lambda: self._ask(None))
-
-    @property
-    def edited(self) -> Edited | None:
-        """What is done to the feature, if anything is."""
-        if self.facts is None or self.amount is None:
-            return None
-        mode: Any = self.mode.value
-        return Edited(feature=self.facts.feature, mode=mode, amount=self.amount)
-
-    def show(self, facts: Facts | None, mode: str, amount: float | None) -> None:
-        """Show a feature, edited by an amount or as observed; none: hide the card."""
-        self.facts = facts
-        if facts is None:
-            self.model.css_classes = []
-            self.amount = None
-            return
-        self.pick.label = str(facts.feature)
-        self.model.css_classes = ["feature", self._group, f"f-{facts.feature}"]
-        # Unchanged texts are not sent again, so the pictures do not flicker.
-        self.caption.text, self.thumbnails.text = facts.caption, facts.thumbnails
-        self._quiet = True
-        self.mode.value = mode
-        self._quiet = False
-        self.set(amount)
-
-    def set(self, amount: float | None) -> None:
-        """Edit the feature by an amount, or leave it as observed, without calling `changed`."""
-        if self.facts is None:
-            return
-        self.amount = amount
-        ways, facts = self._ways(str(self.mode.value)), self.facts
-        rest = facts.largest if ways.neutral is None else ways.neutral
-        if amount is not None:
-            state = f'<div class="state edited">{ways.said} {amount:.2f}</div>'
-        elif facts.n_firing:
-            state = f'<div class="state" title="on {facts.where}">up to {facts.largest:.2f} on {facts.where}</div>'
-        else:
-            state = '<div class="state">silent here</div>'
-        self.state.text = state
-        self._quiet = True
-        self.slider.update(start=ways.start, end=ways.end)
-        shown = min(max(rest if amount is None else amount, ways.start), ways.end)
-        self.slider.update(value=shown, css_classes=["slider", "rest" if amount is None else "edited"])
-        self.number.value = amount
-        self.reset.disabled = amount is None
-        self._quiet = False
-
-    def highlight(self, feature: int | None) -> None:
-        """Show whether it is this feature whose patches are lit."""
-        here = self.facts is not None and self.facts.feature == feature
-        self.pick.css_classes = ["pick", "lit"] if here else ["pick"]
-
-    def _mode_chosen(self, _attr: str, _old: object, _new: object) -> None:
-        if not self._quiet:
-            self._ask(None)
-
-    def _asked(self, _attr: str, _old: object, new: float | None) -> None:
-        if not self._quiet:
-            self._ask(new)
-
-    def _ask(self, amount: float | None) -> None:
-        # A slider counts in binary: 2.5000000000000004 is nobody's wish.
-        wanted = round(min(max(amount, -1000), 1000), 6) if amount is not None and math.isfinite(amount) else None
-        self.set(wanted)
-        if self.facts:
-            self._changed(self.facts.feature)
 
 
 class Picture:
@@ -281,6 +96,7 @@ class Picture:
         )
         self.heat = ColumnDataSource({}, name="heat")
         """By feature, its value on each patch in units of its p99, for those that are in sight."""
+        self.model.tags = [self.heat]  # nothing is drawn of it before somebody points at a feature
         rects = self.model.rect(
             x="x",
             y="y",
@@ -359,14 +175,13 @@ class Bars:
         self.before: Floats = np.zeros(len(classes))
         self.after: Floats = np.zeros(len(classes))
         """What is shown, of all classes."""
-        self.model = div("", name="bars")
 
-    def show(self, before_c: Floats, after_c: Floats, top: int) -> None:
-        """Show the `top` most probable classes before or after, sorted by label."""
+    def drawn(self, before_c: Floats, after_c: Floats, top: int) -> str:
+        """Return, as HTML, the `top` most probable classes before or after, sorted by label."""
         self.before, self.after = before_c, after_c
         labels = np.sort(np.argsort(-np.maximum(before_c, after_c), kind="stable")[:top])
         first = int(after_c.argmax())
-        self.model.text = (
+        return (
             '<div class="bars">'
             + "".join(
                 _bar(self.classes[label], float(before_c[label]), float(after_c[label]), label == first)

@@ -28,13 +28,17 @@ class Newest:
         self._doc, self._failed = doc, failed
         self._next: tuple[Callable[[], Any], Callable[[Any], None]] | None = None
         self._busy = False
+        self.open = False
+        """Whether there is somebody who waits; until then, what is asked for is done at once."""
+
+    @property
+    def waited_for(self) -> bool:
+        """Whether what is asked for is done beside the page; a document without a server has nobody who waits."""
+        return self.open and self._doc.session_context is not None
 
     def ask(self, job: Callable[[], Any], show: Callable[[Any], None]) -> None:
-        """Do `job` in a thread and give its result to `show`; what was asked before and not begun is dropped.
-
-        A document without a server has nobody who waits, so there it is done at once.
-        """
-        if self._doc.session_context is None:
+        """Do `job` in a thread and give its result to `show`; what was asked before and not begun is dropped."""
+        if not self.waited_for:
             try:
                 result = job()
             except (UserError, OSError) as error:

@@ -14,6 +14,7 @@ import pytest
 from saefw.catalog import Catalog
 from saefw.entry import KINDS, Knob, Late, Names
 from saefw.errors import Faults, UserError
+from saefw.origin import whose
 from saefw.plugin import SaeConfig, hookimpl
 from saefw.registry import read
 
@@ -88,6 +89,9 @@ def test_an_installed_plugin_is_found_and_its_origin_known(site: Path) -> None:
     catalog = Catalog()
     cls = catalog.lookup("saes")["noise-1"]
     assert catalog.origin(cls) == "saefw-noise 0.2"
+    assert whose(cls) == f"plugin 'noise' of saefw-noise 0.2 ({file_of(site, 'saefw-noise')})"
+    assert re.fullmatch(r"plugin 'topk' of saefw \S+", whose(catalog.lookup("saes")["topk"]))
+    assert re.fullmatch(r"plugin 'record' of saefw \S+", whose(catalog.lookup("stages")["record"]))
     assert catalog.origin(catalog.lookup("saes")["topk"]).startswith("saefw ")
 
 
@@ -99,8 +103,8 @@ def file_of(site: Path, distribution: str) -> Path:
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("import not_a_module_at_all\n", "ModuleNotFoundError(\"No module named 'not_a_module_at_all'\")"),
-        ("import sys\n\nsys.exit(3)\n", "SystemExit(3)"),
+        ("import not_a_module_at_all\n", "ModuleNotFoundError: No module named 'not_a_module_at_all'"),
+        ("import sys\n\nsys.exit(3)\n", "SystemExit: 3"),
     ],
 )
 def test_a_plugin_that_cannot_be_imported_is_named(site: Path, source: str, said: str) -> None:
@@ -119,7 +123,7 @@ def test_all_bad_plugins_are_named_at_once(site: Path) -> None:
     noise, calm = (file_of(site, name) for name in ("saefw-noise", "saefw-calm"))
     assert sorted(Catalog().broken) == [
         f"plugin 'calm' of saefw-calm 1.0 ({calm}): unknown hook 'saefw_sae'; did you mean 'saefw_saes'?",
-        f"plugin 'noise' of saefw-noise 0.2 ({noise}) cannot be imported: ZeroDivisionError('division by zero')"
+        f"plugin 'noise' of saefw-noise 0.2 ({noise}) cannot be imported: ZeroDivisionError: division by zero"
         f" at {noise.name}:1 (SAEFW_BLOCK=noise leaves it out)",
     ]
 
@@ -158,7 +162,7 @@ def test_what_two_installed_plugins_bring_is_nobodys(site: Path, tmp_path: Path)
     (said,) = catalog.broken
     assert re.fullmatch(
         rf"saes: {module.stem} of saefw-noise 0\.2 \({re.escape(str(module))}\) and saefw_topk of saefw \S+"
-        " both bring 'topk'",
+        " both bring 'topk'; rename one, or leave one out with SAEFW_BLOCK",
         said,
     )
     path.write_text("saefw: 1\nsaes: {a: {use: topk}}\n")
@@ -198,14 +202,17 @@ def test_lookup_is_in_order_of_names_and_read_only() -> None:
         catalog.origin(SaeConfig)
 
 
-def test_a_plugin_may_answer_with_nothing() -> None:
-    assert Catalog([module("one", saefw_saes=lambda: None, saefw_metrics=lambda: {})], False).lookup("saes") == {}
+def test_a_plugin_may_bring_an_empty_list() -> None:
+    assert Catalog([module("one", saefw_saes=lambda: [], saefw_metrics=lambda: {})], False).lookup("saes") == {}
+
+
+REMEDY = "rename one, or leave one out with SAEFW_BLOCK"
 
 
 def test_two_plugins_with_one_class_name() -> None:
     one = module("saefw_one", saefw_saes=lambda: [sae("same")])
     two = module("saefw_two", saefw_saes=lambda: [sae("other"), sae("same")])
-    assert faults(two, one) == ["saes: saefw_one and saefw_two both bring 'same'"]
+    assert faults(two, one) == [f"saes: saefw_one and saefw_two both bring 'same'; {REMEDY}"]
     twice = module("saefw_twice", saefw_saes=lambda: [sae("other"), sae("other")])
     assert faults(twice) == ["saes: saefw_twice brings 'other' twice"]
 
@@ -223,7 +230,7 @@ class Metric:
 def test_two_plugins_with_one_metric() -> None:
     one = module("saefw_one", saefw_metrics=lambda: {"mse": Metric})
     two = module("saefw_two", saefw_metrics=lambda: {"mse": Metric})
-    assert faults(one, two) == ["metrics: saefw_one and saefw_two both bring 'mse'"]
+    assert faults(one, two) == [f"metrics: saefw_one and saefw_two both bring 'mse'; {REMEDY}"]
 
 
 WHO = "plugin 'bad' of bad: "
@@ -240,7 +247,11 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a hook that fails": (
         {"saefw_saes": lambda: [1 / 0]},
-        "saefw_saes fails: ZeroDivisionError('division by zero')",
+        "saefw_saes fails: ZeroDivisionError: division by zero",
+    ),
+    "a forgotten return": (
+        {"saefw_saes": lambda: None},
+        "saefw_saes returns nothing; is a `return` missing?",
     ),
     "no list": (
         {"saefw_saes": lambda: Metric},
@@ -315,10 +326,13 @@ def test_an_argument_that_no_hook_has() -> None:
     def saefw_kept(unit: object, place: object) -> None:
         """Take what is not given."""
 
-    (line,) = faults(module("bad", saefw_kept=saefw_kept))
-    assert line.startswith("plugin 'bad' of bad: Plugin 'bad' for hook 'saefw_kept', ")
-    assert "saefw_kept(unit" in line and "{'place'} are declared in the hookimpl" in line
-    assert "\n" not in line
+    def saefw_logged(units: object) -> None:
+        """Misspell one."""
+
+    assert faults(module("bad", saefw_kept=saefw_kept, saefw_logged=saefw_logged)) == [
+        f"{WHO}saefw_logged is given no 'units'; did you mean 'unit'?",
+        f"{WHO}saefw_kept is given no 'place' (there are: unit, folder, seconds)",
+    ]
 
 
 def test_a_hook_without_its_mark_is_not_passed_over() -> None:
@@ -376,8 +390,8 @@ def test_a_drop_in_with_a_slip_is_told_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "drop_in_syntax.py"
     path.write_text("x = 1\ndef f(:\n")
     (line,) = drop_in_faults(path)
-    assert line.startswith(f"plugin 'drop_in_syntax' of {path} cannot be imported: SyntaxError(")
-    assert line.endswith("at drop_in_syntax.py:2 (SAEFW_BLOCK=drop_in_syntax leaves it out)")
+    assert line.startswith(f"plugin 'drop_in_syntax' of {path} cannot be imported: SyntaxError: ")
+    assert line.endswith(" at drop_in_syntax.py:2 (SAEFW_BLOCK=drop_in_syntax leaves it out)")
 
 
 def test_a_bad_drop_in_leaves_nothing_behind(tmp_path: Path) -> None:

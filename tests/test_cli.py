@@ -9,19 +9,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import duckdb
 import fakes
 import pytest
+from annotated_types import Ge
+from pydantic import Field
 from typer.testing import CliRunner
 
 from saefw import __version__
-from saefw.catalog import Catalog
+from saefw.catalog import BASES, Catalog
 from saefw.cli import app
 from saefw.places import load
+from saefw.plugin import SaeConfig
 from saefw.registry import json_schema
 from saefw.store import Store
+from saefw.tables import _kind
 
 FILE = f"""
 saefw: 1
@@ -228,10 +232,11 @@ def test_wrong_usage(saefw: Saefw) -> None:
 def test_plugins(saefw: Saefw) -> None:
     lines = saefw("plugins").splitlines()
     assert max(map(len, lines)) <= 80
-    assert any(re.search(r" dots +Dots on a line\. +fakes\.py$", line) for line in lines)
-    assert [line.split()[0] for line in lines if line and not line.startswith((" ", "─"))] == [
-        "kind", "backbones", "datasets", "saes", "probes", "figures", "stages", "metrics",
+    assert any(re.search(r"^dots +Dots on a line\. +fakes\.py$", line) for line in lines)
+    assert [line.split()[0] for line in lines if line.endswith(" from") and "what it is" in line] == [
+        "backbones", "datasets", "saes", "probes", "figures", "stages", "metrics", "watchers",
     ]  # fmt: skip
+    assert any(re.match(r"tensorboard +\S.* +saefw \S+$", line) for line in lines)
 
 
 def test_the_settings_of_a_plugin(saefw: Saefw) -> None:
@@ -271,13 +276,15 @@ def test_every_example_is_an_entry(saefw: Saefw) -> None:
         for use, cls in catalog.lookup(kind).items():
             ((name, settings),) = yaml.safe_load(example(kind, cls))[kind].items()
             assert name == f"my-{use}"
+            extra = set(cls.model_fields) - set(BASES[kind].model_fields)
+            assert extra <= set(settings)
             if "..." not in settings.values():
                 assert cls.model_validate(settings).content() == cls.model_validate({}).content()
 
 
 def test_schema(saefw: Saefw) -> None:
     schema = json.loads(saefw("schema"))
-    assert "numbers" in schema["properties"]["stages"]["additionalProperties"]["discriminator"]["mapping"]
+    assert "numbers" in schema["properties"]["stages"]["additionalProperties"]["properties"]["use"]["enum"]
 
 
 def checked(path: Path, schema: Any) -> list[str]:
@@ -306,6 +313,31 @@ def test_every_registry_fits_the_schema() -> None:
         sys.path[:] = [folder for folder in sys.path if folder != str(path.parent)]
 
 
+def test_what_has_no_settings_is_shown_too(saefw: Saefw) -> None:
+    text = " ".join(saefw("plugins", "nmse").split())
+    assert text.startswith(f"nmse, one of the metrics, of saefw {__version__} Normalised mean square error:")
+    lines = saefw("plugins", "tensorboard").splitlines()
+    assert lines[0] == f"tensorboard, one of the watchers, of saefw {__version__}"
+    assert lines[-1].startswith("Is told: saefw_logged")
+    assert saefw("plugins", "nmsee", exit_code=1) == "no plugin brings 'nmsee'; did you mean 'nmse'?"
+
+
+def test_own_settings_come_first_and_items_have_bounds(saefw: Saefw) -> None:
+    rows = [line.split()[0] for line in saefw("plugins", "topk").splitlines() if line[:1].strip()]
+    assert rows.index("k") < rows.index("expansion")
+    found: dict[str, str] = {}
+
+    class Lists(SaeConfig):
+        use: Literal["lists"] = "lists"
+        shares: list[Annotated[float, Field(gt=0, lt=1)]]
+        counts: tuple[Annotated[int, Ge(2)], ...] | None = None
+
+    for name, info in Lists.model_fields.items():
+        found[name] = _kind(info)
+    assert found["shares"] == "list[float > 0 and < 1]"
+    assert found["counts"] == "tuple[int >= 2, ...] | null"
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -324,6 +356,13 @@ def test_the_schema_refuses_what_a_registry_does(settings: str, tmp_path: Path) 
     assert checked(path, json_schema(Catalog()))
     path.write_text("saefw: 1\nsaes: {a: {use: topk, vary: {k: [8, 16]}}}\n")
     assert not checked(path, json_schema(Catalog()))
+
+
+def test_the_schema_says_what_is_wrong_of_the_entry_that_use_names(tmp_path: Path) -> None:
+    path = tmp_path / "registry.yaml"
+    path.write_text("saefw: 1\nsaes: {a: {use: topk, k: 0}, b: {use: tokp}}\n")
+    (of_k, of_use) = checked(path, json_schema(Catalog()))
+    assert of_k == "0 is less than or equal to the minimum of 0" and of_use.startswith("'tokp' is not one of [")
 
 
 def test_init(saefw: Saefw) -> None:

@@ -1,4 +1,4 @@
-"""The registries in examples/: they check, plan what they say, and the one on real data runs."""
+"""The registries in examples/ and benchmarks/: they check, plan what they say, and the one on real data runs."""
 
 import math
 import os
@@ -35,6 +35,8 @@ VARIANTS = "variants.yaml"
         (CLIP, "fine; 1 backbone, 4 datasets, 18 saes, 30 probes, 5 figures, 9 stages"),
         (REAL, "fine; 1 backbone, 2 datasets, 5 saes, 16 probes, 7 figures, 10 stages"),
         (VARIANTS, "fine; 1 backbone, 1 dataset, 21 saes, 1 figure, 3 stages"),
+        ("../benchmarks/plain_topk.yaml", "fine; 1 backbone, 1 dataset, 6 saes, 3 stages"),
+        ("../benchmarks/front.yaml", "fine; 1 backbone, 1 dataset, 25 saes, 1 figure, 4 stages"),
     ],
 )
 def test_they_check_without_images_and_weights(name: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:

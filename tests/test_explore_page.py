@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import odd_names
 import pytest
 import tiny
 from bokeh.document import Document
 from bokeh.events import ButtonClick, SelectionGeometry
 from bokeh.models.widgets import Div
 from safetensors.torch import load_file
-from test_steering_page import ODD, REGISTRY
 
-from saefw import notes, pipeline, registry
-from saefw.catalog import Catalog
+from saefw import notes
 from saefw.index import INDEX
 from saefw.stages.steer_charts import SAID
 from saefw.store import Store
@@ -36,18 +35,10 @@ EVIL = '<img src=x onerror="document.title=1">'
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A registry on images with odd names, with everything made."""
-    folder = tmp_path_factory.mktemp("explore")
-    (folder / "odds.py").write_text(ODD)  # another test has an odd.py in the same process
-    text = REGISTRY.replace("odd.py", "odds.py").replace(
-        "k: 4, expansion: 2, lr: 0.003", "expansion: 2, lr: 0.003, vary: {k: [2, 4]}"
-    )
+    text = odd_names.REGISTRY.replace("k: 4, expansion: 2, lr: 0.003", "expansion: 2, lr: 0.003, vary: {k: [2, 4]}")
     text = text.replace("lr: 0.01}", "vary: {lr: [0.01, 0.1], weight_decay: [0.0, 1.0]}}")
-    (folder / "registry.yaml").write_text(
-        text.replace("saes: sweep, probes", "saes: sweep, sae: {lowest: nmse}, probes")
-    )
-    catalog = Catalog()
-    pipeline.run(registry.read(folder / "registry.yaml", catalog), catalog)
-    return folder / "registry.yaml"
+    text = text.replace("saes: sweep, probes", "saes: sweep, sae: {lowest: nmse}, probes")
+    return odd_names.made(tmp_path_factory.mktemp("explore"), text)
 
 
 @pytest.fixture
@@ -215,6 +206,19 @@ def test_the_front_leads_to_the_features_of_its_sae(path: Path, root: Path) -> N
         assert sae in [look.sae for look in looks(Store(root)) if look.unit == chosen]
 
 
+def test_what_is_looked_at_is_steered_with(path: Path) -> None:
+    visitor = Visitor(path, 1)
+    feature = visitor.shown()[0]
+    visitor.press("feature-steer")
+    assert visitor["tabs"].active == 0
+    assert (visitor["finder"].value, visitor["numbers"].value) == ("numbers", str(feature))
+    visitor["tabs"].active = 2
+    other = next((value for value, _ in visitor["steered"].options if value != visitor["steered"].value), None)
+    visitor["steered"].value = other or visitor["steered"].value
+    visitor.press("go-on")
+    assert visitor["tabs"].active == 0 and visitor["target"].options
+
+
 def test_probes_and_edits_are_those_of_the_store(path: Path, root: Path) -> None:
     visitor = Visitor(path, 2)
     cells = visitor["probe-cells"].data
@@ -247,7 +251,7 @@ def test_neither_tab_loads_a_model(path: Path, root: Path, monkeypatch: pytest.M
         raise AssertionError("a backbone is built")
 
     monkeypatch.setattr(tiny.TinyVit, "build", refuse)
-    assert Explore(root).panel and Compare(root, lambda _: False).panel
+    assert Explore(root, lambda *_: None).panel and Compare(root, lambda _: False, lambda _: None).panel
 
 
 def test_names_from_files_are_text_and_never_html(path: Path) -> None:

@@ -24,7 +24,7 @@ from saefw.stages.charts import Pareto, ProbeGrid
 from saefw.stages.drawings import BeforeAfter, FeatureGrid
 from saefw.stages.feature_charts import ActivationHistograms, ClassCoverage, FeatureDistributions
 from saefw.stages.figures import Draw, sized
-from saefw.stages.probe_charts import Calibration, Confusion
+from saefw.stages.probe_charts import Calibration, Confusion, Faithful
 from saefw.stages.steer_charts import DoseResponse, Effects, Specificity
 from saefw.style import STYLE, rendered, styled
 
@@ -35,6 +35,7 @@ FIGURES: dict[str, FigureConfig] = {
     "probes": ProbeGrid(),
     "confused": Confusion(),
     "sure": Calibration(),
+    "faithful": Faithful(),
     "doses": DoseResponse(),
     "effects": Effects(),
     "specific": Specificity(),
@@ -158,6 +159,20 @@ def steered(run: Run, sae: Unit, probe: Unit, seen: Unit, acts: Unit, flips: boo
     return unit
 
 
+def faithful(run: Run, sae: Unit, probe: Unit, acts: Unit, share: float) -> Unit:
+    """Accuracy 0.9 of the tokens and 0.1 without them; so much is recovered of it, and half of it of the loss."""
+    unit = Unit("faithfulness", {}, (sae, probe, acts), label=sae.label)
+    run.store.begin(unit)
+    shares, whose = np.array([share, share / 2]), {"sae": sae.address, "probe": probe.address, "acts": acts.address}
+    run.put(
+        unit, "faithfulness", **whose, place="patches", split="test", measure=["accuracy", "cross_entropy"], n=60,
+        clean=[0.9, 0.2], ablated=[0.1, 2.2], reconstructed=[0.1 + 0.8 * share, 2.2 - share],
+        recovered=shares, low=shares - 0.1, high=shares + 0.2,
+    )  # fmt: skip
+    run.keep(unit)
+    return unit
+
+
 def stocked(path: Path) -> Run:
     """A desk with units of every stage, made from tables."""
     run = desk(path, {"figures": FIGURES})
@@ -168,6 +183,7 @@ def stocked(path: Path) -> Run:
     run.listed("sweep", saes)
     run.listed("seen", seen)
     run.listed("probes", probes)
+    run.listed("faithful", [faithful(run, sae, probes[0], acts, i / 4) for i, sae in enumerate(saes, 1)])
     run.listed("steer", [steered(run, saes[0], probes[0], seen[0], acts)])
     run.publish()
     return run
@@ -195,13 +211,14 @@ def texts(figure: Any) -> str:
 
 
 def test_the_stage_draws_each_figure_as_png_svg_and_pdf(stock: Run) -> None:
-    stage = Draw(figures=list(FIGURES), of=["sweep", "seen", "probes", "steer"])
+    stage = Draw(figures=list(FIGURES), of=["sweep", "seen", "probes", "faithful", "steer"])
     units = list(stage.units(stock))
     assert [unit.label for unit in units] == list(FIGURES)
     assert [set(unit.needs) for unit in units] == [
         set(stock.made_by("sweep")),
         set(stock.made_by("seen")),
         *[set(stock.made_by("probes"))] * 3,
+        set(stock.made_by("faithful")),
         *[set(stock.made_by("steer"))] * 3,
         {*stock.made_by("seen"), *stock.made_by("steer")},
         *[set(stock.made_by("seen"))] * 3,
@@ -372,7 +389,7 @@ def test_feature_grid_shows_the_features_or_classes_asked_for(stock: Run) -> Non
 
 
 def test_any_figure_takes_a_size_and_a_title(stock: Run) -> None:
-    stages = "sweep", "seen", "probes", "steer"
+    stages = "sweep", "seen", "probes", "faithful", "steer"
     for figure in FIGURES.values():
         made = drawn(stock, figure.model_copy(update={"width": 5.0, "height": 9.0, "title": "Mine & <b>$"}), *stages)
         assert made.get_size_inches().tolist() == [5, 9]
@@ -400,13 +417,12 @@ def test_histograms_are_densities_by_octave_with_the_quantiles(stock: Run) -> No
     made = drawn(stock, ActivationHistograms(features=Choice(include=[3], order="value")), "seen")
     panels = [axes for axes in made.axes if axes.axison]
     assert [axes.get_title("left") for axes in panels] == ["3", "1 · dog & <co>", "2 · eel", "0 · cat"]
-    assert [axes.get_title("right") for axes in panels] == ["", "N = 8", "N = 6", "N = 40"]
+    assert [axes.texts[0].get_text() for axes in panels] == ["never fires", "N = 8", "N = 6", "N = 40"]
     (stairs,) = panels[3].patches
     density, edges, _ = stairs.get_data()
     assert edges.tolist() == [0.5, 0.5625, 1, 1.125]
     assert density == pytest.approx([30 / np.log2(1.125), 0, 10 / np.log2(1.125)])
     assert [line.get_xdata()[0] for line in panels[3].lines] == pytest.approx([0.5, 0.8, 1.0])
-    assert "never fires" in texts(made)
 
 
 def test_coverage_counts_the_classes_whose_best_feature_is_above(tmp_path: Path) -> None:
@@ -488,6 +504,21 @@ def test_calibration_shows_accuracy_by_confidence(stock: Run) -> None:
     assert dots.get_xydata().tolist() == pytest.approx(np.array([[0.85, 0.5], [0.95, 0.75]]))
     said = axes.get_title("left").replace("\n", " ")
     assert said == "vit on pets, layer 1: expected calibration error 0.125 (N = 60)"
+
+
+def test_faithfulness_shows_what_is_read_of_each_sae(stock: Run) -> None:
+    figure = drawn(stock, Faithful(), "faithful")
+    raw, share = figure.axes
+    points = {line.get_label(): line.get_xydata().tolist() for line in raw.lines}
+    assert points["topk"] == pytest.approx(np.array([[4, 30], [8, 50]])) and points["relu"] == [[20, pytest.approx(70)]]
+    levels = {line.get_label(): line.get_ydata()[0] for line in raw.lines if line.get_label().startswith("the tokens")}
+    assert levels == pytest.approx({"the tokens as they are": 90, "the tokens at their mean": 10})
+    bars = {one.get_label(): one for one in share.containers}
+    assert bars["topk: accuracy"][0].get_xydata().tolist() == pytest.approx(np.array([[4, 0.25], [8, 0.5]]))
+    assert bars["topk: cross-entropy"][0].get_xydata().tolist() == pytest.approx(np.array([[4, 0.125], [8, 0.25]]))
+    (lines,) = bars["topk: accuracy"][2]
+    assert lines.get_segments()[0].tolist() == pytest.approx(np.array([[4, 0.15], [4, 0.45]]))
+    assert "N = 60" in raw.get_ylabel() and "SAEs of layer 1, lr 0.01" in texts(figure)
 
 
 def test_dose_response_shows_each_feature_on_the_logits_of_three_classes(stock: Run) -> None:

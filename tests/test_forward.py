@@ -86,9 +86,8 @@ def test_out_of_memory_halves_the_batch_and_goes_on(error: RuntimeError, caplog:
 
 
 def test_no_batch_is_small_enough() -> None:
-    forward = Forward(narrow(0, torch.OutOfMemoryError()), [0], "cpu", "float32", batch_size=2)
     with pytest.raises(UserError) as told:
-        list(forward.outputs(list(IMAGES)))
+        Forward(narrow(0, torch.OutOfMemoryError()), [0], "cpu", "float32", batch_size=2)
     assert str(told.value) == "not even one image fits into the memory of the device; try device: cpu"
 
 
@@ -128,7 +127,7 @@ def test_float32_is_no_tf32(tf32: bool) -> None:
     vit.model.get_submodule("patch_embed").register_forward_pre_hook(look)
     list(Forward(vit, [1], "cpu", "float32", None).outputs(list(IMAGES)))
     look()
-    assert seen == [(False, False), (tf32, tf32)]
+    assert seen == [(False, False), (False, False), (tf32, tf32)]
 
 
 def test_a_block_of_another_shape_is_told_with_its_file() -> None:
@@ -137,6 +136,6 @@ def test_a_block_of_another_shape_is_told_with_its_file() -> None:
     with pytest.raises(UserError) as told:
         next(Forward(backbone, [1], "cpu", "float32", 4).outputs(list(IMAGES[:4])))
     assert str(told.value) == (
-        f"TinyBackbone of {tiny.__file__}: after block 1 tokens are [4, 17, 16], but by what describe() says "
-        "[batch, token, d_model] is [4, 17, 8]"
+        f"plugin 'tiny' of {tiny.__file__}: before block 0 tokens are [1, 17, 16], but by what describe() says "
+        "[batch, token, d_model] is [1, 17, 8]"
     )

@@ -2,19 +2,22 @@
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import duckdb
 import numpy as np
 import pytest
 import torch
-from browser import Browser, browser
 from PIL import Image
 from safetensors.torch import save_file
 
 from saefw.stages.gallery import PAGE, _colours
 from saefw.stages.gallery_data import SCRIPTS, SHARD, Tables, features, index, script
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 N, TOP, GRID, N_IMAGES = 24_576, 4, (3, 5), 40
 CLASSES = ["tabby cat", "cat", "12", "</script><b>dog", "tiger cat", "\\u2028 \"owl'"]
@@ -98,33 +101,48 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     return Site(url, frequency_s, mean_s, max_s, ap_sc, label_s, most_s, maps_stp)
 
 
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser(tmp_path_factory.mktemp("chromium")) as page:
-        yield page
-
-
 @pytest.fixture
-def page(chromium: Browser, site: Site) -> Iterator[Browser]:
-    """The browser at the list of all features; in the end nothing was refused and nothing failed."""
-    chromium.sized(1440, 900)
-    chromium.open(f"{site.url}#/")
-    ready(chromium, "#/")
-    yield chromium
-    assert chromium.complaints == []
-    assert chromium.evaluate("byId('failed').hidden")
+def page(chromium: "Browser", site: Site) -> "Iterator[Page]":
+    """The list of all features; in the end nothing was refused and nothing failed."""
+    page = chromium.new_page(viewport={"width": 1440, "height": 900})
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
+    page.goto(f"{site.url}#/")
+    ready(page, "#/")
+    yield page
+    assert complaints == []
+    assert page.evaluate("byId('failed').hidden")
+    page.close()
 
 
-def ready(page: Browser, address: str) -> None:
-    page.until(f"document.body.dataset.ready === {json.dumps(address)}")
+def until(page: "Page", text: str) -> Any:
+    """Wait until an expression is true, and return it; the page's own policy lets no script wait for one."""
+    end = time.monotonic() + 30
+    while not (found := page.evaluate(text)):
+        assert time.monotonic() < end, f"never: {text}"
+        page.wait_for_timeout(20)
+    return found
 
 
-def go(page: Browser, address: str) -> None:
+def drag(page: "Page", start: tuple[float, float], end: tuple[float, float]) -> None:
+    """Press the mouse at a place and let it go at another; a click if that is the same."""
+    page.mouse.move(*start)
+    page.mouse.down()
+    page.mouse.move(*end)
+    page.mouse.up()
+
+
+def ready(page: "Page", address: str) -> None:
+    until(page, f"document.body.dataset.ready === {json.dumps(address)}")
+
+
+def go(page: "Page", address: str) -> None:
     page.evaluate(f"location.hash = {json.dumps(address)}")
     ready(page, address)
 
 
-def listed(page: Browser) -> list[int]:
+def listed(page: "Page") -> list[int]:
     found: list[int] = page.evaluate("list.features")
     return found
 
@@ -135,7 +153,7 @@ def in_order(values: Array, among: Array, up: bool = False) -> list[int]:
     return sorted(np.flatnonzero(among).tolist(), key=lambda s: (sign * values[s], sign * -s))
 
 
-def test_all_features_are_listed_few_have_cards(page: Browser, site: Site) -> None:
+def test_all_features_are_listed_few_have_cards(page: "Page", site: Site) -> None:
     alive = site.frequency_s > 0
     wanted = in_order(site.ap_sc.max(axis=1), alive)
     assert listed(page) == [*wanted, *np.flatnonzero(~alive).tolist()]
@@ -151,17 +169,17 @@ def test_all_features_are_listed_few_have_cards(page: Browser, site: Site) -> No
 
     assert cards() == wanted[: len(cards())] and 9 <= len(cards()) < 60
     page.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
-    page.until(f"list.cards.has({max(np.flatnonzero(~alive))})")
+    until(page, f"list.cards.has({max(np.flatnonzero(~alive))})")
     assert len(cards()) < 60 and "never fires" in page.evaluate("byId('list').textContent")
 
 
 @pytest.mark.parametrize("text", ["cat", "CAT", "b>dog", "OWL'"])
-def test_a_class_finds_its_features(page: Browser, site: Site, text: str) -> None:
+def test_a_class_finds_its_features(page: "Page", site: Site, text: str) -> None:
     """First the best detectors of the class of this name, then those of classes that contain it."""
-    page.press("/")
+    page.keyboard.press("/")
     assert page.evaluate("document.activeElement.id") == "search"
-    page.type(text)
-    page.until(f"route().q === {json.dumps(text)} && seen.key === address(route())")
+    page.keyboard.insert_text(text)
+    until(page, f"route().q === {json.dumps(text)} && seen.key === address(route())")
     fit = np.full(N, -1.0)
     best = np.argsort(np.argsort(-site.ap_sc, axis=1, kind="stable"), axis=1)
     for c, name in enumerate(CLASSES):
@@ -175,15 +193,15 @@ def test_a_class_finds_its_features(page: Browser, site: Site, text: str) -> Non
     assert len(listed(page)) > 1000
 
 
-def test_a_number_finds_a_feature_and_a_class_of_that_name(page: Browser, site: Site) -> None:
-    page.press("/")
-    page.type("12")
-    page.until("route().q === '12' && seen.key === address(route())")
+def test_a_number_finds_a_feature_and_a_class_of_that_name(page: "Page", site: Site) -> None:
+    page.keyboard.press("/")
+    page.keyboard.insert_text("12")
+    until(page, "route().q === '12' && seen.key === address(route())")
     assert listed(page)[0] == 12 and site.ap_sc[listed(page)[1], 2] == site.ap_sc[:, 2].max()
-    page.press("Enter")
+    page.keyboard.press("Enter")
     ready(page, "#/feature/12?q=12")
     assert page.evaluate("byId('title').textContent") == f"Feature 12{CLASSES[site.label_s[12]]}"
-    page.press("Escape")
+    page.keyboard.press("Escape")
     ready(page, "#/?q=12")
     page.evaluate("byId('search').value = ''; byId('search').dispatchEvent(new Event('input'))")
     assert len(listed(page)) == N
@@ -192,7 +210,7 @@ def test_a_number_finds_a_feature_and_a_class_of_that_name(page: Browser, site: 
 @pytest.mark.parametrize(
     ("sort", "column"), [("frequency", "frequency_s"), ("mean", "mean_s"), ("max", "max_s"), ("pure", "most_s")]
 )
-def test_sorted_within_bounds(page: Browser, site: Site, sort: str, column: str) -> None:
+def test_sorted_within_bounds(page: "Page", site: Site, sort: str, column: str) -> None:
     bounds = "f=-3,-1.5&v=,0.25"
     with np.errstate(divide="ignore"):
         f, v = np.log10(site.frequency_s), np.log10(site.mean_s)
@@ -207,12 +225,12 @@ def test_sorted_within_bounds(page: Browser, site: Site, sort: str, column: str)
     assert fields == ["0.001", "0.0316", "", "1.78"]
 
 
-def test_a_box_on_the_map_chooses_and_a_click_opens(page: Browser, site: Site) -> None:
+def test_a_box_on_the_map_chooses_and_a_click_opens(page: "Page", site: Site) -> None:
     left, top, width, height = page.evaluate(
         "(() => { const box = byId('map').getBoundingClientRect(); return [box.x, box.y, box.width, box.height]; })()"
     )
-    page.drag((left + 0.4 * width, top + 0.3 * height), (left + 0.7 * width, top + 0.6 * height))
-    page.until("route().f.every(Number.isFinite) && document.body.dataset.ready === location.hash")
+    drag(page, (left + 0.4 * width, top + 0.3 * height), (left + 0.7 * width, top + 0.6 * height))
+    until(page, "route().f.every(Number.isFinite) && document.body.dataset.ready === location.hash")
     (f0, f1), (v0, v1) = page.evaluate("[route().f, route().v]")
     f, v = np.log10(np.maximum(site.frequency_s, 1e-99)), np.log10(np.maximum(site.mean_s, 1e-99))
     among = (f >= f0) & (f <= f1) & (v >= v0) & (v <= v1)
@@ -223,21 +241,21 @@ def test_a_box_on_the_map_chooses_and_a_click_opens(page: Browser, site: Site) -
     )
     np.testing.assert_allclose(places, [0.4 * width, 0.7 * width, 0.3 * height, 0.6 * height], atol=1)
     page.evaluate("byId('clear').click()")
-    page.until("document.body.dataset.ready === '#/'")
+    until(page, "document.body.dataset.ready === '#/'")
     assert len(listed(page)) == N
     x0, x1, y0, y1 = page.evaluate(
         "(() => { const s = scales(byId('map')); return [s.x(0), s.x(1), s.y(0), s.y(1)]; })()"
     )
     x_s, y_s = x0 + f * (x1 - x0), y0 + v * (y1 - y0)
-    page.drag((left + x_s[7], top + y_s[7]), (left + x_s[7], top + y_s[7]))
-    opened = page.until("route().feature !== null && route().feature")
+    drag(page, (left + x_s[7], top + y_s[7]), (left + x_s[7], top + y_s[7]))
+    opened = until(page, "route().feature !== null && route().feature")
     assert np.hypot(x_s[opened] - x_s[7], y_s[opened] - y_s[7]) < 1.5
 
 
-def test_the_page_of_a_feature(page: Browser, site: Site) -> None:
+def test_the_page_of_a_feature(page: "Page", site: Site) -> None:
     go(page, "#/feature/7")
-    tiles = page.until(
-        "[...document.querySelectorAll('#tiles figure')].map((f) => [Number(f.dataset.example), f.textContent])"
+    tiles = until(
+        page, "[...document.querySelectorAll('#tiles figure')].map((f) => [Number(f.dataset.example), f.textContent])"
     )
     assert len(tiles) == TOP
     for example, caption in tiles:
@@ -254,26 +272,27 @@ def test_the_page_of_a_feature(page: Browser, site: Site) -> None:
             assert (alpha == 0) == (value == 0)
             wanted = [int(palette[value][at : at + 2], 16) for at in (1, 3, 5)]
             assert not value or np.abs(np.subtract(colour, wanted)).max() <= 3  # of colours times alpha, in 8 bits
-    page.until(
-        "[...document.querySelectorAll('#tiles img')].every((image) => image.complete && image.naturalWidth === 50)"
+    until(
+        page,
+        "[...document.querySelectorAll('#tiles img')].every((image) => image.complete && image.naturalWidth === 50)",
     )
     assert page.evaluate("byId('near').textContent").startswith("#8")
     assert page.evaluate("document.querySelectorAll('#histogram rect').length") == 1
-    page.press("ArrowRight")
-    page.until("route().feature !== 7 && document.body.dataset.ready === location.hash")
+    page.keyboard.press("ArrowRight")
+    until(page, "route().feature !== 7 && document.body.dataset.ready === location.hash")
     order = listed(page) or []
     assert page.evaluate("route().feature") == page.evaluate("seen.features[seen.features.indexOf(7) + 1]"), order
-    page.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
     ready(page, "#/feature/7")
-    page.press("p")
+    page.keyboard.press("p")
     assert page.evaluate("getComputedStyle(document.querySelector('#tiles canvas')).opacity") == "0"
-    page.press("p")
+    page.keyboard.press("p")
     assert page.evaluate("getComputedStyle(document.querySelector('#tiles canvas')).opacity") == "0.8"
     page.evaluate("document.querySelector('#tiles figure').click()")
     assert page.evaluate("byId('about').textContent").split(" · ")[1] == f"<i>{tiles[0][0]}</i>"
-    page.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
     assert page.evaluate("byId('about').textContent").endswith(f"2 of {TOP}")
-    page.press("Escape")
+    page.keyboard.press("Escape")
     assert not page.evaluate("byId('large').open")
     go(page, "#/feature/5")
     assert page.evaluate("byId('none').textContent") == "It fires on no image."
@@ -283,7 +302,7 @@ def test_the_page_of_a_feature(page: Browser, site: Site) -> None:
     assert not page.evaluate("byId('browse').hidden")
 
 
-def test_keys_walk_through_the_list(page: Browser) -> None:
+def test_keys_walk_through_the_list(page: "Page") -> None:
     def here() -> int:
         return int(page.evaluate("Number(document.activeElement.dataset.place ?? -1)"))
 
@@ -292,10 +311,10 @@ def test_keys_walk_through_the_list(page: Browser) -> None:
     for key, place in (
         ("ArrowDown", 0), ("ArrowRight", 1), ("ArrowDown", 1 + columns), ("ArrowLeft", columns), ("ArrowUp", 0),
     ):  # fmt: skip
-        page.press(key)
+        page.keyboard.press(key)
         assert here() == place
     for _ in range(30):
-        page.press("ArrowDown")
+        page.keyboard.press("ArrowDown")
     assert here() == 30 * columns and page.evaluate("scrollY") > 1000
     box = page.evaluate(
         "(() => { const b = document.activeElement.getBoundingClientRect(); return [b.top, b.bottom]; })()"
@@ -303,17 +322,18 @@ def test_keys_walk_through_the_list(page: Browser) -> None:
     assert 0 <= box[0] and box[1] <= 900
     feature = page.evaluate("Number(document.activeElement.dataset.feature)")
     where = page.evaluate("scrollY")
-    page.press("Enter")
+    page.keyboard.press("Enter")
     ready(page, f"#/feature/{feature}")
-    page.press("Escape")
+    page.keyboard.press("Escape")
     ready(page, "#/")
     assert page.evaluate("scrollY") == where
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (400, "dark")])
-def test_nothing_sticks_out(page: Browser, width: int, scheme: str) -> None:
-    page.sized(width, 900, scheme)
+def test_nothing_sticks_out(page: "Page", width: int, scheme: str) -> None:
+    page.set_viewport_size({"width": width, "height": 900})
+    page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
     for address in ("#/", "#/feature/7"):
         go(page, address)
-        page.until(f"document.documentElement.scrollWidth <= {width}")
+        until(page, f"document.documentElement.scrollWidth <= {width}")
         assert page.evaluate("getComputedStyle(document.body).colorScheme") in (scheme, "normal")

@@ -1,7 +1,10 @@
 """One test a hook, each with a tiny plugin; every hook has one, and every hook is in the docs as it is."""
 
+import ast
 import inspect
+import textwrap
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -12,6 +15,7 @@ from torch import Tensor
 from saefw import hookspecs
 from saefw.catalog import Catalog
 from saefw.plugin import (
+    Backbone,
     BackboneConfig,
     Codes,
     DatasetConfig,
@@ -22,6 +26,7 @@ from saefw.plugin import (
     Unit,
     hookimpl,
 )
+from saefw.sae import Batch, Sae
 from saefw.testing import CONTRACT
 
 HOOKS = [name for name in vars(hookspecs) if name.startswith("saefw_")]
@@ -187,6 +192,42 @@ def test_the_contract_in_the_docs_is_this() -> None:
     assert table_in_docs("| line | what it asks for |") == rows
 
 
+def _about(cls: type, *names: str) -> list[str]:
+    """Return the rows of a table: how a method or field is called, and the first paragraphs of its docstring."""
+    rows = []
+    for name in names:
+        member = getattr(cls, name)
+        call = (
+            f"{name}{_signature(member).replace('(self, ', '(').replace('(self)', '()')}" if callable(member) else name
+        )
+        text = (inspect.getdoc(member) or "").partition("\n\nArgs:")[0].partition("\n\nRaises:")[0]
+        rows.append(_row(call, " ".join(text.split())))
+    return rows
+
+
+def _row(code: str, text: str) -> str:
+    """Return a row of a table; a bar in its first cell would be the end of it."""
+    return "| `" + code.replace("|", r"\|") + f"` | {text} |"
+
+
+def test_the_methods_in_the_docs_are_these() -> None:
+    sae = ["edge", "select", "fire", "activate", "dictionary", "prefixes", "terms", "prepare", "settle"]
+    assert table_in_docs("| `Sae` | what it is for |") == _about(Sae, *sae)
+    backbone = ["blocks", "prepare", "view", "embed", "tail", "embedding", "text"]
+    assert table_in_docs("| `Backbone` | what it is for |") == _about(Backbone, *backbone)
+
+
+def test_the_fields_of_a_batch_in_the_docs_are_these() -> None:
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(Batch))).body
+    assert isinstance(tree, ast.ClassDef)
+    rows = [
+        _row(ast.unparse(field), ast.literal_eval(text.value))
+        for field, text in pairwise(tree.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    ]
+    assert table_in_docs("| `Batch`, of which `terms` are made | what it is |") == rows + _about(Batch, "per_token")
+
+
 @pytest.mark.parametrize("name", HOOKS)
 def test_every_hook_says_in_one_sentence_what_it_is(name: str) -> None:
     text = inspect.getdoc(getattr(hookspecs, name)) or ""
@@ -196,7 +237,19 @@ def test_every_hook_says_in_one_sentence_what_it_is(name: str) -> None:
 def _signature(function: Any) -> str:
     """Return a signature as it is written, without the modules of its types."""
     text = str(inspect.signature(function))
-    modules = ("collections.abc.", "pathlib.", "saefw.plugin.", "saefw.unit.", "saefw.sae.", "saefw.metric.", "typing.")
+    text = text.replace("'", "")
+    modules = (
+        "torch.nn.modules.module.",
+        "torch.",
+        "saefw.sparse.",
+        "collections.abc.",
+        "pathlib.",
+        "saefw.plugin.",
+        "saefw.unit.",
+        "saefw.sae.",
+        "saefw.metric.",
+        "typing.",
+    )
     for module in modules:
         text = text.replace(module, "")
     return text

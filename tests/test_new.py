@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from saefw import __version__
@@ -159,9 +160,14 @@ def test_a_package_is_found_once_it_is_installed(tmp_path: Path, monkeypatch: py
         ("sae", "3x", "a name is made of words of letters and digits, as soft-threshold (got '3x')"),
         ("sae", "topk", f"saes: 'topk' is brought by saefw {__version__}; take another name"),
         ("metric", "nmse", f"metrics: 'nmse' is brought by saefw {__version__}; take another name"),
-        ("probe", "json", "the name 'json' is taken by a word or module of Python; take another"),
-        ("stage", "lambda", "the name 'lambda' is taken by a word or module of Python; take another"),
-        ("sae", "Entries", "the name 'Entries' is used inside of the plugin; take another"),
+        ("probe", "json", "a module 'json' is there, Python's own; take another name, as my-json"),
+        ("probe", "torch", f"a module 'torch' is there, that of {torch.__file__}; take another name, as my-torch"),
+        ("stage", "lambda", "'lambda' is a word of Python; take another name, as my-lambda"),
+        (
+            "sae",
+            "Entries",
+            "the plugin that would be written uses the name 'Entries' itself; take another, as my-entries",
+        ),
         ("probe", "here", "test_here.py: is there already; nothing was written"),
     ],
 )

@@ -1,5 +1,6 @@
 """An experiment in a notebook: what its few lines return and show, and what they refuse."""
 
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 from saefw import pipeline, registry
 from saefw.catalog import Catalog
 from saefw.errors import UserError
+from saefw_experiment import probabilities
 from saefw_notebook import Notebook, open_experiment
 
 REGISTRY = f"""
@@ -22,11 +24,13 @@ datasets: {{tiny: {{use: tiny-set}}}}
 saes: {{topk: {{use: topk, k: 4, expansion: 2, lr: 0.003}}}}
 probes: {{linear: {{use: linear, lr: 0.01}}}}
 stages:
-  acts: {{use: record, backbone: tiny, datasets: [tiny], layers: [0, -1]}}
-  sweep: {{use: train, acts: acts, saes: [topk], layers: [0], n_tokens: 4096, batch_size: 256}}
+  acts: {{use: record, backbone: tiny, datasets: [tiny], layers: [0, 1, -1]}}
+  sweep: {{use: train, acts: acts, saes: [topk], layers: [0, 1], n_tokens: 4096, batch_size: 256}}
   looks: {{use: visuals, saes: sweep, acts: acts, top: 6}}
-  probes: {{use: probe, acts: acts, probes: [linear]}}
-  steer: {{use: steer, saes: sweep, probes: probes, visuals: looks, amounts: [1], max_frequency: 2, ways: [effect]}}
+  probes: {{use: probe, acts: acts, layer: -1, probes: [linear]}}
+  steer:
+    {{use: steer, saes: sweep, sae: {{layer: 0}}, probes: probes, visuals: looks, amounts: [1], max_frequency: 2,
+      ways: [effect]}}
 """
 
 
@@ -58,6 +62,29 @@ def test_an_image_is_edited_and_shown(notebook: Notebook) -> None:
     assert sum(edited.probabilities.values()) == pytest.approx(1) and edited.probabilities != before
     assert "red" in edited._repr_html_() and "data:image/png" in edited._repr_html_()
     assert len(notebook.features_of("red", 2).numbers) == 2
+
+
+def test_two_saes_are_edited_in_one_pass(notebook: Notebook) -> None:
+    choice = notebook.experiment.choice
+    (address,) = [unit.address for unit in choice.saes() if unit != choice.sae]
+    later = open_experiment(choice.registry, sae=address)
+    image, features = notebook.image(notebook.examples[0]), later.image(notebook.examples[0]).features(2).numbers
+    edited = image.edit({image.features(1).numbers[0]: 3.0})
+    both = edited.also(later, dict.fromkeys(features, 2.0), patches=[0, 5])
+    assert np.abs(np.log(both.probability_c / edited.probability_c)).max() > 0.1
+    assert "<td>red</td>" in both._repr_html_()
+    # By hand: the second SAE reads what the first edit left.
+    of, before = notebook.experiment.steerings["patches"], notebook.experiment.seen(image.example).readings["patches"]
+    tokens_btd = before.tokens_btd.clone()
+    tokens_btd[:, of.edited] += of.change(before, edited.steps[0].edits)
+    after = later.experiment.steerings["patches"]
+    reading = after.reading(of.backbone.tail(tokens_btd, 1, 1))
+    wanted = probabilities(after.edit(reading, both.steps[1].edits)[0])
+    np.testing.assert_allclose(np.log(both.probability_c), np.log(wanted), atol=1e-4)
+    same = edited.also(later, {features[0]: 1.0}, "scale")
+    np.testing.assert_allclose(np.log(same.probability_c), np.log(edited.probability_c), atol=1e-4)
+    with pytest.raises(UserError, match="also: an edit straight into the probe stands alone"):
+        replace(edited, steps=[]).also(later, {})
 
 
 def test_what_is_not_there_is_named(notebook: Notebook) -> None:

@@ -151,6 +151,8 @@ def test_it_is_open_clip(name: str, tmp_path: Path) -> None:
     for layer, tokens in ours.items():
         torch.testing.assert_close(tokens, expected[layer], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(edited_tail(clip, tokens, layer), ours[info.n_blocks - 1], rtol=1e-5, atol=1e-5)
+        if layer and info.has_cls:
+            torch.testing.assert_close(clip.cls_after(ours[layer - 1], layer), tokens[:, 0], rtol=1e-5, atol=1e-5)
     embedded = clip.embed(images)
     moved = (ours[info.n_blocks - 1] - embedded).norm() / embedded.norm()
     assert moved > 0.1, "the blocks change their input, or nothing was compared"

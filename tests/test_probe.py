@@ -1,7 +1,8 @@
 """The probe stage: fitted on train, chosen on valid, reported on test."""
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from tiny import made
+from torch import Tensor
 
 from saefw.acts import Acts
 from saefw.errors import UserError
 from saefw.inputs import Token
-from saefw.plugin import Dataset, DatasetConfig, Example, Pick, Run, Task, Unit
+from saefw.plugin import Dataset, DatasetConfig, Example, Pick, Probe, Run, Task, Unit
 from saefw.run import Watcher
 from saefw.stages.probe import ProbeStage, open_probe
 from saefw.stages.readers import opened
@@ -29,6 +31,18 @@ def recorded(path: Path, **families: Any) -> Run:
     run = tiny.desk(path, {"probes": SWEEP, **families})
     made(run, "acts", Record(backbone="tiny", datasets=["tiny"], layers=[1, 2]))
     return run
+
+
+class Wild(Linear):
+    """A probe whose fit ran away."""
+
+    use: Literal["wild"] = "wild"  # type: ignore[assignment]
+
+    @classmethod
+    def fit_many(cls, members: Any, task: Task, x_nd: Tensor, y_n: Tensor, done: Any) -> list[Probe]:
+        (probe,) = super().fit_many(members, task, x_nd, y_n, done)
+        probe.weight[3] = torch.inf
+        return [probe]
 
 
 class Stop(Exception):
@@ -316,6 +330,18 @@ def test_a_dataset_that_cannot_be_probed(tmp_path: Path, dataset: Without, messa
     run = recorded(tmp_path, datasets={"tiny": dataset})
     with pytest.raises(UserError, match=f"^{message}$"):
         made(run, "probes", ProbeStage(acts="acts", probes=["p0"]))
+
+
+def test_logits_that_are_no_numbers_are_told_and_nothing_is_kept(tmp_path: Path) -> None:
+    desk = tiny.desk(tmp_path, {"probes": {"wild": Wild()}})
+    made(desk, "acts", Record(backbone="tiny", datasets=["tiny"], layers=[-1]))
+    with pytest.raises(UserError) as caught:
+        made(desk, "probes", ProbeStage(acts="acts", probes=["wild"]))
+    assert re.fullmatch(
+        r"wild on tiny on tiny, layer 2, train: the probe's logits are NaN or infinite for \d+ of \d+ images, "
+        r"first for image \d+; lower its learning rate, or record tokens that are finite",
+        str(caught.value),
+    )
 
 
 def test_stopped_while_probes_are_kept(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

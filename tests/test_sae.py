@@ -236,6 +236,23 @@ def test_a_token_does_not_depend_on_its_neighbours(config: SaeConfig) -> None:
 
 
 @pytest.mark.parametrize("config", VARIANTS, ids=lambda config: config.use)
+def test_more_axes_are_flattened_by_who_has_them_and_never_wrongly(config: SaeConfig) -> None:
+    """Patches of images give the codes of each patch alone; with their axes, or none, they are refused."""
+    sae, x_bpd = rough(config).eval(), torch.stack([tokens(), tokens(2), tokens(3)])
+    with torch.no_grad():
+        dense_bps = sae.dense(x_bpd.flatten(0, 1)).view(3, N, S)
+        codes = sae.encode(x_bpd.flatten(0, 1))
+        scattered_ns = torch.zeros(3 * N, S, dtype=torch.float64).scatter_add(1, codes.indices, codes.values)
+        torch.testing.assert_close(scattered_ns.view(3, N, S), dense_bps)
+        for x_pd, dense_ps in zip(x_bpd, dense_bps, strict=True):
+            torch.testing.assert_close(sae.dense(x_pd), dense_ps)
+        for x in (x_bpd, x_bpd[0, 0], x_bpd.mT):
+            for method in (sae.encode, sae.dense, sae):
+                with pytest.raises(RuntimeError, match=r"matri|size of tensor"):
+                    method(x)
+
+
+@pytest.mark.parametrize("config", VARIANTS, ids=lambda config: config.use)
 def test_no_tokens_are_no_codes(config: SaeConfig) -> None:
     sae = rough(config)
     with torch.no_grad():

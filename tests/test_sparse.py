@@ -13,11 +13,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from saefw import largest as of_rows
 from saefw import sae as module
 from saefw import sparse
+from saefw.largest import BLOCK
 from saefw.plugin import SaeConfig
 from saefw.sae import Batch, Entries, Loss, Sae, largest, largest_of_batch, where
-from saefw.sparse import BLOCK, Scratch, chosen, decode, encode, left_over, split, stacked, turned
+from saefw.sparse import (
+    Scratch,
+    above,
+    chosen,
+    decode,
+    encode,
+    largest_above_zero,
+    left_over,
+    split,
+    stacked,
+    turned,
+)
 from saefw_relu import Relu
 from saefw_topk import TopK
 
@@ -90,6 +103,38 @@ def test_the_largest_are_those_of_a_sort(s: int, tied: bool) -> None:
         assert sorted(of_batch.of(pre_ns).tolist()) == sorted(pre_ns.flatten().tolist())[-k * N :]
         for row, values in zip(pre_ns.tolist(), of_token.of(pre_ns).view(N, k).tolist(), strict=True):
             assert sorted(values) == sorted(row)[-k:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("held", [1, 100, 10**6])
+def test_the_largest_are_found_whatever_is_looked_at_at_once(
+    held: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where few are tied, many, or all; a row without numbers still has k."""
+    monkeypatch.setattr(of_rows, "HELD", held)
+    dead, k = torch.tensor([1, 5, 6, 30, 41, 90]), 3
+    for scale in (1e3, 1.0, 0.0):
+        pre_ns = (normal(N, 8 * BLOCK, seed=2) * scale).round().to(dtype)
+        for values, row in zip(largest(pre_ns, k).of(pre_ns).view(N, k).tolist(), pre_ns.tolist(), strict=True):
+            assert sorted(values) == sorted(row)[-k:]
+        for among in (dead, dead[:k]):
+            found, allowed = largest_above_zero(pre_ns, among, k), set(among.tolist())
+            kept_ns = found.dense(torch.ones(len(found.features_e)), pre_ns.shape[1])
+            for row, kept, dense in zip(pre_ns, kept_ns, found.dense(found.of(pre_ns), 8 * BLOCK), strict=True):
+                assert {*kept.nonzero().flatten().tolist()} <= allowed
+                wanted = sorted(x for x in row[among].tolist() if x > 0)[-k:]
+                assert sorted(dense[kept > 0].tolist()) == wanted
+        for edge in (0.5, torch.linspace(-1, 1, 8 * BLOCK).to(dtype)):
+            over, wanted_at = above(pre_ns, edge), where(pre_ns > edge)
+            assert torch.equal(over.starts_r, wanted_at.starts_r)
+            assert torch.equal(over.features_e, wanted_at.features_e)
+            assert torch.equal(over.of(pre_ns), wanted_at.of(pre_ns))
+            # Of another matrix it gives that one's values.
+            assert torch.equal(over.of(2 * pre_ns), wanted_at.of(2 * pre_ns))
+    pre_ns[3, 7] = torch.nan
+    assert len(largest(pre_ns, k).features_e) == N * k
+    pre_ns[3] = torch.nan
+    assert len(largest(pre_ns, k).features_e) == N * k
 
 
 # Gradients

@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from saefw.plugin import SaeConfig
-from saefw.sae import Sae
+from saefw.sae import Codes, Sae
 from saefw.start import BLEND, geometric_median, rows_near, start
 from saefw_relu import Relu
 from saefw_topk import TopK
@@ -97,6 +97,17 @@ def test_b_dec_may_start_at_the_median() -> None:
     config = TopK(b_dec="median", init="data", k=4)
     sae = started(config, tokens)
     torch.testing.assert_close(sae.b_dec.detach(), geometric_median(tokens()).float())
+
+
+def test_b_dec_may_start_at_the_zero_of_the_recorded_activations() -> None:
+    config = TopK(b_dec="zero", k=4)
+    sae = config.build(5)
+    sae.mean.copy_(tokens().mean(dim=0))
+    sae.scale.fill_(1.7)
+    start(sae, config, never)
+    silent = sae.decode(Codes(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1), sae.d_sae))
+    torch.testing.assert_close(silent, torch.zeros(1, 5), atol=1e-6, rtol=0)
+    assert sae.b_dec.abs().min() > 0.1
 
 
 @pytest.mark.parametrize("init", ["kaiming", "data"])

@@ -17,7 +17,7 @@ from saefw.plugin import Backbone, Task
 from saefw.sae import Sae
 from saefw.stages.steer_edits import kept
 from saefw.stages.steer_plan import spoken_for
-from saefw.steering import MODES, Edit, Steering, along, like_norm
+from saefw.steering import MODES, Edit, Steering, Together, along, like_norm
 from saefw_linear import Linear
 from saefw_topk import TopK
 
@@ -62,6 +62,78 @@ class Watched(Steering):
 def watched() -> Watched:
     plain = steering()
     return Watched(plain.backbone, plain.sae, plain.probe, plain.layer, plain.probe_layer, plain.place)
+
+
+def beside(of: Steering, layer: int, seed: int, place: str = "patches", keep_error: bool = True) -> Steering:
+    """Another SAE on the same backbone, read by the same probe."""
+    return Steering(of.backbone, parts(seed)[1].to(torch.float64), of.probe, layer, of.probe_layer, place, keep_error)
+
+
+def naively(sites: Sequence[Steering], images: Tensor, edits: Sequence[dict[int, float]]) -> Tensor:
+    """Block by block, SAE by SAE, with dense codes; each edit sets codes."""
+    backbone = sites[0].backbone
+    x = backbone.embed(images)
+    for layer in range(sites[0].probe_layer + 1):
+        x = backbone.tail(x, layer, layer)
+        here = [i for i, site in enumerate(sites) if site.layer == layer]
+        z, added = {}, torch.zeros_like(x)
+        for i in sorted(here, key=lambda i: sites[i].keep_error):  # stand-ins first, whose codes are those of before
+            site = sites[i]
+            token_nd = x[:, site.edited].flatten(0, 1)
+            z[i] = site.sae.dense(token_nd).view(len(x), -1, site.sae.d_sae)
+            if not site.keep_error:
+                x = x.clone()
+                x[:, site.edited] = site.sae(token_nd).view_as(x[:, site.edited])
+        for i in here:
+            for feature, amount in edits[i].items():
+                change = (amount - z[i][..., feature, None]) * sites[i].sae.W_dec[feature]
+                added[:, sites[i].edited] += sites[i].sae.scale * change
+        x = x + added
+    return sites[0].probe(x[:, 0])
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        [{0: 2.0}, {}, {}, {}],
+        [{}, {3: 1.5}, {}, {}],
+        [{5: 1.0, 7: 0.0}, {3: 1.5}, {1: 2.0}, {9: 1.0}],
+        [{}, {}, {2: 3.0}, {4: 2.0}],
+    ],
+)
+def test_several_saes_are_edited_together(edits: list[dict[int, float]]) -> None:
+    """After block 0 two SAEs, one of patches and one of [CLS]; after block 1 two of patches."""
+    first, images = steering(dtype=torch.float64), parts()[2].double()
+    sites = [beside(first, 1, 5), first, beside(first, 0, 6, "cls"), beside(first, 1, 7)]
+    of = Together(sites)
+    readings = of.read(images)
+    kept_before = [reading.tokens_btd.clone() for reading in readings]
+    asked = [[Edit(feature, "set", amount) for feature, amount in some.items()] for some in edits]
+    after = of.edit(readings, asked)
+    torch.testing.assert_close(after, naively(sites, images, edits))
+    assert not torch.allclose(after, readings[0].logits_bc, atol=1e-4)
+    assert all(torch.equal(reading.tokens_btd, x) for reading, x in zip(readings, kept_before, strict=True))
+    # An edit of one SAE alone is that of its own engine.
+    alone = [Edit(3, "set", 1.5, [2, 4])]
+    torch.testing.assert_close(of.edit(readings, [[], alone, [], []]), first.edit(first.read(images), alone))
+
+
+def test_several_saes_may_stand_in_for_tokens_and_nothing_changes_nothing() -> None:
+    first, images = steering(dtype=torch.float64, keep_error=False), parts()[2].double()
+    sites = [beside(first, 1, 5, keep_error=False), beside(first, 0, 6), first]
+    of = Together(sites)
+    readings = of.read(images)
+    torch.testing.assert_close(readings[0].logits_bc, naively(sites, images, [{}, {}, {}]))
+    edits = [{}, {8: 1.0}, {3: 2.0}]
+    asked = [[Edit(feature, "set", amount) for feature, amount in some.items()] for some in edits]
+    torch.testing.assert_close(of.edit(readings, asked), naively(sites, images, edits))
+    nothing = [Edit(3, "add", 0.0)]
+    assert torch.equal(of.edit(readings, [nothing] * 3), readings[0].logits_bc)
+    assert torch.equal(of.edit(readings, [[], [], []]), readings[0].logits_bc)
+    with pytest.raises(UserError, match="two SAEs would replace the patches after block 0 by their reconstructions"):
+        Together([first, first])
+    with pytest.raises(UserError, match="on one backbone, and read by one probe"):
+        Together([first, steering(probe_layer=1)])
 
 
 def dense(of: Steering, tokens_btd: Tensor) -> Tensor:

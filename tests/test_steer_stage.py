@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from tiny import made
 from torch import Tensor
 
 from saefw.acts import Acts
-from saefw.controls import Drawn
+from saefw.controls import Drawn, balanced
 from saefw.errors import UserError
 from saefw.metrics import Nmse
 from saefw.plugin import NotYet, Run
@@ -440,6 +442,7 @@ def test_a_probe_before_the_end_is_read_there(steered: Steered) -> None:
             "steer: place: topk, tiny on tiny, layer 0 was trained on patches, but the edit is on cls; "
             "choose another SAE, or say allow_off_distribution: true",
         ),
+        ({"patches": [0, 16]}, "steer: patches: there is no patch 16 (there are: 0 to 15)"),
         ({"sae": SaePick(layer=0, below={"nmse": 0})}, "sweep: none of 2 has nmse <= 0"),
     ],
 )
@@ -529,6 +532,46 @@ def test_patches_of_the_last_block_are_read_by_the_mean_of_patches(steered: Stee
         wanted = reader(x_1pd.mean(dim=1) + trained.scale * change)[0]
         told = edits["edit_logit"]["after"][edits["edit_logit"]["edit"] == edit]
         np.testing.assert_allclose(told, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_chosen_patches_are_edited_by_raw_amounts(steered: Steered) -> None:
+    run, patches, own = steered.run, [9, 2, 3], copy(steered)
+    (own.unit,) = made(run, "some", Steer(**{**SETTINGS, "patches": patches, "raw": True, "amounts": [0.5, 2.0]}))
+    told = tables(run.folder(own.unit))
+    edit, logit, chosen = told["edit"], told["edit_logit"], told["edit_feature"]
+    wanted = Edit(0, "set", 2.0, patches)
+    for row in np.flatnonzero((edit["chosen_by"] == "effect") & (edit["dose"] == 2))[::7]:
+        reading = steered.engine.reading(own.tokens([edit["example"][row]]))
+        features = chosen["feature"][chosen["edit"] == edit["edit"][row]]
+        after = steered.engine.edit(reading, [wanted._replace(feature=int(feature)) for feature in features])[0]
+        np.testing.assert_allclose(logit["after"][logit["edit"] == edit["edit"][row]], after, rtol=1e-4, atol=1e-4)
+    # Both controls have its norm, on these patches alone; what is predicted is the slope there.
+    norm = {kind: edit["norm"][edit["chosen_by"] == kind] for kind in ("like features", "random directions")}
+    of = edit["norm"][edit["chosen_by"] == edit["way"]]
+    np.testing.assert_allclose(norm["random directions"], of, rtol=1e-4)
+    np.testing.assert_allclose(norm["like features"], of, rtol=1e-4)
+    ((feature, label, predicted),) = own.sql("SELECT feature, label, predicted FROM choice WHERE unit = $unit LIMIT 1")
+    train = own.acts.of_split("train")[balanced(own.acts.labels[own.acts.of_split("train")], SETTINGS["n_effect"], 0)]
+    parts = (deepcopy(part).double() for part in (steered.backbone, steered.sae, steered.probe))
+    wide = Steering(*parts, 0, 2)
+    reading = wide.reading(own.tokens(train).double())
+    up, down = (wide.edit(reading, [Edit(feature, "add", step, patches)])[:, label] for step in (1e-5, -1e-5))
+    p99 = own.sql(f"SELECT p99 FROM feature WHERE unit = '{own.unit.needs[2].address}' AND feature = {feature}")[0][0]
+    assert predicted == pytest.approx(float((up - down).mean() / 2e-5) * p99, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"patches": [3, 3]}, "a patch is named once (got 3 twice)"),
+        ({"patches": [3], "place": "cls"}, "patches are edited with place: patches (got place: cls)"),
+        ({"raw": True, "mode": "scale"}, "amounts have no unit with mode: scale; leave out raw"),
+    ],
+)
+def test_patches_and_units_that_mean_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Steer(**{**SETTINGS, **settings})
+    assert message in str(caught.value)
 
 
 def test_more_features_than_there_are(steered: Steered) -> None:

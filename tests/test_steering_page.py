@@ -3,13 +3,11 @@
 import asyncio
 import csv
 import json
-import os
 import runpy
 import socket
-import subprocess
-import sys
+import time
 from base64 import b64decode, b64encode
-from collections.abc import Iterator
+from functools import partial
 from html import escape
 from io import BytesIO
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any, cast
 from urllib.parse import unquote
 
 import numpy as np
+import odd_names
 import pytest
 import tiny
 from bokeh.document import Document
@@ -26,80 +25,28 @@ from bokeh.models.widgets import Div
 from PIL import Image
 
 import saefw_steering_state as states
-from saefw import gc, pipeline, registry
-from saefw.catalog import Catalog
+from saefw import gc
 from saefw.errors import UserError
 from saefw.steering import Edit
 from saefw_choices import Choice, choices
 from saefw_experiment import opened, probabilities
 from saefw_steering import page, server
+from saefw_steering_work import Newest
 from saefw_upload import uploaded
-
-ODD = '''
-"""The tiny images under names that HTML would take for its own."""
-
-from typing import Literal
-
-from saefw.plugin import DatasetConfig, hookimpl
-from tiny import TinyImages, TinySet
-
-
-class OddSet(TinySet):
-    """The tiny images."""
-
-    use: Literal["odd-set"] = "odd-set"
-
-    def build(self, base):
-        return OddImages(self.n, self.seed, frozenset())
-
-
-class OddImages(TinyImages):
-    """With odd names."""
-
-    classes = ("<b>red</b>", "green & co", "<script>blue()</script>")
-
-    def __getitem__(self, index):
-        example = super().__getitem__(index)
-        return example._replace(key=f"<i>{example.key}</i>")
-
-
-@hookimpl
-def saefw_datasets():
-    """One: odd-set."""
-    return [OddSet]
-'''
-
-REGISTRY = f"""
-saefw: 1
-plugins: [{Path(tiny.__file__)}, odd.py]
-device: cpu
-backbones: {{tiny: {{use: tiny-vit}}}}
-datasets: {{odd: {{use: odd-set}}, other: {{use: tiny-set, n: 30, seed: 3}}}}
-saes: {{topk: {{use: topk, k: 4, expansion: 2, lr: 0.003}}}}
-probes: {{linear: {{use: linear, lr: 0.01}}}}
-stages:
-  acts: {{use: record, backbone: tiny, datasets: [odd, other], layers: [0, -1]}}
-  sweep: {{use: train, acts: acts, saes: [topk], layers: [0], n_tokens: 4096, batch_size: 256}}
-  looks: {{use: visuals, saes: sweep, acts: acts, top: 6}}
-  probes: {{use: probe, acts: acts, probes: [linear]}}
-  steer: {{use: steer, saes: sweep, probes: probes, visuals: looks, amounts: [1, 8], max_frequency: 2}}
-"""
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A registry on images with odd names, with everything made."""
-    folder = tmp_path_factory.mktemp("page")
-    (folder / "odd.py").write_text(ODD)
-    (folder / "registry.yaml").write_text(REGISTRY)
-    catalog = Catalog()
-    pipeline.run(registry.read(folder / "registry.yaml", catalog), catalog)
-    return folder / "registry.yaml"
+    return odd_names.made(tmp_path_factory.mktemp("page"))
 
 
 def html(doc: Document) -> str:
+    """Return all texts: what was sent since the page was built stands in `live`."""
     divs: Any = doc.select({"type": Div})
-    return "".join(div.text for div in divs)
+    live: Any = doc.select_one({"name": "live"})
+    sent = {name: text for name, text, _ in live.tags[1:] if text is not None} if live else {}
+    return "".join(sent.get(div.name, div.text) for div in divs)
 
 
 class Visitor:
@@ -118,6 +65,13 @@ class Visitor:
 
     def press(self, name: str) -> None:
         self[name]._trigger_event(ButtonClick(self[name]))
+
+    def feature(self, group: str, i: int) -> int:
+        """Return what a card shows."""
+        assert self.steer.session is not None
+        facts = self.steer.session.columns.groups[group][i].facts
+        assert facts is not None
+        return facts.feature
 
     def bars(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         assert self.steer.session is not None
@@ -169,9 +123,9 @@ def test_the_first_example_turns_one_class_into_another(visitor: Visitor) -> Non
     assert [before.argmax(), after.argmax()] == [first.own, first.target]
     # Row by row what is edited is what was stored, and the stage measured what the page shows.
     # A feature of both classes stands in the rows of the image's own.
-    rows = [f"{group}-{i}" for group in ("own", "other", "found") for i in range(4)]
-    edited = {visitor[f"pick-{row}"].label: visitor[f"number-{row}"].value for row in rows}
-    wanted = {str(feature): first.amount for feature in first.features}
+    rows = [(group, i) for group in ("own", "other", "found") for i in range(4)]
+    edited = {visitor.feature(*row): visitor["number-{}-{}".format(*row)].value for row in rows}
+    wanted = {feature: first.amount for feature in first.features}
     assert {feature: amount for feature, amount in edited.items() if amount is not None} == wanted
     with visitor.choice.run.store.db() as db:
         stored = db.execute(
@@ -243,7 +197,7 @@ def test_edits_are_those_of_the_engine_on_the_patches_chosen(visitor: Visitor) -
     corner: Any = {"type": "rect", "x0": 1.2, "x1": 2.8, "y0": 0.1, "y1": 1.9}
     picture._trigger_event(SelectionGeometry(picture, geometry=corner, final=True))
     chosen = [0, 9, 10, 13, 14]
-    feature, example = int(visitor["pick-found-0"].label), int(visitor["image"].value)
+    feature, example = visitor.feature("found", 0), int(visitor["image"].value)
     edit = Edit(feature, "set", 3.0 * experiment.about[feature].p99, chosen)
     engine = experiment.steerings["patches"].edit(experiment.seen(example).readings["patches"], [edit])
     after = visitor.bars()[1]
@@ -276,11 +230,12 @@ def test_images_are_gone_through_and_edits_in_sight_stay(visitor: Visitor) -> No
 def test_the_picture_is_lit_where_a_feature_fires(visitor: Visitor) -> None:
     image = visitor["picture"].renderers[0].data_source
     plain = image.data["image"][0].copy()
-    visitor.press("pick-found-0")
-    assert visitor["light"].active
+    lit = visitor.feature("found", 0)
+    visitor["signal"].tags = ["light", 1, lit]
+    assert visitor["light"].active and f'<button class="pick" data-light="{lit}"' in visitor.html()
     assert not np.array_equal(image.data["image"][0], plain)
     texts = visitor["picture"].renderers[2].data_source.data["value"]
-    values = visitor.experiment.seen(int(visitor["image"].value)).patch_ps[:, int(visitor["pick-found-0"].label)]
+    values = visitor.experiment.seen(int(visitor["image"].value)).patch_ps[:, lit]
     assert [text.endswith(" 0.00") for text in texts] == [f"{v:.2f}" == "0.00" for v in values / values.max()]
     visitor["light"].active = False
     assert np.array_equal(image.data["image"][0], plain)
@@ -322,10 +277,10 @@ def test_another_dataset_is_another_experiment(path: Path, choice: Choice) -> No
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (REGISTRY.replace("\n  steer:", "\n  #"), "has no stage with use: steer"),
-        (REGISTRY, "run <code>saefw run {path}</code> first"),
+        (odd_names.REGISTRY.replace("\n  steer:", "\n  #"), "has no stage with use: steer"),
+        (odd_names.REGISTRY, "run <code>saefw run {path}</code> first"),
         (
-            REGISTRY.replace("use: topk", "use: '<b>topk'"),
+            odd_names.REGISTRY.replace("use: topk", "use: '<b>topk'"),
             "no plugin brings &#x27;&lt;b&gt;topk&#x27;; did you mean &#x27;topk&#x27;?",
         ),
         (None, "{path}"),
@@ -333,7 +288,7 @@ def test_another_dataset_is_another_experiment(path: Path, choice: Choice) -> No
 )
 def test_where_there_is_nothing_to_steer_the_page_says_what_to_do(tmp_path: Path, text: str | None, said: str) -> None:
     if text is not None:
-        (tmp_path / "registry.yaml").write_text(text.replace(", odd.py", "").replace("odd-set", "tiny-set"))
+        (tmp_path / "registry.yaml").write_text(text.replace("odd-set", "tiny-set"))
     doc = Document()
     page(doc, tmp_path / "registry.yaml")
     assert doc.select_one({"name": "nothing"}) is not None
@@ -426,7 +381,7 @@ def test_a_link_holds_the_state_and_a_false_one_is_refused(visitor: Visitor) -> 
     session = visitor.steer.session
     assert session is not None
     state = session.state()
-    assert visitor["link"].tags == [f"?state={states.written(state)}"]
+    assert visitor["live"].tags[0] == f"?state={states.written(state)}"
     assert states.read(unquote(states.written(state))) == state
     for text in ("{}", "[]", '{"sae": "../../x", "probe": "000000000000"}', "x" * 9000):
         with pytest.raises(UserError, match="so the page starts anew"):
@@ -488,36 +443,33 @@ def test_an_image_of_ones_own_is_read_in_memory(visitor: Visitor) -> None:
     assert str(caught.value) == "that is no image that can be read (there are: JPEG, PNG, WEBP)"
 
 
-@pytest.fixture(scope="module")
-def address(path: Path) -> Iterator[str]:
-    """The address of a page that is served by a process of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": str(Path(tiny.__file__).parent)}
-    command = [sys.executable, "-m", "saefw", "serve", str(path), "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as served:
-        assert served.stdout is not None and b"The steering page is at" in served.stdout.readline()
-        yield f"http://127.0.0.1:{port}/steering"
-        served.kill()
+def test_of_the_wishes_of_a_drag_the_newest_is_carried_out_and_none_that_is_stale() -> None:
+    asked, begun = 40, list[int]()
+    shown: list[Any] = []
 
+    async def drag() -> None:
+        loop = asyncio.get_running_loop()
+        doc: Any = SimpleNamespace(
+            session_context=SimpleNamespace(destroyed=False),
+            add_next_tick_callback=lambda call: loop.call_soon(lambda: asyncio.ensure_future(called(call))),
+        )
+        newest = Newest(doc, shown.append)
+        newest.open = True
 
-def test_in_a_browser_an_edit_is_made_and_its_link_shows_it_to_another(chromium: Any, address: str) -> None:
-    one, two = chromium.new_page(), chromium.new_page()
-    faults: list[str] = []
-    for visitor in (one, two):
-        visitor.on("pageerror", lambda error: faults.append(str(error)))
-        visitor.goto(address)
-        visitor.wait_for_selector("text=Undo")
-    one.locator(".noUi-handle").first.press("ArrowRight")
-    one.wait_for_selector("text=1 feature edited on all patches")
-    one.wait_for_function("location.search.startsWith('?state=')")
-    assert two.locator("text=1 feature edited").count() == 0
-    assert one.locator("b:text-is('red')").count() == 0  # the name is <b>red</b>, shown as text
-    one.wait_for_function("decodeURIComponent(location.search).includes('edits')")
-    two.goto(one.url)
-    two.wait_for_selector("text=1 feature edited on all patches")
-    two.keyboard.press("0")
-    two.wait_for_selector("text=1 feature edited", state="detached")
-    assert one.locator("text=1 feature edited").count() == 1
-    assert faults == []
+        def job(wish: int) -> int:
+            begun.append(wish)
+            time.sleep(0.05)
+            return wish
+
+        for wish in range(asked):
+            newest.ask(partial(job, wish), shown.append)
+            await asyncio.sleep(0.002)
+        while shown[-1:] != [asked - 1]:
+            await asyncio.sleep(0.01)
+
+    async def called(call: Any) -> None:
+        if asyncio.iscoroutine(made := call()):
+            await made
+
+    asyncio.run(asyncio.wait_for(drag(), 20))
+    assert begun == shown == sorted(set(begun)) and len(begun) < asked / 4

@@ -153,7 +153,7 @@ def test_planted() -> None:
     """What learns passes in test_planted; this one learns to be silent."""
     assert re.fullmatch(
         r"sae\.planted, trained on sums of about three planted directions, it has a row near each of them: "
-        r"expected a mean cosine above 0\.95, got 0\.\d+",
+        r"expected a mean cosine above 0\.95, got 0\.\d+, with \d+\.\d features on a token",
         broken(check_planted, Variant(fault="idle")),
     )
 
@@ -257,6 +257,9 @@ class FaultyVit(TinyBackbone):
         tokens = super().forward(images)
         return self.model.get_submodule("norm")(tokens) if self.fault == "norm" else tokens
 
+    def cls_after(self, tokens: Tensor, number: int) -> Tensor:
+        return super().cls_after(tokens[:, :4] if self.fault == "cls" else tokens, number)
+
 
 def test_backbone() -> None:
     check_backbone(Vit())
@@ -276,6 +279,9 @@ def test_backbone() -> None:
     assert {fault: broken(check_backbone, Vit(fault=fault)) for fault in faults} == faults
     assert broken(check_backbone, Vit(fault="norm")).startswith(
         "backbone.tail, tail() from any block on gives what the whole pass gives: after block 0: expected "
+    )
+    assert broken(check_backbone, Vit(fault="cls")).startswith(
+        "backbone.cls, cls_after() gives [CLS] of what the block puts out: after block 1: expected "
     )
     assert broken(check_backbone, Vit(fault="batch")).startswith(
         "backbone.batch, an image's tokens do not depend on the others of its batch: expected "

@@ -126,11 +126,25 @@ def test_blocks_give_what_timm_gives(name: str) -> None:
     for layer, tokens in enumerate(truth):
         assert torch.equal(ours[layer], tokens)
         assert torch.equal(edited_tail(backbone, tokens, layer), whole)
+    if info.has_cls:
+        for number in range(1, info.n_blocks):
+            alone = backbone.cls_after(truth[number - 1], number)
+            torch.testing.assert_close(alone, truth[number][:, 0], rtol=1e-5, atol=1e-5)
     assert all(float((one - two).abs().mean()) > 0.05 for one, two in pairwise(truth))
     assert torch.equal(backbone._model.norm(whole), backbone._model.forward_features(images))
     assert torch.equal(backbone.embedding(whole), backbone._model.forward_head(backbone._model.norm(whole), True))
     assert torch.equal(backbone.classify(images), backbone._model(images))
     check_backbone(config)
+
+
+@pytest.mark.parametrize("more", [{}, {"qkv_bias": True, "qk_norm": True}, {"scale_norm": True, "gated": True}])
+def test_attention_of_one_query_is_that_of_the_first_token(more: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    attention = (
+        saefw_timm._timm().layers.Attention(24, 3, norm_layer=torch.nn.LayerNorm, **more).eval().requires_grad_(False)
+    )
+    x_btd = torch.randn(2, 7, 24)
+    torch.testing.assert_close(saefw_timm._attended(attention, x_btd), attention(x_btd)[:, :1], rtol=1e-5, atol=1e-6)
 
 
 def test_describe_knows_the_full_sizes() -> None:

@@ -117,6 +117,22 @@ def test_the_pictures_of_an_sae_of_cls_are_as_they_are(of_cls: tuple[Run, list[U
     assert len(figure.axes[0].images) == 2
 
 
+def test_the_disk_it_needs_is_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maps, pictures, and the pairs and records that wait until all images are counted."""
+    run, held = trained(tmp_path), dict[str, int]()
+
+    def keep(unit: Unit, without: Sequence[str]) -> None:
+        files = {path.name: path.stat().st_size for path in run.folder(unit).iterdir()}
+        held[unit.address] = sum(files[name] for name in ("maps.safetensors", "picture.parquet", PAIRS, IMAGES))
+        assert files[PAIRS] > 0
+
+    monkeypatch.setattr(run, "keep", keep)
+    stage = Visuals(saes="sweep", acts="acts", top=TOP)
+    for unit in made(run):
+        # A patch is guessed to have 16 by 16 pixels: here they are 4 by 4.
+        assert held[unit.address] / 2 < stage.disk(unit, run) < 8 * held[unit.address]
+
+
 def test_what_does_not_fit_in_memory_is_seen_in_another_pass(
     tmp_path: Path, of_cls: tuple[Run, list[Unit]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,6 +391,9 @@ def test_monosemanticity_is_by_the_embeddings_of_the_backbone(tmp_path: Path, to
         embedding = normalize(backbone.embedding(backbone.tail(x_etd, 4)), dim=1).double().numpy()
     low, high = score.min(axis=0), score.max(axis=0)
     found = table(run, unit, "feature")["monosemanticity"]
+    with run.db() as db:
+        asked = "SELECT value FROM final WHERE unit = ? AND name = 'monosemanticity'"
+        assert db.execute(asked, [unit.address]).fetchall() == [(pytest.approx(found.mean()),)]
     cosine = np.triu(embedding @ embedding.T, 1)
     for s in range(64):
         if high[s] == low[s]:

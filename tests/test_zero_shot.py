@@ -112,6 +112,20 @@ def written(path: Path, **tensors: torch.Tensor) -> Place:
     return Place(path / "classes.safetensors")
 
 
+def test_a_file_counts_by_what_it_holds(tmp_path: Path) -> None:
+    first, again, other = (tmp_path / name for name in ("a", "b", "c"))
+    configs = []
+    for folder, value in ((first, 1.0), (again, 1.0), (other, 2.0)):
+        folder.mkdir()
+        configs.append(ZeroShot(embeddings=written(folder, embeddings=torch.full((3, 8), value))))
+    one, same, different = (config.content() for config in configs)
+    assert one == same != different and str(tmp_path) not in json.dumps(one)
+    written(first, embeddings=torch.full((4, 8), 1.0))
+    assert configs[0].content() != one
+    (first / "classes.safetensors").unlink()
+    assert configs[0].content()["embeddings"] == str(first / "classes.safetensors"), "its check says what is missing"
+
+
 def test_class_embeddings_from_a_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
     classes_cd, x_nd = torch.randn(3, 8).half(), torch.randn(20, 8)

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 import traceback
@@ -17,6 +18,7 @@ import pluggy
 from saefw import hookspecs
 from saefw.entry import KINDS, Entry, Knob, Late, Names
 from saefw.errors import Faults, UserError, did_you_mean
+from saefw.origin import GROUP, source
 from saefw.plugin import (
     BackboneConfig,
     DatasetConfig,
@@ -28,11 +30,11 @@ from saefw.plugin import (
 )
 from saefw.unit import WORD
 
-GROUP = "saefw"
-"""The entry-point group in which every plugin is found, built-in or not."""
-
 BLOCK = "SAEFW_BLOCK"
 """The environment variable that leaves plugins out: their names, with commas between."""
+
+WATCHED = ("saefw_logged", "saefw_progressed", "saefw_kept")
+"""The hooks that tell what happens."""
 
 BASES: Mapping[str, type[Entry]] = {
     "backbones": BackboneConfig,
@@ -89,7 +91,7 @@ class Catalog:
         faults: list[str] = []
         for point in found:
             if point.name not in self._blocked:
-                self.broken += self._add(point.name, _origin(point), point.load)
+                self.broken += self._add(point.name, source(point), point.load)
         for module in modules:
             name = getattr(module, "__name__", None) or type(module).__name__
             if name not in self._blocked:
@@ -107,6 +109,19 @@ class Catalog:
         """The metrics that plugins bring, by name."""
         return MappingProxyType(self._metrics)
 
+    @property
+    def watchers(self) -> Mapping[str, Sequence[str]]:
+        """The hooks by which each plugin that watches is told, by the plugin's name."""
+        heard: dict[str, list[str]] = {}
+        for hook in WATCHED:
+            for impl in getattr(self.hook, hook).get_hookimpls():
+                heard.setdefault(impl.plugin_name, []).append(hook)
+        return MappingProxyType(dict(sorted(heard.items())))
+
+    def watcher(self, name: str) -> tuple[str, str]:
+        """Return what a plugin that watches says of itself, and where it comes from."""
+        return inspect.getdoc(self.manager.get_plugin(name)) or "", _shown(self._origins[name])
+
     def lookup(self, kind: str) -> Mapping[str, type[Entry]]:
         """Return the config classes of a kind (see `entry.KINDS`), by what `use` says, in order of names."""
         return MappingProxyType(dict(sorted(self._brought[kind].items())))
@@ -115,8 +130,7 @@ class Catalog:
         """Return where a config class or metric comes from: `saefw 0.1.0`, or the file of a drop-in."""
         for (kind, name), plugin in self._bringers.items():
             if (self._metrics if kind == "metrics" else self._brought[kind])[name] is cls:
-                origin = self._origins[plugin]
-                return origin if Path(origin).is_absolute() else origin.partition(" (")[0]
+                return _shown(self._origins[plugin])
         raise KeyError(cls)
 
     def add_files(self, paths: Sequence[Path]) -> None:
@@ -143,7 +157,7 @@ class Catalog:
         except UserError as error:
             return [str(error)]
         except (Exception, SystemExit) as error:
-            return [f"{who} cannot be imported: {error!r}{_line(error, file)} ({BLOCK}={name} leaves it out)"]
+            return [f"{who} cannot be imported: {_said(error)}{_line(error, file)} ({BLOCK}={name} leaves it out)"]
         if self.manager.is_registered(plugin):
             return []
         if self.manager.has_plugin(name):
@@ -153,7 +167,7 @@ class Catalog:
         except pluggy.PluginValidationError as error:
             if self.manager.is_registered(plugin):  # pluggy before 1.7 keeps half of it
                 self.manager.unregister(plugin)
-            return [f"{who}: {', '.join(str(error).splitlines())}"]
+            return [f"{who}: {text}" for text in _unheard(plugin)] or [f"{who}: {', '.join(str(error).splitlines())}"]
         self._origins[name] = origin
         faults = [f"{who}: {text}" for text in self._hook_faults(plugin)]
         faults += self._sort(name, plugin, who)
@@ -187,8 +201,11 @@ class Catalog:
             try:
                 answers = self.manager.subset_hook_caller(hook, others)()
             except Exception as error:
-                faults.append(f"{who}: {hook} fails: {error!r}{_line(error, getattr(plugin, '__file__', '') or '')}")
+                where = _line(error, getattr(plugin, "__file__", "") or "")
+                faults.append(f"{who}: {hook} fails: {_said(error)}{where}")
                 continue
+            if not answers and any(impl.plugin is plugin for impl in getattr(self.hook, hook).get_hookimpls()):
+                faults.append(f"{who}: {hook} returns nothing; is a `return` missing?")
             for answer in answers:
                 if kind == "metrics":
                     faults += self._sort_metrics(name, answer, who)
@@ -225,7 +242,7 @@ class Catalog:
             bringers = sorted([self._module(self._bringers[kind, word]), self._module(plugin)])
             if bringers[0] == bringers[1]:
                 return [f"{kind}: {bringers[0]} brings '{word}' twice"]
-            text = f"{kind}: {' and '.join(bringers)} both bring '{word}'"
+            text = f"{kind}: {' and '.join(bringers)} both bring '{word}'; rename one, or leave one out with {BLOCK}"
             self.clashes[kind, word] = text
             return [text]
         brought[word] = cls
@@ -239,19 +256,13 @@ class Catalog:
         return name if self._origins[plugin] == name else f"{name} of {self._origins[plugin]}"
 
 
+def _shown(origin: str) -> str:
+    """Return an origin without the file of an installed plugin."""
+    return origin if Path(origin).is_absolute() else origin.partition(" (")[0]
+
+
 def _listed(words: Iterable[str]) -> str:
     return ", ".join(words)
-
-
-def _origin(point: metadata.EntryPoint) -> str:
-    """Return the distribution and version of an entry point and, of a foreign one, the file, which is not imported."""
-    if not point.dist:
-        return point.value
-    origin = f"{point.dist.metadata['Name']} {point.dist.version}"
-    if point.dist.metadata["Name"] == GROUP or "." in point.module:  # to find it would import its package
-        return origin
-    spec = importlib.util.find_spec(point.module)
-    return f"{origin} ({spec.origin})" if spec and spec.origin else origin
 
 
 def _traced(
@@ -261,6 +272,25 @@ def _traced(
     if impls:
         given = ", ".join(f"{key}={getattr(value, 'label', value)!r}" for key, value in arguments.items())
         tell(f"{name}({given}) -> {_listed(impl.plugin_name for impl in reversed(impls))}")
+
+
+def _said(error: BaseException) -> str:
+    """Return what kind of error it is and what it says; of a slip in the syntax, without the line it stands in."""
+    return f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}".removesuffix(": ")
+
+
+def _unheard(plugin: object) -> list[str]:
+    """Name the arguments that hooks of a plugin ask for and no hook gives."""
+    faults = []
+    for name, spec in vars(hookspecs).items():
+        function = getattr(plugin, name, None)
+        if name.startswith("saefw_") and callable(function):
+            given = list(inspect.signature(spec).parameters)
+            for word in inspect.signature(function).parameters:
+                if word not in given:
+                    hint = did_you_mean(word, given) or f" (there are: {_listed(given)})"
+                    faults.append(f"{name} is given no '{word}'{hint}")
+    return faults
 
 
 def _line(error: BaseException, file: str) -> str:

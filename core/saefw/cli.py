@@ -4,6 +4,7 @@ Imports what a command needs inside it: `saefw --help` loads neither torch nor a
 """
 
 import os
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,7 @@ app = typer.Typer(
 
 File = Annotated[Path, typer.Argument(metavar="[FILE]", show_default=False, help="Default: registry.yaml.")]
 Of = Annotated[Path, typer.Option("--registry", metavar="FILE", help="The registry whose store it is.")]
+With = Annotated[Path, typer.Option("--registry", metavar="FILE", help="The registry whose plugin files count, too.")]
 
 
 def main() -> None:
@@ -195,8 +197,8 @@ def _duplicates(registry: "Registry", printer: "Printer") -> int:
 
 @app.command()
 def plugins(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show the settings of this one.")] = None,
-    registry: Of = REGISTRY,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this one and its settings.")] = None,
+    registry: With = REGISTRY,
 ) -> None:
     """List what plugins bring or, with a name, the settings of one."""
     from saefw import tables
@@ -204,11 +206,11 @@ def plugins(
 
     catalog, console = _catalog(registry), tables.console()
     if name is None:
-        console.print(tables.plugins(catalog, KINDS))
+        console.print(tables.plugins(catalog))
         return
     brought = [(kind, catalog.lookup(kind)[name]) for kind in KINDS if name in catalog.lookup(kind)]
-    if not brought:
-        every = [use for kind in KINDS for use in catalog.lookup(kind)]
+    if not brought and name not in catalog.metrics and name not in catalog.watchers:
+        every = [use for kind in KINDS for use in catalog.lookup(kind)] + [*catalog.metrics, *catalog.watchers]
         near = did_you_mean(name, every) or f" (there are: {', '.join(every)})"
         raise UserError(f"no plugin brings '{name}'{near}")
     for kind, cls in brought:
@@ -216,10 +218,17 @@ def plugins(
         console.print(f"{_doc(cls)}\n")
         console.print(tables.settings(cls))
         console.print(f"\nIn registry.yaml:\n\n{tables.example(kind, cls)}\n", soft_wrap=True)
+    if metric := catalog.metrics.get(name):
+        console.print(f"{name}, one of the metrics, of {catalog.origin(metric)}", style="bold")
+        console.print(f"{_doc(metric)}\n\nMeasured of every SAE that is trained; no registry names it.")
+    if hooks := catalog.watchers.get(name):
+        text, origin = catalog.watcher(name)
+        console.print(f"{name}, one of the watchers, of {origin}", style="bold")
+        console.print(f"{text}\n\nIs told: {', '.join(hooks)}.")
 
 
 @app.command()
-def schema(registry: Of = REGISTRY) -> None:
+def schema(registry: With = REGISTRY) -> None:
     """Print the JSON Schema of registry.yaml, for editors that complete and check."""
     import json
 
@@ -481,4 +490,5 @@ def _catalog(registry: Path) -> "Catalog":
 def _doc(cls: type) -> str:
     import inspect
 
-    return inspect.getdoc(cls) or ""
+    # A line of a paragraph ends where the terminal does.
+    return re.sub(r"(?<=\S)\n(?=[^\s-])", " ", inspect.getdoc(cls) or "")

@@ -33,9 +33,10 @@ class Pairs:
         self._n = 0
 
     def add(self, feature_n: Array, label_n: Array, score_n: Array) -> None:
-        """Take in pairs."""
+        """Take in pairs; those of score 0 are none."""
         pair_n = np.empty(len(feature_n), dtype=PAIR)
         pair_n["feature"], pair_n["label"], pair_n["score"] = feature_n, label_n, score_n
+        pair_n = pair_n[score_n > 0]
         self._waiting.append(pair_n)
         self._n += len(pair_n)
         if self._n >= RUN:

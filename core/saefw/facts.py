@@ -3,11 +3,15 @@
 Shapes: s d_sae, c classes.
 """
 
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Hashable, Iterable
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from duckdb import DuckDBPyConnection
 from numpy.typing import NDArray
+
+Class = TypeVar("Class", bound=Hashable)
 
 
 class Facts(NamedTuple):
@@ -43,6 +47,17 @@ def facts(db: DuckDBPyConnection, features: str, classes: str, d_sae: int, n_cla
     for name, table_sc in of_class.items():
         table_sc[rows["feature"], rows["label"]] = np.nan_to_num(np.ma.filled(rows[name], 0))
     return Facts(frequency_s, p99_s, of_class["rate"], of_class["share"], of_class["ap"])
+
+
+def commonest(classes: Iterable[Class | None]) -> tuple[Class | None, int]:
+    """Return the commonest class of a feature's images, and how many are of it; of equal ones that of the strongest.
+
+    Args:
+        classes: of its images, from the strongest on; None: it has none.
+
+    """
+    counted = Counter(one for one in classes if one is not None).most_common(1)  # of equal ones the first met
+    return counted[0] if counted else (None, 0)
 
 
 def names(db: DuckDBPyConnection, unit: str, top: int, grid: tuple[int, int]) -> dict[int, Name]:

@@ -5,7 +5,6 @@ Shapes: b batch, t n_tokens, d d_model; `tokens_btd` has shape [b, t, d].
 
 import logging
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from saefw.blocks import outputs
 from saefw.errors import UserError
+from saefw.origin import whose
 from saefw.plugin import Backbone
 
 log = logging.getLogger("saefw")
@@ -45,7 +45,7 @@ class Forward:
             batch_size: images at a time; None: as many as are fastest.
 
         Raises:
-            UserError: not even one image fits.
+            UserError: not even one image fits, or a block puts out another shape than `describe` says.
 
         """
         from PIL.Image import new
@@ -54,6 +54,10 @@ class Forward:
         self.dtype: torch.dtype = getattr(torch, precision)
         self.blank = backbone.prepare(new("RGB", (256, 256)))
         """A prepared image without anything on it, to stand for one that cannot be read."""
+        try:
+            self._try()
+        except RuntimeError as error:
+            _halved(1, error)
         self.batch_size = batch_size or (ON_CPU if device == "cpu" else fastest(self._seconds))
 
     def outputs(self, images: Sequence[Tensor]) -> Iterator[dict[int, Tensor]]:
@@ -80,19 +84,45 @@ class Forward:
             start += self.batch_size
 
     def _run(self, images: Sequence[Tensor]) -> dict[int, Tensor]:
+        with self._computing():
+            found = outputs(self.backbone, torch.stack(list(images)).to(self.device), self.layers)
+        for layer, tokens_btd in found.items():
+            self._check(f"after block {layer} tokens are", tokens_btd, len(images))
+        return found
+
+    def _try(self) -> None:
+        """Run the blank image block by block: where a block is wrong, a later one would fail without naming it."""
+        blank = self.blank
+        if not isinstance(blank, Tensor) or blank.dtype != torch.float32 or blank.ndim != 3 or len(blank) != 3:
+            got = f"{blank.dtype} {list(blank.shape)}" if isinstance(blank, Tensor) else repr(blank)
+            raise UserError(f"{whose(type(self.backbone))}: prepare() must give float32 [3, height, width] (got {got})")
+        with self._computing():
+            tokens_btd = self.backbone.embed(blank[None].to(self.device))
+            self._check("before block 0 tokens are", tokens_btd, 1)
+            for layer in range(max(self.layers, default=-1) + 1):
+                try:
+                    tokens_btd = self.backbone.tail(tokens_btd, layer, layer)
+                except TypeError as error:
+                    error.add_note(f"block {layer} of {whose(type(self.backbone))}: if it takes more, override tail()")
+                    raise
+                self._check(f"after block {layer} tokens are", tokens_btd, 1)
+
+    def _check(self, what: str, tokens_btd: object, n: int) -> None:
+        """Raise unless tokens of `n` images have the shape that `describe` says."""
+        wanted = [n, self.backbone.info.n_tokens, self.backbone.info.d_model]
+        got = list(tokens_btd.shape) if isinstance(tokens_btd, Tensor) else f"a {type(tokens_btd).__name__}"
+        if got != wanted:
+            raise UserError(
+                f"{whose(type(self.backbone))}: {what} {got}, but by what describe() says [batch, token, d_model] is "
+                f"{wanted}"
+            )
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Compute in the precision asked for, without gradients."""
         kind, reduced = self.device.partition(":")[0], self.dtype != torch.float32
         with torch.inference_mode(), _without_tf32(), torch.autocast(kind, self.dtype, enabled=reduced):
-            found = outputs(self.backbone, torch.stack(list(images)).to(self.device), self.layers)
-        info, cls = self.backbone.info, type(self.backbone)
-        wanted = [len(images), info.n_tokens, info.d_model]
-        for layer, tokens_btd in found.items():
-            if list(tokens_btd.shape) != wanted:
-                file = getattr(sys.modules.get(cls.__module__), "__file__", None) or cls.__module__
-                raise UserError(
-                    f"{cls.__name__} of {file}: after block {layer} tokens are {list(tokens_btd.shape)}, but by what "
-                    f"describe() says [batch, token, d_model] is {wanted}"
-                )
-        return found
+            yield
 
     def _seconds(self, n: int) -> float:
         """Return how long `n` images take, with what comes out brought to the CPU."""

@@ -111,7 +111,7 @@ class Live(Acts):
 
     @cached_property
     def _forward(self) -> Forward:
-        backbone = self._backbone_config.build(self._device)
+        backbone = self._backbone_config.fresh(self._device)
         return Forward(backbone, [self.layer], self._device, self._precision, IMAGES)
 
     @cached_property

@@ -8,6 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from saefw.errors import UserError
+from saefw.origin import whose
 from saefw.sae import Codes
 
 
@@ -35,9 +37,18 @@ class PerToken:
         raise NotImplementedError(f"{type(self).__name__} has no of")
 
     def add(self, x_nd: Tensor, x_hat_nd: Tensor, codes: Codes) -> None:
-        """Take in a batch."""
+        """Take in a batch.
+
+        Raises:
+            UserError: what `of` gives is not one number a token.
+
+        """
+        of_n = self.of(x_nd.double(), x_hat_nd.double(), codes)
+        if of_n.shape != (len(x_nd),):
+            who, got = whose(type(self)), list(of_n.shape)
+            raise UserError(f"{who}: of() must give a number for each token, here [{len(x_nd)}] (got {got})")
         self.n += len(x_nd)
-        self.sum += float(self.of(x_nd.double(), x_hat_nd.double(), codes).sum())
+        self.sum += float(of_n.sum())
 
     def result(self) -> float:
         """Return it; NaN if some token has none."""

@@ -74,7 +74,7 @@ def new(kind: str, name: str, package: bool, catalog: Catalog) -> list[Path]:
     source = shipped("examples/plugins")
     texts = {part: (source / part.format(f"my_{kind}")).read_text() for part in ("{}.py", "test_{}.py", "{}.yaml")}
     if re.search(rf"\b{camel}\b", texts["{}.py"]):
-        raise UserError(f"the name '{camel}' is used inside of the plugin; take another")
+        raise UserError(f"the plugin that would be written uses the name '{camel}' itself; take another, as my-{use}")
     plugin, test, registry = (_renamed(text, words) for text in texts.values())
     top, tests = Path(), Path()
     files = {Path(f"{module}.py"): plugin, Path(f"test_{module}.py"): test, Path(f"{module}.yaml"): registry}
@@ -117,11 +117,13 @@ def _check_free(kind: str, use: str, module: str, catalog: Catalog) -> None:
         brought = catalog.lookup(kinds)
     if use in brought:
         raise UserError(f"{kinds}: '{use}' is brought by {catalog.origin(brought[use])}; take another name")
-    if keyword.iskeyword(module) or module in sys.stdlib_module_names or find_spec(module):
-        spec = None if keyword.iskeyword(module) else find_spec(module)
-        # A file of that name in this folder is said to be there already.
-        if not spec or not spec.origin or Path(spec.origin).parent != Path.cwd():
-            raise UserError(f"the name '{module}' is taken by a word or module of Python; take another")
+    if keyword.iskeyword(module):
+        raise UserError(f"'{module}' is a word of Python; take another name, as my-{use}")
+    spec = find_spec(module)
+    # A file of that name in this folder is said to be there already.
+    if spec and not (spec.origin and Path(spec.origin).parent == Path.cwd()):
+        held = "Python's own" if module in sys.stdlib_module_names else f"that of {spec.origin or 'a folder'}"
+        raise UserError(f"a module '{module}' is there, {held}; take another name, as my-{use}")
 
 
 def _renamed(text: str, words: Mapping[str, str]) -> str:

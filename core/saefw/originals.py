@@ -26,10 +26,13 @@ def opened(example: Example) -> "Image":
 
     """
     from PIL import UnidentifiedImageError
-    from PIL.Image import DecompressionBombError
+    from PIL.Image import DecompressionBombError, Image
 
     try:
-        with example.load() as image:  # a file that PIL still reads from is closed, also when it is broken
+        image = example.load()
+        if not isinstance(image, Image):
+            raise UserError(f"image {example.key!r}: load() must give a PIL image (got {image!r})")
+        with image:  # a file that PIL still reads from is closed, also when it is broken
             image.load()  # PIL decodes late; here a broken file is still known by its key
     except FileNotFoundError as error:
         raise Unreadable(example.key, "it is missing") from error

@@ -4,10 +4,12 @@ A stage lists its units when its turn comes, so it may choose by what those abov
 missing ones are made, each under its lock: of two runs at once one makes a unit and the other waits for it.
 """
 
+import json
 import logging
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -19,12 +21,14 @@ from saefw.care import Damage, said
 from saefw.catalog import Catalog
 from saefw.entry import KINDS
 from saefw.errors import NotYet, UserError, did_you_mean
+from saefw.origin import code, whose
 from saefw.pace import Pace
 from saefw.plugin import StageConfig
 from saefw.registry import Registry
 from saefw.run import Run, Watcher
 from saefw.store import Store
-from saefw.unit import Unit
+from saefw.unit import Unit, canonical
+from saefw.wording import got
 
 log = logging.getLogger("saefw")
 
@@ -213,7 +217,7 @@ def run(
 
     """
     observer = observer or Observer()
-    work = desk(registry, catalog, watcher, mend=True)
+    work, made_with = desk(registry, catalog, watcher, mend=True), _made_with(registry, catalog)
     done: list[StagePlan] = []
     try:
         for name in _names(registry, only):
@@ -226,6 +230,8 @@ def run(
                 raise _placed(registry, name, error) from error
             observer.entered(planned)
             work.found(*planned.kept)
+            for text in _outdated(work, made_with, planned.kept):
+                log.warning("%s", text)
             made = [unit for stage, units in members for unit in _make(registry, name, stage, units, work, observer)]
             work.listed(name, planned.units)
             done.append(StagePlan(name, planned.units, planned.units, []))
@@ -272,13 +278,21 @@ def _list(registry: Registry, name: str, run: Run) -> tuple[StagePlan, list[tupl
     try:
         for member in registry.families["stages"][name]:
             assert isinstance(member.entry, StageConfig)
-            units = [unit for unit in dict.fromkeys(member.entry.units(run)) if unit not in has]
+            told: object = member.entry.units(run)
+            told = list(told) if isinstance(told, Iterable) else [told]
+            listed = [unit for unit in told if isinstance(unit, Unit)]
+            if len(listed) < len(told):
+                raise UserError(f"{whose(type(member.entry))}: units() must return units{got(told)}")
+            units = [unit for unit in dict.fromkeys(listed) if unit not in has]
             has |= {unit: run.store.has(unit) for unit in units}
             members.append((member.entry, units))
     except NotYet:
         raise
     except UserError as error:
         raise _placed(registry, name, error) from error
+    except Exception as error:
+        error.add_note(_where(registry, name))
+        raise
     kept, missing = ([unit for unit in has if has[unit] is there] for there in (True, False))
     return StagePlan(name, list(has), kept, missing), members
 
@@ -316,6 +330,9 @@ def _make(
             stage.make(missing, run)
         except UserError as error:
             raise _placed(registry, name, error) from error
+        except Exception as error:
+            error.add_note(_where(registry, name))
+            raise
         left = [unit for unit in missing if not store.has(unit)]
         if left:
             raise RuntimeError(
@@ -354,14 +371,17 @@ def _set_back(store: Store, unit: Unit) -> None:
 
 def _placed(registry: Registry, name: str, error: UserError) -> UserError:
     """Put the place of a stage in front of each line of an error."""
-    where = f"{registry.place('stages', name)}: stages.{name}"
-    return UserError("\n".join(f"{where}: {line}" for line in str(error).splitlines()))
+    return UserError("\n".join(f"{_where(registry, name)}: {line}" for line in str(error).splitlines()))
+
+
+def _where(registry: Registry, name: str) -> str:
+    return f"{registry.place('stages', name)}: stages.{name}"
 
 
 def _made_with(registry: Registry, catalog: Catalog) -> dict[str, str]:
     """Return the versions of saefw and torch, and the origin of each plugin in use that is not saefw's own.
 
-    Of a plugin file its name alone: a store may be moved, and shown to others.
+    Of a plugin file its name and the hash of its code, no folder: a store may be moved, and shown to others.
     """
     own = f"saefw {saefw.__version__}"
     made_with = {"saefw": saefw.__version__}
@@ -372,9 +392,33 @@ def _made_with(registry: Registry, catalog: Catalog) -> dict[str, str]:
             for cls in {type(member.entry) for member in members}:
                 origin = catalog.origin(cls)
                 if origin != own:
-                    name = Path(origin).name if Path(origin).is_absolute() else origin
+                    path = Path(origin)
+                    name = f"{path.name} {code(path)}".strip() if path.is_absolute() else origin
                     made_with[f"{kind}.{cls.model_fields['use'].default}"] = name
     return made_with
+
+
+def _outdated(work: Run, made_with: Mapping[str, str], kept: Sequence[Unit]) -> Iterator[str]:
+    """Say of which plugin files the code has changed since units that are kept were made with it."""
+    files = {key: name for key, name in made_with.items() if ".py " in name}
+    if not files or not kept:
+        return
+    with work.db() as db:
+        query = "SELECT made_with, content FROM unit WHERE list_contains(?, unit)"
+        rows = db.execute(query, [[unit.address for unit in kept]]).fetchall()
+    n_changed = Counter[str]()
+    for then, content in ((json.loads(one), other) for one, other in rows):
+        for key, name in files.items():
+            use = canonical({"use": key.partition(".")[2]})[1:-1]
+            # Of a unit that was made from another entry of the registry, the code does not count.
+            if then.get(key, name) != name and ".py " in then[key] and use in canonical(json.loads(content)):
+                n_changed[key] += 1
+    for key, n in n_changed.items():
+        what = f"{n} unit{'' if n == 1 else 's'}, which {'is' if n == 1 else 'are'} kept"
+        yield (
+            f"the code of {files[key].partition(' ')[0]} has changed since it made {what}; if results change, raise "
+            f"`revision` of '{key.partition('.')[2]}', and {'it is' if n == 1 else 'they are'} made anew"
+        )
 
 
 def _allow_files(n: int) -> None:

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, final
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, final, get_args
 
 import pluggy
 import torch
@@ -17,6 +17,7 @@ from saefw.fetch import Source
 from saefw.images import open_image
 from saefw.imagesets import Dataset, Example, Files, ImageFiles, clean, folder, image_files, inside, read_lines
 from saefw.metric import Metric, PerToken
+from saefw.origin import whose
 from saefw.pace import Pace, timed
 from saefw.run import Pick, Run
 from saefw.sae import Codes, Sae
@@ -158,6 +159,13 @@ class Backbone(nn.Module):
             tokens = block(tokens)
         return tokens
 
+    def cls_after(self, tokens: Tensor, number: int) -> Tensor:
+        """Return [CLS] as block `number` puts it out, [batch, d_model], of what enters that block.
+
+        Override it where the block need not be run for the other tokens: their keys and values are enough.
+        """
+        return self.tail(tokens, number, number)[:, 0]
+
     def forward(self, images: Tensor) -> Tensor:
         """Return the output of the last block, [batch, token, d_model]; no final norm."""
         return self.tail(self.embed(images), 0)
@@ -193,9 +201,29 @@ class BackboneConfig(Entry):
         """Say its shapes without loading or downloading weights, so that planning is cheap."""
         raise NotImplementedError(f"{type(self).__name__} does not describe itself")
 
+    @final
+    def fresh(self, device: str) -> Backbone:
+        """Return what `build` loads, once it is seen to be what `describe` says; what everybody but the plugin calls.
+
+        Raises:
+            UserError: it is not, or cannot be loaded.
+
+        """
+        info, made = self.describe(), _built(self, self.build(device), Backbone)
+        faults, own = [], getattr(made, "info", None)
+        if set(info.prefix) - set(get_args(Prefix)):
+            faults.append(f"prefix is made of {', '.join(get_args(Prefix))} (got {info.prefix!r})")
+        if own != info:
+            faults.append(f"info of what build() returns must be what describe() says (got {own})")
+        elif len(made.blocks) != info.n_blocks:
+            faults.append(f"there are {len(made.blocks)} blocks, but describe() says n_blocks={info.n_blocks}")
+        if faults:
+            raise UserError("\n".join(f"{whose(type(self))}: {fault}" for fault in faults))
+        return made
+
     def build(self, device: str) -> Backbone:
         """Load it on a device."""
-        raise NotImplementedError(f"{type(self).__name__} cannot be built")
+        raise NotImplementedError(f"{type(self).__name__} has no build()")
 
 
 # Datasets
@@ -236,7 +264,7 @@ class DatasetConfig(Entry):
         The choice hangs on the keys alone, so that a larger limit holds the images of a smaller one.
 
         Raises:
-            UserError: it is not there, or cannot be opened.
+            UserError: it is not there, cannot be opened, or is no dataset.
 
         """
         try:
@@ -244,6 +272,9 @@ class DatasetConfig(Entry):
         except OSError as error:
             use = type(self).model_fields["use"].default
             raise UserError(f"dataset '{use}' cannot be opened ({error}); put it back and run again") from error
+        for name in ("classes", "__len__", "__getitem__"):
+            if not hasattr(whole, name):
+                raise UserError(f"{whose(type(self))}: what build() returns must have {name} (got {whole!r})")
         if self.limit is None or len(whole) <= self.limit:
             return whole
         keys, labels, splits = zip(*(whole[i][:3] for i in range(len(whole))), strict=True)
@@ -262,7 +293,7 @@ class DatasetConfig(Entry):
             UserError: it is not there, or not as it should be; the text names what is missing.
 
         """
-        raise NotImplementedError(f"{type(self).__name__} cannot be built")
+        raise NotImplementedError(f"{type(self).__name__} has no build()")
 
 
 # SAE variants
@@ -282,9 +313,9 @@ class SaeConfig(Entry):
     W_enc and W_dec drawn apart, each uniform as He et al. 2015; `data`, as tied, but with rows near training tokens.
     """
 
-    b_dec: Literal["mean", "median"] = "mean"
-    """Where the decoder bias starts: at the mean of the training tokens, which is 0 since these are centred, or at the
-    geometric median of some of them.
+    b_dec: Literal["mean", "zero", "median"] = "mean"
+    """Where the decoder bias starts: at the `mean` of the training tokens, which is 0 since these are centred; at the
+    `zero` of the activations as they were recorded; or at the geometric `median` of some of the tokens.
     """
 
     lr: float = Field(default=1e-3, gt=0)
@@ -340,10 +371,12 @@ class SaeConfig(Entry):
         """Return what `build` builds with the settings that all variants share; what everybody but the plugin calls.
 
         Raises:
-            UserError: the settings do not fit a model of this width.
+            UserError: the settings do not fit a model of this width, or it is no SAE for one.
 
         """
-        sae = self.build(d_model)
+        sae = _built(self, self.build(d_model), Sae)
+        if sae.d_model != d_model:
+            raise UserError(f"{whose(type(self))}: build({d_model}) returns an SAE whose d_model is {sae.d_model}")
         sae.aux, sae.k_aux = self.aux, self.k_aux or 1 << max(0, (d_model // 2).bit_length() - 1)
         sae.precision = getattr(torch, self.precision)
         return sae
@@ -357,7 +390,7 @@ class SaeConfig(Entry):
             UserError: the settings do not fit a model of this width.
 
         """
-        raise NotImplementedError(f"{type(self).__name__} cannot be built")
+        raise NotImplementedError(f"{type(self).__name__} has no build()")
 
 
 class KeptConfig(SaeConfig):
@@ -427,7 +460,7 @@ class ProbeConfig(Entry):
 
     def build(self, task: Task) -> Probe:
         """Return an unfitted one, into which `load_state_dict` may put a stored state."""
-        raise NotImplementedError(f"{type(self).__name__} cannot be built")
+        raise NotImplementedError(f"{type(self).__name__} has no build()")
 
     def fit(self, task: Task, x_nd: Tensor, y_n: Tensor) -> Probe:
         """Return one fitted to tokens x (float32) and labels y (int64)."""
@@ -512,6 +545,16 @@ class FigureConfig(Entry):
 
         """
         raise NotImplementedError(f"{type(self).__name__} draws nothing")
+
+
+Made = TypeVar("Made")
+
+
+def _built(entry: Entry, made: object, base: type[Made]) -> Made:
+    """Return what a plugin built, which must be what its kind asks for."""
+    if not isinstance(made, base):
+        raise UserError(f"{whose(type(entry))}: build() must return a {base.__name__} (got {made!r})")
+    return made
 
 
 def settings(entry: Entry) -> dict[str, Any]:

@@ -34,55 +34,65 @@ def kept(d_sae: int, n_patches: int, top: int) -> dict[str, Tensor]:
 def add(kept: dict[str, Tensor], example_e: Tensor, label_e: Tensor, fired: Firing) -> None:
     """Merge a batch of images, whose indices are larger than those before; of equal scores the earlier image stays."""
     top = {name: tensor.numpy() for name, tensor in kept.items()}
-    n_top = top["score_st"].shape[1]
-    score_g, feature_g = fired.score_g.numpy(), fired.feature_g.numpy()
+    d_sae, n_top = top["score_st"].shape
+    image_g, feature_g, score_g = fired.image_g.numpy(), fired.feature_g.numpy(), fired.score_g.numpy()
     # Few pairs get further than this once the ranks are filled.
     pair_c = np.flatnonzero(score_g > np.ascontiguousarray(top["score_st"][:, -1])[feature_g])
     if not len(pair_c):
         return
-    # Pairs come by image, so that of equal scores the earlier one is first.
-    order_c = np.lexsort((-score_g[pair_c], feature_g[pair_c]))
-    pair_c = pair_c[order_c]
-    row_s, first_r, n_r = np.unique(feature_g[pair_c], return_index=True, return_counts=True)
-    place_c = np.arange(len(pair_c)) - np.repeat(first_r, n_r)
-    row_c = np.repeat(np.arange(len(row_s)), n_r)
-    row_c, place_c, pair_c = (x[place_c < n_top] for x in (row_c, place_c, pair_c))
-    n_new = int(place_c.max()) + 1
-    pair_rm = np.zeros((len(row_s), n_new), dtype=np.int64)
-    pair_rm[row_c, place_c] = pair_c
-    new_rm = np.zeros((len(row_s), n_new), dtype=np.float32)
-    new_rm[row_c, place_c] = score_g[pair_c]
-    both_ra = np.concatenate([top["score_st"][row_s], new_rm], axis=1)
-    order_rt = np.argsort(-both_ra, axis=1, kind="stable")[:, :n_top]
-    comes_rt = order_rt >= n_top
-    goes_rt = np.ones((len(row_s), n_top), dtype=bool)
-    stays = np.nonzero(~comes_rt)
-    goes_rt[stays[0], order_rt[stays]] = False
-    # As many come as go, and both are listed row by row: who comes takes the map of who goes.
-    free_m = top["slot_st"][row_s][goes_rt]
-    row_m, rank_m = np.nonzero(comes_rt)
-    pair_m = pair_rm[row_m, order_rt[row_m, rank_m] - n_top]
+    # By feature, falling score and image, in one number: `firing` sees to it that 63 bits hold that.
+    bits = (len(example_e) - 1).bit_length()
+    falling_c = 0x7FFFFFFF - score_g[pair_c].view(np.int32).astype(np.int64)
+    key_c = np.sort((((feature_g[pair_c] << 31) | falling_c) << bits) | image_g[pair_c])
+    place_c = places(key_c >> (31 + bits))
+    key_c, place_c = key_c[place_c < n_top], place_c[place_c < n_top]
+    feature_c, image_c = key_c >> (31 + bits), key_c & ((1 << bits) - 1)
+    score_c = (0x7FFFFFFF - ((key_c >> bits) & 0x7FFFFFFF)).astype(np.int32).view(np.float32)
+    rank_c = place_c + (top["score_st"][feature_c] >= score_c[:, None]).sum(axis=1)
+    feature_m, image_m, score_m, rank_m = (x[rank_c < n_top] for x in (feature_c, image_c, score_c, rank_c))
+    first_r = opens(feature_m)
+    row_s, n_r = feature_m[first_r], np.diff(first_r, append=len(feature_m))
+    row_m = np.repeat(np.arange(len(row_s)), n_r)
+    comes_rt = np.zeros((len(row_s), n_top), dtype=bool)
+    comes_rt[row_m, rank_m] = True
+    # Those that stay move up behind those that come; as many go, from the last on, and leave the room for their maps.
+    order_rt = np.arange(n_top) - np.cumsum(comes_rt, axis=1)
+    free_m = top["slot_st"][row_s][np.arange(n_top) >= n_top - n_r[:, None]]
+    pair_m = np.searchsorted(image_g * d_sae + feature_g, image_m * d_sae + feature_m)
     come = {
-        "score_st": score_g[pair_m],
-        "example_st": example_e.numpy()[fired.image_g.numpy()[pair_m]],
-        "label_st": label_e.numpy()[fired.image_g.numpy()[pair_m]],
+        "score_st": score_m,
+        "example_st": example_e.numpy()[image_m],
+        "label_st": label_e.numpy()[image_m],
         "value_st": fired.peak_g.numpy()[pair_m],
         "token_st": fired.token_g.numpy()[pair_m],
         "slot_st": free_m,
     }
     for name, new_m in come.items():
-        merged_rt = np.take_along_axis(top[name][row_s], np.where(comes_rt, 0, order_rt), axis=1)
+        merged_rt = np.take_along_axis(top[name][row_s], order_rt, axis=1)
         merged_rt[comes_rt] = new_m
         top[name][row_s] = merged_rt
     # The maps of the new ones, from their codes.
     map_kp = top["map_stp"].reshape(-1, top["map_stp"].shape[2])
-    slot_m = row_s[row_m] * n_top + free_m
+    slot_m = feature_m * n_top + free_m
     map_kp[slot_m] = 0
     length_m, first_m = fired.length_g.numpy()[pair_m], fired.first_g.numpy()[pair_m]
     code_n = np.arange(length_m.sum()) + np.repeat(first_m - np.cumsum(length_m) + length_m, length_m)
     value_n = fired.value_n.numpy()[code_n]
     lit_n = value_n > 0
     map_kp[np.repeat(slot_m, length_m)[lit_n], fired.token_n.numpy()[code_n][lit_n]] = value_n[lit_n]
+
+
+def opens(group_n: Array) -> Array:
+    """Return where each run of equal numbers, 0 or larger, begins."""
+    found: Array = np.flatnonzero(np.diff(group_n, prepend=-1))
+    return found
+
+
+def places(group_n: Array) -> Array:
+    """Return the place of each number in its run of equal ones."""
+    first_r = opens(group_n)
+    found: Array = np.arange(len(group_n)) - np.repeat(first_r, np.diff(first_r, append=len(group_n)))
+    return found
 
 
 def rows(kept: dict[str, Tensor]) -> dict[str, Array]:

@@ -18,7 +18,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, get_args
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from saefw.forward import Forward
 from saefw.originals import Unreadable, opened
 from saefw.plugin import Backbone, Dataset, Example, UserError
 from saefw.shards import Layout, Writer
+from saefw.splits import Split
+from saefw.wording import got
 
 WORKERS = 16
 """The most threads that prepare images unless told: Python lets one of them at a time do what is not decoding."""
@@ -255,14 +257,37 @@ def stored(tokens_btd: Tensor, dtype: torch.dtype, layer: int, keys: Sequence[st
     )
 
 
-def check_names(dataset: str, images: Dataset) -> None:
-    """Refuse, before any work, a name that no table can hold: that of a file which is not in Unicode."""
+def check_examples(dataset: str, images: Dataset, who: str) -> None:
+    """Refuse, before any work, what no table can hold: keys that are doubled, labels and splits that mean nothing.
+
+    And names that are not in Unicode, as that of a file may be.
+
+    Args:
+        dataset: how the registry calls it.
+        images: all of them; none is opened.
+        who: brought it: `plugin 'noise' of …`.
+
+    Raises:
+        UserError: there is such a one.
+
+    """
     for what, names in (("image", (images[i].key for i in range(len(images)))), ("class", images.classes)):
         for name in names:
             try:
                 name.encode()
             except UnicodeEncodeError as error:
                 raise UserError(f"{dataset}: {what} {name!r} is not called in Unicode; rename its file") from error
+    keys, n_classes = set[str](), len(images.classes)
+    for i in range(len(images)):
+        key, label, split, _ = images[i]
+        if key in keys:
+            raise UserError(f"{dataset}: {who}: two images have the key {key!r}; each needs one of its own")
+        keys.add(key)
+        if not -1 <= label < n_classes:
+            allowed = f"must be -1 or a number of a class, at most {n_classes - 1}"
+            raise UserError(f"{dataset}: {who}: the label of {key!r} {allowed}{got(label)}")
+        if split not in get_args(Split):
+            raise UserError(f"{dataset}: {who}: the split of {key!r} must be train, valid or test{got(split)}")
 
 
 def check_room(folder: Path, n_bytes: int) -> None:

@@ -408,9 +408,15 @@ def json_schema(catalog: Catalog) -> dict[str, Any]:
             ref = refs[cls, "validation"]["$ref"]
             union[use] = ref
             definitions[ref.removeprefix("#/$defs/")] = _with_vary(definitions[ref.removeprefix("#/$defs/")])
+        # Not one of all: a validator could say no more than that none fits.
         entry: Any = {
-            "oneOf": [{"$ref": ref} for ref in union.values()],
-            "discriminator": {"propertyName": "use", "mapping": union},
+            "type": "object",
+            "required": ["use"],
+            "properties": {"use": {"enum": list(union)}},
+            "allOf": [
+                {"if": {"required": ["use"], "properties": {"use": {"const": use}}}, "then": {"$ref": ref}}
+                for use, ref in union.items()
+            ],
         }
         blocks[kind] = {
             "type": ["object", "null"],

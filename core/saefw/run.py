@@ -321,6 +321,9 @@ class Run:
 
         It survives a stop, for a stage that goes on from a checkpoint and rewinds to the mark in it.
         """
+        for name, value in values.items():
+            if not isinstance(value, int | float):
+                raise TypeError(f"'{unit.label}': '{name}' must be an int or a float to be logged (got {value!r})")
         log = self._logs.get(unit.address) or self._open_log(unit)
         line = (json.dumps([step, values]) + "\n").encode()
         with writing(self.store.partial(unit) / LOG):

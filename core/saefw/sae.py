@@ -9,15 +9,19 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, mse_loss
 
+from saefw.errors import UserError
+from saefw.origin import whose
 from saefw.sparse import (
     Entries,
     Scratch,
+    above,
     chosen,
     decode,
     encode,
     largest,
+    largest_above_zero,
     largest_of_batch,
     left_over,
     split,
@@ -149,7 +153,7 @@ class Sae(nn.Module):
 
         In training it may look at the whole batch, in eval mode a token must not depend on its neighbours.
         """
-        return where(pre_ns > self.edge())
+        return above(pre_ns, self.edge())
 
     def fire(self, pre: Tensor, features: Tensor | slice) -> Tensor:
         """Return the codes, zero or larger, of active pre-activations; by default what is above zero.
@@ -184,7 +188,8 @@ class Sae(nn.Module):
 
         It is the mean over tokens and dimensions, and over the prefixes where there are several.
         """
-        return {"mse": batch.error_gnd.square().mean()}
+        # In one pass each, forward and back; a square and its mean take five.
+        return {"mse": mse_loss(batch.error_gnd, batch.error_gnd.new_zeros(()).expand_as(batch.error_gnd))}
 
     def prepare(self, x_nd: Tensor) -> None:
         """Take in a sample of normalised training tokens, once, before the first step; by default nothing.
@@ -215,7 +220,7 @@ class Sae(nn.Module):
             batch, aux_nd, fired_s = self._dense(x_nd, z_nd, pre_ns, ends, dead)
         else:
             batch, aux_nd, fired_s = self._sparse(x_nd, z_nd, pre_ns, ends, dead, entries)
-        terms = self.terms(batch)
+        terms = self._numbers(self.terms(batch))
         if self.aux:
             terms["aux"] = self.aux * auxk(batch.error_gnd[-1], aux_nd) if len(dead) else x_nd.new_zeros(())
         return Loss(terms, fired_s)
@@ -268,6 +273,15 @@ class Sae(nn.Module):
 
     # How a step is done.
 
+    def _numbers(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what `terms` gave, which must be numbers by name: a message of torch's would name neither."""
+        if not isinstance(terms, dict):
+            raise UserError(f"{whose(type(self))}: terms() must return a dict of scalars by name (got {terms!r})")
+        for name, term in terms.items():
+            if term.shape:
+                raise UserError(f"{whose(type(self))}: the term '{name}' must be a scalar (got {list(term.shape)})")
+        return terms
+
     def _product(self, z_nd: Tensor) -> Tensor:
         """Return z W_enc + b_enc [n, s] in `precision`, in memory that the next call uses again."""
         dtype = self.precision if z_nd.dtype == torch.float32 else z_nd.dtype
@@ -288,31 +302,24 @@ class Sae(nn.Module):
         """Return the batch by its active entries, what AuxK rebuilds [n, d], and how often each feature fired [s]."""
         n, main = len(x_nd), split(entries, ends)
         # What AuxK rebuilds is decoded beside the prefixes, as further rows.
-        every = stacked([main, self._revived(pre_ns, dead)]) if len(dead) else main
+        every = stacked([main, largest_above_zero(pre_ns, dead, self.k_aux)]) if len(dead) else main
         by_feature = turned(every, self.d_sae)
         known_e = every.of(pre_ns).to(x_nd.dtype)
         pre_e = encode(known_e, z_nd, self.W_enc, self.b_enc, self.b_dec, by_feature)
         features_e, W_sd = main.features_e.long(), self.dictionary()
-        pre_e, aux_e = pre_e.tensor_split([len(features_e)])
+        # Their gradients come together in one copy; those of slices would each be as large as the whole.
+        pre_e, aux_e = torch.split(pre_e, [len(features_e), len(pre_e) - len(features_e)])
         codes_e = self.fire(pre_e, features_e)
-        rows_rd = decode(torch.cat([codes_e, aux_e.relu()]) if len(dead) else codes_e, W_sd, every, by_feature)
-        error_gnd = left_over(x_nd - self.b_dec, rows_rd[: len(ends) * n].view(len(ends), n, -1))
+        rows_rd = decode(torch.cat([codes_e, aux_e]), W_sd, every, by_feature)
+        prefixes_rd, aux_nd = torch.split(rows_rd, [len(ends) * n, n]) if len(dead) else (rows_rd, rows_rd[:0])
+        error_gnd = left_over(x_nd - self.b_dec, prefixes_rd.view(len(ends), n, -1))
 
         def rebuild(values_e: Tensor) -> Tensor:
             rows_rd = decode(values_e, W_sd.detach(), main, None)
             return rows_rd.view(len(ends), n, -1).sum(dim=0) + self.b_dec.detach()
 
         fired_s = torch.bincount(features_e[codes_e > 0], minlength=self.d_sae)
-        return Batch(x_nd, pre_e, codes_e, features_e, error_gnd, rebuild), rows_rd[len(ends) * n :], fired_s
-
-    def _revived(self, pre_ns: Tensor, dead: Tensor) -> Entries:
-        """Return the entries that AuxK trains: of the `dead`, each token's `k_aux` largest that are above zero."""
-        pre_na = pre_ns.gather(1, dead.expand(len(pre_ns), -1))
-        if len(dead) <= self.k_aux:
-            found = where(pre_na > 0)
-            return found._replace(features_e=dead[found.features_e.long()].int())
-        top = pre_na.topk(self.k_aux, dim=1, sorted=False)
-        return chosen(dead[top.indices], top.values > 0)
+        return Batch(x_nd, pre_e, codes_e, features_e, error_gnd, rebuild), aux_nd, fired_s
 
     def _dense(
         self, x_nd: Tensor, z_nd: Tensor, pre_ns: Tensor, ends: Sequence[int], dead: Tensor
@@ -320,6 +327,9 @@ class Sae(nn.Module):
         """Return the same as `_sparse`, by plain autograd on all of [n, s]."""
         pre_ns = encode(pre_ns.to(x_nd.dtype), z_nd, self.W_enc, self.b_enc, self.b_dec)
         codes_ns, W_sd = self.activate(pre_ns), self.dictionary()
+        if codes_ns.shape != pre_ns.shape:
+            who, got, wanted = whose(type(self)), list(codes_ns.shape), list(pre_ns.shape)
+            raise UserError(f"{who}: activate() must give codes [n, s], here {wanted} (got {got})")
         parts = [codes_ns[:, start:end] @ W_sd[start:end] for start, end in pairwise((0, *ends))]
         x_hat_gnd = torch.stack(parts).cumsum(dim=0) + self.b_dec
         pre_na = pre_ns[:, dead]
@@ -347,7 +357,7 @@ def auxk(error_nd: Tensor, x_hat_nd: Tensor) -> Tensor:
 
     """
     target_nd = error_nd.detach()
-    rest = (target_nd - x_hat_nd).square().mean()
-    variance = target_nd.var(dim=0, correction=0).mean()
+    rest = mse_loss(x_hat_nd, target_nd)
+    variance = mse_loss(target_nd, target_nd.mean(dim=0).expand_as(target_nd))
     # A batch whose tokens all leave the same error has no variance to compare with.
     return torch.where(variance > 0, rest / torch.where(variance > 0, variance, 1), 0)

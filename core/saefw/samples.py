@@ -6,7 +6,7 @@ Shapes: b images, t tokens, d d_model.
 import math
 from collections import Counter
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from statistics import fmean
 from time import perf_counter
 from typing import TYPE_CHECKING, cast
@@ -43,8 +43,18 @@ def sizes(recording: Unit, run: Run) -> Counter[str]:
     if run.store.has(recording):
         acts = Acts(run.folder(recording))
         return Counter({split: len(acts.of_split(split)) for split in ("train", "valid", "test")})
+    return _listed(recording, run)
+
+
+@lru_cache(maxsize=16)  # as many SAEs of a sweep ask for them
+def _listed(recording: Unit, run: Run) -> Counter[str]:
     dataset = run.dataset(cast(DatasetConfig, recording.given["dataset"]))
     return Counter(dataset[i].split for i in range(len(dataset)))
+
+
+def distinct(n: int, draws: int) -> float:
+    """Return about how many of n things are drawn when one of them is drawn so often, each time out of all."""
+    return -n * math.expm1(-draws / n) if n else 0.0
 
 
 def shape(recording: Unit) -> BackboneInfo:

@@ -17,6 +17,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
+from saefw.largest import largest_of_rows, places_above
+
 
 class Entries(NamedTuple):
     """Which features are active on which token: row by row, as in a compressed sparse matrix [r, s]."""
@@ -33,20 +35,26 @@ class Entries(NamedTuple):
     k: int | None = None
     """How many entries each row has, if it is the same number."""
 
+    source: Tensor | None = None
+    """The matrix [n, s] that they were chosen from, if its values at them were kept; it must not change any more."""
+
+    known_e: Tensor | None = None
+    """Those values [e]."""
+
     def rows(self) -> Tensor:
-        """Return the row of each entry, int64 [e]."""
-        counts_r = self.starts_r.diff()
-        rows_r = torch.arange(len(counts_r), device=counts_r.device)
-        return rows_r.repeat_interleave(counts_r, output_size=len(self.features_e))
+        """Return the row of each entry, int32 [e]."""
+        return torch.repeat_interleave(self.starts_r.diff(), output_size=len(self.features_e))
 
     def of(self, x_ns: Tensor) -> Tensor:
         """Return the values [e] of a dense matrix [n, s] at the entries."""
-        return x_ns.reshape(-1)[self.rows() % self.n * x_ns.shape[1] + self.features_e]
+        if x_ns is self.source and self.known_e is not None:
+            return self.known_e
+        return x_ns.reshape(-1)[self.rows().long() % self.n * x_ns.shape[1] + self.features_e]
 
     def dense(self, values_e: Tensor, d_sae: int) -> Tensor:
         """Return the dense matrix [r, s] that has these values at the entries, and zeros elsewhere."""
         x_rs = values_e.new_zeros(len(self.starts_r) - 1, d_sae)
-        return x_rs.index_put((self.rows(), self.features_e.long()), values_e)
+        return x_rs.index_put((self.rows().long(), self.features_e.long()), values_e)
 
 
 def chosen(indices_nk: Tensor, kept_nk: Tensor | None = None) -> Entries:
@@ -64,33 +72,38 @@ def where(mask_ns: Tensor) -> Entries:
     return _at(mask_ns.flatten().nonzero().flatten(), *mask_ns.shape)
 
 
+def above(pre_ns: Tensor, edge: Tensor | float) -> Entries:
+    """Return the entries that are larger than an edge: a number, or one of each feature [s]."""
+    places_e, known_e = places_above(pre_ns, edge)
+    return _at(places_e, *pre_ns.shape)._replace(source=pre_ns, known_e=known_e)
+
+
 def largest(pre_ns: Tensor, k: int) -> Entries:
     """Return each token's k largest; of equal ones no more than that."""
-    return chosen(_largest(pre_ns, k))
+    indices_nk, known_nk = largest_of_rows(pre_ns, k)
+    return chosen(indices_nk)._replace(source=pre_ns, known_e=known_nk.flatten())
 
 
 def largest_of_batch(pre_ns: Tensor, k: int) -> Entries:
     """Return the k n largest of all n tokens together; of equal ones no more than that."""
-    places_e = _largest(pre_ns.reshape(1, -1), k * len(pre_ns)).flatten()
-    return _at(places_e.sort().values, *pre_ns.shape)
+    places, known = largest_of_rows(pre_ns.reshape(1, -1), k * len(pre_ns))
+    places_e, order_e = places.flatten().sort()
+    return _at(places_e, *pre_ns.shape)._replace(source=pre_ns, known_e=known.flatten()[order_e])
 
 
-def _largest(x_rs: Tensor, k: int) -> Tensor:
-    """Return the indices [r, k] of the k largest of each row, in any order."""
-    r, s = x_rs.shape
-    if s % BLOCK or not 0 < 2 * k * BLOCK <= s:
-        return x_rs.topk(k, dim=1, sorted=False).indices
-    # The k blocks with the largest maxima hold the k largest: what lies in another one has k others at least as large.
-    blocks_rk = x_rs.reshape(r, BLOCK, -1).amax(dim=1).topk(k, dim=1, sorted=False).indices
-    places = (blocks_rk[:, :, None] + torch.arange(0, s, s // BLOCK, device=x_rs.device)).flatten(1)
-    return places.gather(1, x_rs.gather(1, places).topk(k, dim=1, sorted=False).indices)
+def largest_above_zero(pre_ns: Tensor, features_a: Tensor, k: int) -> Entries:
+    """Return, of some features [a], each token's k largest that are above zero; of equal ones no more than k."""
+    pre_na = pre_ns.gather(1, features_a.expand(len(pre_ns), -1))
+    if len(features_a) <= k:
+        found = above(pre_na, 0.0)
+        return found._replace(features_e=features_a.int()[found.features_e], source=pre_ns)
+    indices_nk, known_nk = largest_of_rows(pre_na, k)
+    kept_nk = known_nk > 0
+    return chosen(features_a[indices_nk], kept_nk)._replace(source=pre_ns, known_e=known_nk[kept_nk])
 
 
 GATHERED = 1 << 16
 """Of how many entries the vectors lie side by side in memory, where there is no other way."""
-
-BLOCK = 16
-"""Of how many entries, far apart in a row, the maximum is taken before the largest are looked for."""
 
 
 def _at(places_e: Tensor, n: int, s: int) -> Entries:
@@ -107,7 +120,10 @@ def stacked(parts: Sequence[Entries]) -> Entries:
         ends.append(ends[-1] + len(part.features_e))
     starts = [part.starts_r[:-1] + end for part, end in zip(parts, ends, strict=False)]
     last = parts[-1].starts_r[-1:] + ends[-2]
-    return Entries(torch.cat([*starts, last]), torch.cat([part.features_e for part in parts]), parts[0].n)
+    whole = Entries(torch.cat([*starts, last]), torch.cat([part.features_e for part in parts]), parts[0].n)
+    source = parts[0].source
+    known = [part.known_e for part in parts if part.source is source and part.known_e is not None]
+    return whole._replace(source=source, known_e=torch.cat(known)) if len(known) == len(parts) else whole
 
 
 def split(entries: Entries, ends: Sequence[int]) -> Entries:
@@ -117,7 +133,9 @@ def split(entries: Entries, ends: Sequence[int]) -> Entries:
     edges = torch.tensor(ends[:-1], dtype=torch.int32, device=entries.features_e.device)
     rows_e = torch.bucketize(entries.features_e, edges, right=True) * entries.n + entries.rows()
     rows_e, order_e = rows_e.sort(stable=True)
-    return Entries(_starts(rows_e, entries.n * len(ends)), entries.features_e[order_e], entries.n)
+    known_e = None if entries.known_e is None else entries.known_e[order_e]
+    starts_r = _starts(rows_e, entries.n * len(ends))
+    return Entries(starts_r, entries.features_e[order_e], entries.n, source=entries.source, known_e=known_e)
 
 
 def _starts(sorted_e: Tensor, n: int) -> Tensor:
@@ -146,7 +164,8 @@ def turned(entries: Entries, d_sae: int) -> Turned:
     """Return the entries feature by feature, those of one feature in the order of their rows."""
     features_e, order_e = entries.features_e.sort(stable=True)
     rows_e = entries.rows()[order_e]
-    return Turned(order_e, _starts(features_e, d_sae), rows_e.int(), (rows_e % entries.n).int())
+    tokens_e = rows_e if len(entries.starts_r) - 1 == entries.n else rows_e % entries.n
+    return Turned(order_e, _starts(features_e, d_sae), rows_e, tokens_e)
 
 
 def encode(
@@ -212,7 +231,11 @@ class _Decode(Function):
     def backward(ctx: Any, gradient_rd: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         codes_e, W_sd, starts_r, features_e, *turned = ctx.saved_tensors
         code_e = W = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and turned:
+            # Feature by feature: the gradient fits the processor's cache, W_dec does not, and is read once so.
+            order_e, starts_s, rows_e, _ = turned
+            code_e = torch.empty_like(codes_e).index_put_((order_e,), _dots(W_sd, gradient_rd, starts_s, rows_e))
+        elif ctx.needs_input_grad[0]:
             code_e = _dots(gradient_rd, W_sd, starts_r, features_e)
         if ctx.needs_input_grad[1]:
             order_e, starts_s, rows_e, _ = turned
@@ -241,11 +264,13 @@ class _LeftOver(Function):
 
 def _sums(weights_e: Tensor, x_nd: Tensor, indices_e: Tensor, starts_r: Tensor) -> Tensor:
     """Return for each row the weighted sum [r, d] of the vectors x that its entries name."""
+    # Of what needs a gradient, torch would note more, to have it ready for that.
+    x_nd, weights_e = x_nd.detach(), weights_e.detach()
     return embedding_bag(indices_e, x_nd, starts_r, mode="sum", per_sample_weights=weights_e, include_last_offset=True)
 
 
 def _dots(x_rd: Tensor, W_sd: Tensor, starts_r: Tensor, features_e: Tensor) -> Tensor:
-    """Return x_r . W_s for each entry, [e]."""
+    """Return x_r . W_s for each entry, [e]; rows and columns may as well be exchanged."""
     if not len(features_e) or x_rd.device.type == "mps":  # which has no compressed matrices
         return _gathered(x_rd, W_sd, starts_r, features_e)
     with warnings.catch_warnings():
@@ -262,7 +287,7 @@ def _gathered(x_rd: Tensor, W_sd: Tensor, starts_r: Tensor, features_e: Tensor) 
     """Return the same, slowly."""
     rows_e = Entries(starts_r, features_e, len(x_rd)).rows()
     parts = zip(torch.split(rows_e, GATHERED), torch.split(features_e, GATHERED), strict=True)
-    return torch.cat([(x_rd[rows] * W_sd[features.long()]).sum(dim=1) for rows, features in parts])
+    return torch.cat([(x_rd[rows.long()] * W_sd[features.long()]).sum(dim=1) for rows, features in parts])
 
 
 class Scratch:

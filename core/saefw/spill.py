@@ -38,7 +38,7 @@ class Spill:
 
     def append(self, record_n: Records) -> None:
         """Append records."""
-        data = record_n.tobytes()
+        data = np.ascontiguousarray(record_n).view(np.uint8).data
         with writing(self.path), self.path.open("ab") as file:
             file.write(data)
         self._bytes, self._sum = self._bytes + len(data), crc32(data, self._sum)

@@ -28,13 +28,15 @@ def start(sae: Sae, config: SaeConfig, tokens: Callable[[], Tensor]) -> None:
     """Start W_enc, W_dec and b_dec as `init` and `b_dec` say; whatever the device, they are drawn on the CPU.
 
     Args:
-        sae: as its variant built it.
+        sae: as its variant built it, with the mean and the scale of the training tokens.
         config: its settings.
         tokens: gives normalised training tokens [n, d]; called only if they are needed.
 
     """
     if config.b_dec == "median":
         sae.b_dec.copy_(geometric_median(tokens()))
+    elif config.b_dec == "zero":
+        sae.b_dec.copy_(sae.normalise(torch.zeros_like(sae.b_dec)))
     with seeded(config.seed, -1):
         if config.init == "kaiming":
             sae.W_enc.copy_(nn.init.kaiming_uniform_(torch.empty(sae.d_sae, sae.d_model)).T)

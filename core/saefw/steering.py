@@ -9,7 +9,8 @@ Shapes: b images, t tokens, p edited tokens of an image, f edited features, d d_
 that an image speaks for.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import dropwhile, groupby
 from typing import NamedTuple
 
 import torch
@@ -73,6 +74,7 @@ class Steering:
         place: str = "patches",
         keep_error: bool = True,
         token: Token = "cls",
+        patches: Sequence[int] | None = None,
     ) -> None:
         """Put the parts together; all in eval mode and on one device.
 
@@ -85,6 +87,7 @@ class Steering:
             place: the tokens that are edited, `patches` or `cls`.
             keep_error: add edits to the tokens as they are; if not, to the SAE's reconstruction of them.
             token: what the probe reads.
+            patches: those that may be edited, ascending, row by row from 0; None: all.
 
         Raises:
             UserError: an edit there cannot reach the probe.
@@ -96,7 +99,10 @@ class Steering:
         self.backbone, self.sae, self.probe = backbone, sae, probe
         self.layer, self.probe_layer, self.place, self.keep_error = layer, probe_layer, place, keep_error
         self.token = token
-        self.edited = slice(0, 1) if place == "cls" else slice(backbone.info.n_prefix, None)
+        n_prefix = backbone.info.n_prefix
+        self.edited: slice | list[int] = slice(0, 1) if place == "cls" else slice(n_prefix, None)
+        if patches is not None:
+            self.edited = [n_prefix + patch for patch in patches]
 
     # Before
 
@@ -108,15 +114,23 @@ class Steering:
     @torch.no_grad()
     def reading(self, tokens_btd: Tensor) -> Reading:
         """Read the tokens that block `layer` put out, float32 [b, t, d], for instance recorded ones."""
+        tokens_btd, codes = self.coded(tokens_btd)
+        return Reading(tokens_btd, codes, self.logits(tokens_btd))
+
+    def coded(self, tokens_btd: Tensor) -> tuple[Tensor, Codes]:
+        """Return the tokens that edits start from, [b, t, d], and the codes [b * p, k] of those that may be edited."""
         codes = self.sae.encode(tokens_btd[:, self.edited].flatten(0, 1))
         if not self.keep_error:
             tokens_btd = tokens_btd.clone()
-            edited_bpd = tokens_btd[:, self.edited]
-            edited_bpd[:] = self.sae.decode(codes).view_as(edited_bpd)
-        return Reading(tokens_btd, codes, self.logits(tokens_btd))
+            tokens_btd[:, self.edited] = self.sae.decode(codes).view(len(tokens_btd), -1, tokens_btd.shape[2])
+        return tokens_btd, codes
 
     def logits(self, tokens_btd: Tensor) -> Tensor:
         """Return what the probe says, [b, c], if block `layer` puts out these tokens."""
+        if self.token == "cls" and self.probe_layer > self.layer:
+            before_btd = self.backbone.tail(tokens_btd, self.layer + 1, self.probe_layer - 1)
+            out: Tensor = self.probe(self.backbone.cls_after(before_btd, self.probe_layer))
+            return out
         return self._read(self.backbone.tail(tokens_btd, self.layer + 1, self.probe_layer))
 
     def _read(self, tokens_btd: Tensor) -> Tensor:
@@ -223,11 +237,10 @@ class Steering:
 
         """
         shift_b1d = torch.zeros_like(tokens_btd[:, :1]).requires_grad_()
+        edited_t1 = torch.zeros_like(tokens_btd[0, :, :1])
+        edited_t1[self.edited] = 1
         with torch.enable_grad():
-            shifted = [tokens_btd[:, : self.edited.start], tokens_btd[:, self.edited] + shift_b1d]
-            if self.edited.stop is not None:
-                shifted.append(tokens_btd[:, self.edited.stop :])
-            picked_bm = self.logits(torch.cat(shifted, dim=1)).gather(1, classes_bm)
+            picked_bm = self.logits(tokens_btd + edited_t1 * shift_b1d).gather(1, classes_bm)
             rows = [torch.autograd.grad(x, shift_b1d, retain_graph=True)[0].cpu() for x in picked_bm.sum(dim=0)]
         return torch.cat(rows, dim=1).double()
 
@@ -244,6 +257,93 @@ class Steering:
         """
         W_dec_sd = self.sae.W_dec.detach().cpu().double() * float(self.sae.scale)
         return (W_dec_sd @ gradient_cd.cpu().double().T) * p99_s.cpu().double()[:, None]
+
+
+class Together:
+    """Several SAEs on the blocks of one backbone, edited in one pass; one probe reads what comes of it.
+
+    Edits after the same block start from the same tokens, and what they add adds up. Those after a later block start
+    from what comes there, edits after earlier blocks included: a code that is set has that value in the end.
+    """
+
+    def __init__(self, sites: Sequence[Steering]) -> None:
+        """Put them together, in any order.
+
+        Args:
+            sites: one for each SAE (and place), all on one backbone and read by one probe.
+
+        Raises:
+            UserError: they differ in the backbone or in what is read, or two put reconstructions in the same place.
+
+        """
+        one = sites[0]
+        for site in sites:
+            if (site.backbone.info, site.probe_layer, site.token) != (one.backbone.info, one.probe_layer, one.token):
+                raise UserError("steer: SAEs are edited together on one backbone, and read by one probe")
+        replaced = [(site.layer, site.place) for site in sites if not site.keep_error]
+        if twice := [place for place in replaced if replaced.count(place) > 1]:
+            raise UserError(
+                f"steer: two SAEs would replace the {twice[0][1]} after block {twice[0][0]} by their reconstructions; "
+                "say keep_error: true for one of them"
+            )
+        self.sites = list(sites)
+        # After one block, those first that replace tokens: the others then edit what stands there.
+        order = sorted(range(len(sites)), key=lambda i: (sites[i].layer, sites[i].keep_error))
+        self._by_layer = [(layer, list(here)) for layer, here in groupby(order, lambda i: sites[i].layer)]
+        self._last = sites[order[-1]]
+
+    def read(self, images: Tensor) -> list[Reading]:
+        """Read prepared images, float32 [b, 3, height, width]; one reading for each SAE."""
+        with torch.no_grad():
+            return self.reading(tokens_after(self._last.backbone, images, self._by_layer[0][0]))
+
+    @torch.no_grad()
+    def reading(self, tokens_btd: Tensor) -> list[Reading]:
+        """Read the tokens that the first block with an SAE put out, float32 [b, t, d]; one reading for each SAE."""
+        found: dict[int, tuple[Tensor, Codes]] = {}
+        at = self._by_layer[0][0]
+        for layer, here in self._by_layer:
+            tokens_btd, codes = self._coded(self._last.backbone.tail(tokens_btd, at + 1, layer), here)
+            found |= {i: (tokens_btd, codes[i]) for i in here}
+            at = layer
+        logits_bc = self._last.logits(tokens_btd)
+        return [Reading(*found[i], logits_bc) for i in range(len(self.sites))]
+
+    @torch.no_grad()
+    def edit(self, readings: Sequence[Reading], edits: Sequence[Sequence[Edit]]) -> Tensor:
+        """Return the logits [b, c] after all edits; blocks run from the first edited one on.
+
+        Args:
+            readings: what `read` gave; left as they are.
+            edits: of each SAE, in their order; any may have none.
+
+        """
+        asked = {i for i, some in enumerate(edits) if some}
+        blocks = list(dropwhile(lambda block: not asked & set(block[1]), self._by_layer))
+        if not blocks:
+            return readings[0].logits_bc.clone()
+        (at, first), *later = blocks
+        tokens_btd = self._changed(readings[first[0]].tokens_btd, {i: readings[i] for i in first}, edits)
+        for layer, here in later:
+            some = [i for i in here if i in asked or not self.sites[i].keep_error]
+            tokens_btd, codes = self._coded(self._last.backbone.tail(tokens_btd, at + 1, layer), some)
+            anew = {i: Reading(tokens_btd, codes[i], readings[i].logits_bc) for i in some}
+            tokens_btd, at = self._changed(tokens_btd, anew, edits), layer
+        return self._last.logits(tokens_btd)
+
+    def _coded(self, tokens_btd: Tensor, here: Sequence[int]) -> tuple[Tensor, dict[int, Codes]]:
+        """Return the tokens that edits after a block start from, and the codes of some of its SAEs."""
+        codes: dict[int, Codes] = {}
+        for i in here:
+            tokens_btd, codes[i] = self.sites[i].coded(tokens_btd)
+        return tokens_btd, codes
+
+    def _changed(self, tokens_btd: Tensor, readings: Mapping[int, Reading], edits: Sequence[Sequence[Edit]]) -> Tensor:
+        """Return what a block puts out once all edits there are added."""
+        tokens_btd = tokens_btd.clone()
+        for i, reading in readings.items():
+            tokens_btd[:, self.sites[i].edited] += self.sites[i].change(reading, edits[i])
+        return tokens_btd
 
 
 def like_norm(delta_bpd: Tensor, model_bpd: Tensor) -> Tensor:

@@ -122,12 +122,18 @@ def panels(n: int, height: float, width: float) -> "tuple[Figure, list[Axes]]":
     return figure, [figure.add_subplot(grid[divmod(i, columns)]) for i in range(n)]
 
 
-def plain_ticks(*axes: "Axis") -> None:
-    """Label logarithmic axes with plain numbers: the powers of ten and, where they are few, 2 and 5 times these."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+def plain_ticks(*axes: "Axis", most: int | None = None) -> None:
+    """Label logarithmic axes with plain numbers: the powers of ten and, where they are few, 2 and 5 times these.
+
+    At most so many as `most`, where there is little room; None: as many as matplotlib thinks fit.
+    """
+    from math import log10
+
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     for axis in axes:
         low, high = axis.get_view_interval()
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
-        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        few = 3 * log10(high / low) < (most or 7)
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=most))
+        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}".replace("e-0", "e-")))
         axis.set_minor_formatter(NullFormatter())

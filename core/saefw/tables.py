@@ -5,17 +5,18 @@ import inspect
 import json
 import math
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
 from saefw.care import PART, writing
+from saefw.catalog import BASES
 from saefw.errors import UNPRINTED, UserError, escaped
 
 if TYPE_CHECKING:
@@ -64,19 +65,23 @@ def grid(columns: int, ratios: Sequence[int] = ()) -> Table:
 # Plugins
 
 
-def plugins(catalog: "Catalog", kinds: Sequence[str]) -> Table:
-    """Return all that plugins bring: kind, name, first line of the docstring, origin."""
-    shown = table("kind", "use", "what it is", "from")
-    for kind in kinds:
-        for i, (use, cls) in enumerate(catalog.lookup(kind).items()):
-            first = (inspect.getdoc(cls) or "").split("\n")[0]
-            shown.add_row(kind if i == 0 else "", Text(use, style="bold"), first, _tail(catalog.origin(cls)))
-        if catalog.lookup(kind):
-            shown.add_section()
-    for i, (name, metric) in enumerate(catalog.metrics.items()):
-        first = (inspect.getdoc(metric) or "").split("\n")[0]
-        shown.add_row("metrics" if i == 0 else "", Text(name, style="bold"), first, _tail(catalog.origin(metric)))
-    return shown
+def plugins(catalog: "Catalog") -> Group:
+    """Return all that plugins bring, a table a kind: name, first line of the docstring, origin."""
+    found: dict[str, dict[str, tuple[str, str]]] = {
+        kind: {name: (inspect.getdoc(cls) or "", catalog.origin(cls)) for name, cls in brought.items()}
+        for kind, brought in ((kind, catalog.lookup(kind)) for kind in BASES)
+    }
+    found["metrics"] = {
+        name: (inspect.getdoc(metric) or "", catalog.origin(metric)) for name, metric in catalog.metrics.items()
+    }
+    found["watchers"] = {name: catalog.watcher(name) for name in catalog.watchers}
+    parts: list[Table | str] = []
+    for kind, brought in found.items():
+        shown = table(kind, "what it is", "from")
+        for name, (doc, origin) in brought.items():
+            shown.add_row(Text(name, style="bold"), doc.split("\n")[0], _tail(origin))
+        parts += [shown, ""] if brought else []
+    return Group(*parts[:-1])
 
 
 def sources(datasets: "Mapping[str, type[DatasetConfig]]") -> Table:
@@ -90,36 +95,41 @@ def sources(datasets: "Mapping[str, type[DatasetConfig]]") -> Table:
 
 
 def settings(cls: "type[Entry]") -> Table:
-    """Return the settings of a config class: name, type, default, docstring."""
+    """Return the settings of a config class: name, type, default, docstring; its own before those of its bases."""
     shown = table("setting", "type", "default", "what it is")
-    for name, info in cls.model_fields.items():
-        if name != "use":
+    own = [name for parent in cls.__mro__ for name in vars(parent).get("__annotations__", {})]
+    for name in dict.fromkeys(own):
+        if name != "use" and (info := cls.model_fields.get(name)):
             shown.add_row(Text(name, style="bold"), _kind(info), _default(info), _words(info))
     return shown
 
 
 def example(kind: str, cls: "type[Entry]") -> str:
-    """Return an entry as it is written in registry.yaml: required settings, and those that are the class's own."""
+    """Return an entry as it is written in registry.yaml: required settings, and those that not all of its kind have."""
     use = cls.model_fields["use"].default
-    lines = [f"{kind}:", f"  my-{use}:", f"    use: {use}"]
-    own = vars(cls).get("__annotations__", {})
+    lines = [f"{kind}:", f"  my-{use.removeprefix('my-')}:", f"    use: {use}"]
     for name, info in cls.model_fields.items():
         if info.is_required():
             lines.append(f"    {name}: ...  # {_kind(info)}")
-        elif name in own and name != "use":
+        elif name not in BASES[kind].model_fields and name != "use":
             lines.append(f"    {name}: {_default(info)}")
     return "\n".join(lines)
 
 
 def _kind(info: "FieldInfo") -> str:
-    """Write the type of a setting, with its bounds: `int > 0`, `names of saes`."""
-    signs = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
-    bounds = [f"{sign} {getattr(mark, key):g}" for mark in info.metadata for key, sign in signs if hasattr(mark, key)]
+    """Write the type of a setting, with its bounds: `int > 0`, `list[float > 0]`, `names of saes`."""
     for mark in info.metadata:
         if type(mark).__name__ == "Names":
             many = "list" in _type(info.annotation)
             return f"names of {mark.kind}" if many else f"one of the {mark.kind}"
-    return " ".join([_type(info.annotation), " and ".join(bounds)]).strip()
+    return " ".join([_type(info.annotation), _bounds(info.metadata)]).strip()
+
+
+def _bounds(marks: Iterable[Any]) -> str:
+    """Write the bounds among the marks of a type: `> 0 and <= 1`."""
+    signs = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+    flat = [inner for mark in marks for inner in getattr(mark, "metadata", [mark])]  # a Field holds others
+    return " and ".join(f"{sign} {getattr(mark, key):g}" for mark in flat for key, sign in signs if hasattr(mark, key))
 
 
 def _type(annotation: Any) -> str:
@@ -131,7 +141,7 @@ def _type(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         return " | ".join(map(_type, parts))
     if origin is not None and hasattr(annotation, "__metadata__"):
-        return _type(parts[0])
+        return " ".join([_type(parts[0]), _bounds(annotation.__metadata__)]).strip()
     if origin is not None:
         name = getattr(origin, "__name__", str(origin))
         return f"{name}[{', '.join('...' if part is Ellipsis else _type(part) for part in parts)}]"

@@ -5,6 +5,8 @@ fires on it.
 """
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +51,11 @@ def tile(n_classes: int, d_sae: int) -> tuple[int, int]:
     """
     side = max(1, round((n_classes * d_sae / ROW_GROUP) ** 0.5))
     return max(1, -(-n_classes // side)), -(-d_sae // side)
+
+
+def waiting(features: float) -> float:
+    """Return the bytes that wait in files for each image with a class, on which so many features fire."""
+    return features * PAIR.itemsize + min(features, IMAGE_FEATURES) * _TOP.itemsize
 
 
 class Sizes(NamedTuple):
@@ -154,6 +161,24 @@ class Tally:
             embedding_ed: of a tally with `d_embed`.
 
         """
+        parts = [
+            partial(self._count, fired),
+            partial(ranking.add, self._part("top"), example_e, label_e, fired),
+            partial(self._rank_features, example_e, fired),
+        ]
+        if self.sizes.n_classes:
+            parts.append(partial(self._classify, label_e, fired))
+        if embedding_ed is not None:
+            pairs = fired.image_g, fired.feature_g, fired.score_g
+            parts.append(partial(monosemantic.add, self._part("alike"), *pairs, embedding_ed))
+        # Each keeps one core busy, and no two touch the same sums.
+        with ThreadPoolExecutor(len(parts)) as threads:
+            for done in [threads.submit(part) for part in parts]:
+                done.result()
+        self.seen += len(example_e)
+
+    def _count(self, fired: Firing) -> None:
+        """Add up how often and how strongly each feature fires."""
         sums = self._sums
         feature_n = fired.feature_g.repeat_interleave(fired.length_g)
         fires_n = fired.value_n > 0
@@ -161,43 +186,37 @@ class Tally:
         sums["fired_s"].scatter_add_(0, fired.feature_g, fired.fires_g)
         sums["total_s"].scatter_add_(0, fired.feature_g, fired.mass_g)
         sums["max_s"].scatter_reduce_(0, fired.feature_g, fired.peak_g, "amax")
-        ranking.add(self._part("top"), example_e, label_e, fired)
-        self._rank_features(example_e, fired)
-        if self.sizes.n_classes:
-            self._classify(label_e, fired)
-        if embedding_ed is not None:
-            monosemantic.add(self._part("alike"), fired.image_g, fired.feature_g, fired.score_g, embedding_ed)
-        self.seen += len(example_e)
 
     def _part(self, part: str) -> dict[str, Tensor]:
         return {name.removeprefix(f"{part}."): x for name, x in self._sums.items() if name.startswith(f"{part}.")}
 
     def _rank_features(self, example_e: Tensor, fired: Firing) -> None:
         """Note the strongest features of each image; of equal ones the lower number comes first."""
-        d_sae = self.sizes.d_sae
+        bits = (self.sizes.d_sae - 1).bit_length()
         falling_g = 0x7FFFFFFF - fired.score_g.view(torch.int32).long()
-        packed_g = (((fired.image_g << 31) | falling_g) * d_sae + fired.feature_g)[fired.score_g > 0]
+        packed_g = ((((fired.image_g << 31) | falling_g) << bits) | fired.feature_g)[fired.score_g > 0]
         key_g = packed_g.sort().values.numpy()
-        image_g = key_g // d_sae >> 31
-        rank_g = np.arange(len(key_g)) - np.searchsorted(image_g, np.arange(len(example_e)))[image_g]
-        kept = rank_g < IMAGE_FEATURES
-        key_n, record_n = key_g[kept], np.empty(int(kept.sum()), dtype=_TOP)
-        record_n["example"], record_n["rank"] = example_e.numpy()[image_g[kept]], rank_g[kept]
-        record_n["feature"] = key_n % d_sae
-        record_n["score"] = (0x7FFFFFFF - (key_n // d_sae & 0x7FFFFFFF)).astype(np.uint32).view(np.float32)
+        rank_g = ranking.places(key_g >> (31 + bits))
+        key_n, rank_n = key_g[rank_g < IMAGE_FEATURES], rank_g[rank_g < IMAGE_FEATURES]
+        record_n = np.empty(len(key_n), dtype=_TOP)
+        record_n["example"], record_n["rank"] = example_e.numpy()[key_n >> (31 + bits)], rank_n
+        record_n["feature"] = key_n & ((1 << bits) - 1)
+        record_n["score"] = (0x7FFFFFFF - (key_n >> bits & 0x7FFFFFFF)).astype(np.uint32).view(np.float32)
         self._images.append(record_n)
 
     def _classify(self, label_e: Tensor, fired: Firing) -> None:
         """Count the labelled images."""
         sums, label_g = self._sums, label_e[fired.image_g]
         sums["images_c"] += torch.bincount(label_e[label_e >= 0], minlength=self.sizes.n_classes)
-        known_g = label_g >= 0
-        label_g, feature_g, score_g = label_g[known_g], fired.feature_g[known_g], fired.score_g[known_g]
-        at_g, counts_g = label_g * self.sizes.d_sae + feature_g, score_g > 0
-        sums["mass_cs"].view(-1).scatter_add_(0, at_g, fired.mass_g[known_g])
+        known = (label_g >= 0).nonzero()[:, 0]
+        label_g, feature_g, score_g, mass_g = (
+            x[known] for x in (label_g, fired.feature_g, fired.score_g, fired.mass_g)
+        )
+        at_g = label_g * self.sizes.d_sae + feature_g
+        sums["mass_cs"].view(-1).scatter_add_(0, at_g, mass_g)
         sums["score_cs"].view(-1).scatter_add_(0, at_g, score_g.double())
-        sums["fired_cs"].view(-1).scatter_add_(0, at_g, counts_g.int())
-        self._pairs.add(*(x[counts_g].numpy() for x in (feature_g, label_g, score_g)))
+        sums["fired_cs"].view(-1).scatter_add_(0, at_g, (score_g > 0).int())
+        self._pairs.add(feature_g.numpy(), label_g.numpy(), score_g.numpy())
 
     # What came of it; columns as in schema.sql.
 

@@ -6,7 +6,7 @@ Shapes: n tokens, s d_sae, e entries.
 import torch
 from torch import Tensor, nn
 
-from saefw.sparse import Entries, largest_of_batch, where
+from saefw.sparse import Entries, above, largest_of_batch
 
 
 class Threshold(nn.Module):
@@ -31,7 +31,7 @@ class Threshold(nn.Module):
     def forward(self, pre_ns: Tensor) -> Entries:
         """Return which features are active, of pre-activations."""
         if not self.training:
-            return where(pre_ns > self.value)
+            return above(pre_ns, self.value)
         entries = largest_of_batch(pre_ns, self.k)
         self._learn(entries.of(pre_ns))
         return entries

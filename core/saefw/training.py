@@ -4,7 +4,7 @@ Shapes: n tokens, d d_model, s d_sae.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from saefw.plugin import PenalisedConfig, Run, SaeConfig, Unit
 
 CHECKPOINT = "checkpoint.safetensors"
 
-ROWS = 256
-"""Decoder rows that fit a processor's cache, together with their gradient."""
+HELD = 1 << 18
+"""How many numbers of the decoder fit a processor's cache, about, together with their gradient."""
 
 
 class Training:
@@ -67,7 +67,7 @@ class Training:
         if self.config.unit_norm:
             drop_radial(self.sae.W_dec)
         if self.config.clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.config.clip)
+            clip(self.sae.parameters(), self.config.clip)
         for mine, parameter in zip(self.adam.param_groups[0]["params"], self.sae.parameters(), strict=True):
             mine.grad = None if parameter.grad is None else inline(parameter.grad)
         self.adam.step()
@@ -157,13 +157,22 @@ def inline(x: Tensor) -> Tensor:
     return x.detach() if x.is_contiguous() else x.detach().T
 
 
+def clip(parameters: Iterable[Parameter], largest: float) -> None:
+    """Scale all gradients down to a common L2 norm; a smaller one costs no pass over them."""
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if norm > largest:
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+
+
 @torch.no_grad()
 def drop_radial(W_dec: Parameter) -> None:
     """Take out of the gradient of each decoder row [s, d] its part along the row: it would only change the norm."""
     if W_dec.grad is None:
         return
     # A few rows at a time, so that they are read from memory once.
-    for rows, gradient in zip(torch.split(W_dec, ROWS), torch.split(W_dec.grad, ROWS), strict=True):
+    n_rows = max(1, HELD // W_dec.shape[1])
+    for rows, gradient in zip(torch.split(W_dec, n_rows), torch.split(W_dec.grad, n_rows), strict=True):
         along = (gradient * rows).sum(dim=1, keepdim=True) / rows.square().sum(dim=1, keepdim=True)
         gradient.addcmul_(along, rows, value=-1)
 

@@ -33,7 +33,7 @@ class Views:
 
     def _drawn(self, example: int) -> bytes:
         if self._parts is None:
-            self._parts = self._backbone_config.build("cpu"), self._run.dataset(self._dataset_config)
+            self._parts = self._backbone_config.fresh("cpu"), self._run.dataset(self._dataset_config)
         backbone, dataset = self._parts
         return pictures.png(backbone.view(again(dataset, example, self._keys[example])).convert("RGB"))
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 import torch
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor, nn
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from saefw.plugin import Backbone, BackboneConfig, BackboneInfo, Place, Prefix, UserError, hookimpl, mend_torchvision
 
@@ -171,6 +172,18 @@ class TimmBackbone(Backbone):
         """Yield what each of some blocks takes besides the tokens."""
         yield from ({} for _ in numbers)
 
+    def cls_after(self, tokens: Tensor, number: int) -> Tensor:
+        """Return [CLS] as a block puts it out, [b, d]; timm's plain blocks are run for it alone."""
+        from timm.layers.attention import Attention
+        from timm.models.vision_transformer import Block
+
+        block = self._model.blocks[number]
+        if type(block) is not Block or type(block.attn) is not Attention:
+            return super().cls_after(tokens, number)
+        cls_b1d: Tensor = tokens[:, :1] + block.ls1(_attended(block.attn, block.norm1(tokens)))
+        cls_b1d = cls_b1d + block.ls2(block.mlp(block.norm2(cls_b1d)))
+        return cls_b1d[:, 0]
+
     def embedding(self, tokens: Tensor) -> Tensor:
         """Return what the model's head reads, [b, d_embed]: the tokens after final norm and pooling."""
         if not self.info.d_embed:
@@ -229,6 +242,25 @@ class RelPosBackbone(TimmBackbone):
     def _besides(self, tokens_btd: Tensor, numbers: Sequence[int]) -> Iterator[Mapping[str, Any]]:
         shared = None if self._model.shared_rel_pos is None else self._model.shared_rel_pos.get_bias()
         yield from ({"shared_rel_pos": shared} for _ in numbers)
+
+
+def _attended(attention: Any, x_btd: Tensor) -> Tensor:
+    """Return what timm's Attention makes of the first token, [b, 1, d]: one query, keys and values of all tokens."""
+    b, width = len(x_btd), attention.attn_dim
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+
+    def headed(x: Tensor, rows: slice) -> Tensor:
+        """Return the parts of queries, keys or values by head: [parts, b, head, token, head_dim]."""
+        made = linear(x, weight[rows], None if bias is None else bias[rows])
+        return made.view(b, x.shape[1], -1, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4)
+
+    (q,), (k, v) = headed(x_btd[:, :1], slice(width)), headed(x_btd, slice(width, None))
+    found = scaled_dot_product_attention(attention.q_norm(q), attention.k_norm(k), v)
+    out: Tensor = attention.norm(found.transpose(1, 2).reshape(b, 1, width))
+    if attention.gate is not None:
+        out = out * attention.gate(x_btd[:, :1]).sigmoid()
+    out = attention.proj(out)
+    return out
 
 
 def _kind(model: nn.Module) -> type[TimmBackbone]:

@@ -6,7 +6,10 @@ with (Radford et al. 2021, arXiv:2103.00020).
 Shapes: n images, d width of an embedding, c classes, p prompts.
 """
 
-from typing import Literal
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -42,6 +45,14 @@ class ZeroShot(ProbeConfig):
             if template.count("{}") != 1:
                 raise ValueError(f"a template has one {{}}, for the name of the class (got {template!r})")
         return templates
+
+    def content(self) -> dict[str, Any]:
+        """Return the settings with what the file of embeddings holds, wherever it lies."""
+        content = super().content()
+        if self.embeddings is not None and (path := self.embeddings.open()).is_file():
+            told = path.stat()
+            content["embeddings"] = _digest(path, told.st_mtime_ns, told.st_size)
+        return content
 
     def check(self, task: Task, backbone: BackboneConfig, token: str | int) -> None:
         """See that there is a text tower and an image embedding, or a file that fits.
@@ -124,6 +135,20 @@ class ZeroShot(ProbeConfig):
         if not bool(found.isfinite().all()) or not bool(found.any(dim=1).all()):
             raise UserError(f"{path}: {NAME} holds rows that are zero or not finite")
         return found.float()
+
+
+@lru_cache(maxsize=64)
+def _digest(path: Path, mtime_ns: int, size: int) -> str:
+    """Return the beginning of the SHA-256 of a file; it is read again once it has changed.
+
+    Raises:
+        UserError: it cannot be read.
+
+    """
+    try:
+        return sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
 
 
 class ZeroShotProbe(Probe):

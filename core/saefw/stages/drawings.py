@@ -13,6 +13,7 @@ from pydantic import Field
 from saefw import pictures
 from saefw.choice import PUREST, Choice, best_classes, picked
 from saefw.errors import did_you_mean
+from saefw.facts import commonest
 from saefw.plugin import FigureConfig, Pick, UserError, hookimpl
 from saefw.store import SAVED
 from saefw.style import FAINT, WIDTH, shown
@@ -125,7 +126,7 @@ class BeforeAfter(FigureConfig):
     """One steered image: the features that were edited, and what the probe said before and after."""
 
     use: Literal["before-after"] = "before-after"
-    revision: ClassVar[int] = 3
+    revision: ClassVar[int] = 4
     names_features: ClassVar[bool] = True
     wants: ClassVar[tuple[str, ...]] = ("steer", "visuals")
 
@@ -176,7 +177,10 @@ class BeforeAfter(FigureConfig):
         figure = Figure(figsize=(self.width, 3.0), layout=ConstrainedLayoutEngine(wspace=0.04))
         wide = [1.2, 2.1, 1.5] if strips else [1.2, 1.5]
         grid = figure.add_gridspec(1, len(wide), width_ratios=wide)
-        _show_image(figure.add_subplot(grid[0]), case, tables)
+        axes = figure.add_subplot(grid[0])
+        _show_image(axes, case, tables)
+        if case.patches and tables:
+            _outline(axes, case.patches, pictures.grid(db, tables[0].name))
         if strips:
             called = _called(db, tables[0].name)
             axes = figure.add_subplot(grid[1])
@@ -243,9 +247,8 @@ def _strip(db: "DuckDBPyConnection", folder: Path, feature: int, n: int, side: i
     strip = np.full((height, n * (side + gap) - gap, 3), 255, dtype=np.uint8)
     for i, tile in enumerate(tiles):
         strip[: tile.shape[0], i * (side + gap) : i * (side + gap) + tile.shape[1]] = tile
-    names = [shown(name) for _, _, name in rows if name is not None]
-    commonest = max(dict.fromkeys(names), key=names.count) if names else ""
-    purity = f"{names.count(commonest)} of {len(rows)}: {commonest}" if names else ""
+    most, count = commonest(name for _, _, name in rows)
+    purity = "" if most is None else f"{count} of {len(rows)}: {shown(most)}"
     return Strip(strip, purity, largest if maps_tp.shape[1] > 1 else None)
 
 
@@ -280,12 +283,19 @@ class Case(NamedTuple):
     view: "Image | None" = None
     """What the model saw."""
 
+    patches: Sequence[int] = ()
+    """Those that were edited, if not all."""
 
-def said_of(changes: Sequence[tuple[str, float]], place: str, n_patches: int = 0) -> str:
-    """Return in words what was done to features (mode and amount of each), on how many patches (0: all)."""
+
+def said_of(changes: Sequence[tuple[str, float]], place: str, n_patches: int = 0, raw: bool = False) -> str:
+    """Return in words what was done to features (mode and amount of each), on how many patches (0: all).
+
+    Amounts are in units of p99 or, with `raw`, of codes.
+    """
+    unit = "" if raw else " × p99"
     said = {
-        "set": "set to {} × p99",
-        "add": "raised by {} × p99",
+        "set": f"set to {{}}{unit}",
+        "add": f"raised by {{}}{unit}",
         "scale": "multiplied by {}",
         "ablate": "less {} of it",
     }
@@ -300,8 +310,9 @@ def _case(db: "DuckDBPyConnection", folder: Path, edit: int | None) -> Case | No
     found = db.execute(
         "WITH read AS (SELECT edit, arg_max(label, before) AS was, arg_max(label, after) AS became, "
         "sum(exp(after)) AS total FROM edit_logit WHERE unit = $unit GROUP BY edit) "
-        "SELECT e.edit, e.sae, e.acts, e.example, o.name, t.name, e.dose, e.mode, e.place "
-        "FROM edit e JOIN read USING (edit) "
+        "SELECT e.edit, e.sae, e.acts, e.example, o.name, t.name, e.dose, e.mode, e.place, "
+        "coalesce(CAST(u.content->'$.raw' AS BOOLEAN), false), coalesce(CAST(u.content->'$.patches' AS INTEGER[]), []) "
+        "FROM edit e JOIN read USING (edit) JOIN unit u ON u.unit = e.unit "
         "JOIN edit_logit l ON l.unit = e.unit AND l.edit = e.edit AND l.label = e.target "
         "JOIN example x ON x.unit = e.acts AND x.example = e.example "
         "JOIN class o ON o.unit = e.acts AND o.label = x.label JOIN class t ON t.unit = e.acts AND t.label = e.target "
@@ -313,7 +324,7 @@ def _case(db: "DuckDBPyConnection", folder: Path, edit: int | None) -> Case | No
     ).fetchall()
     if not found:
         return None
-    edit, sae, acts, example, source, target, amount, mode, place = found[0]
+    edit, sae, acts, example, source, target, amount, mode, place, raw, patches = found[0]
     features = db.execute(
         "SELECT feature FROM edit_feature WHERE unit = ? AND edit = ? AND feature IS NOT NULL ORDER BY rowid",
         [folder.name, edit],
@@ -327,10 +338,11 @@ def _case(db: "DuckDBPyConnection", folder: Path, edit: int | None) -> Case | No
     seen = db.execute("SELECT DISTINCT unit FROM feature WHERE sae = ? AND acts = ?", [sae, acts]).fetchall()
     names, before, after = zip(*logits, strict=True)
     chosen = [feature for (feature,) in features]
+    done = said_of([(mode, amount)] * len(chosen), place, len(patches), raw)
     return Case(
-        example, shown(source), shown(target), said_of([(mode, amount)] * len(chosen), place), chosen,
+        example, shown(source), shown(target), done, chosen,
         list(map(shown, names)), _softmax(before), _softmax(after), n_classes, {unit for (unit,) in seen},
-        _kept(folder / "first.png") if edit == _first(folder / "first.json") else None,
+        _kept(folder / "first.png") if edit == _first(folder / "first.json") else None, patches,
     )  # fmt: skip
 
 
@@ -356,11 +368,12 @@ def _saved(db: "DuckDBPyConnection", store: Path, name: str) -> Case:
     seen = db.execute("SELECT DISTINCT unit FROM feature WHERE sae = ? AND acts = ?", [sae, acts]).fetchall()
     names, before, after = (list(column) for column in zip(*rows, strict=True))
     names = list(map(shown, names))
-    done = said_of([(mode, amount) for _, mode, amount in changes], place, len((patches or "").split()))
+    edited = [int(patch) for patch in (patches or "").split()]
+    done = said_of([(mode, amount) for _, mode, amount in changes], place, len(edited))
     return Case(
         example, names[int(np.argmax(before))], names[int(np.argmax(after))], done,
         [feature for feature, _, _ in changes], names, np.array(before), np.array(after), len(names),
-        {one for (one,) in seen}, _kept(store / SAVED / unit / "view.png"),
+        {one for (one,) in seen}, _kept(store / SAVED / unit / "view.png"), edited,
     )  # fmt: skip
 
 
@@ -396,6 +409,19 @@ def _show_image(axes: "Axes", case: Case, tables: Sequence[Path]) -> None:
     axes.imshow(np.asarray(pictures.enlarged(view, 256)))
     axes.set(title=f"the image: {case.source}", anchor="N")
     axes.axis("off")
+
+
+def _outline(axes: "Axes", patches: Sequence[int], grid: tuple[int, int]) -> None:
+    """Draw frames around patches of the image that is shown, if one is."""
+    from matplotlib.patches import Rectangle
+
+    for image in axes.images:
+        left, right, bottom, top = image.get_extent()
+        height, width = (bottom - top) / grid[0], (right - left) / grid[1]
+        for patch in patches:
+            row, column = divmod(patch, grid[1])
+            where = left + column * width, top + row * height
+            axes.add_patch(Rectangle(where, width, height, fill=False, edgecolor=AFTER, linewidth=1.5))
 
 
 def _softmax(logits: Sequence[float]) -> Array:

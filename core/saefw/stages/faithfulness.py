@@ -127,7 +127,7 @@ class Faithfulness(StageConfig):
         """
         for (probe, recording, place), group in _groups(units).items():
             acts = acts_of(recording, run)
-            backbone = cast(BackboneConfig, recording.given["backbone"]).build(run.device)
+            backbone = cast(BackboneConfig, recording.given["backbone"]).fresh(run.device)
             reader, examples = opened(probe, run), self._examples(recording.label, acts)
             known: dict[int, Tensor] = {}
             for unit in group:

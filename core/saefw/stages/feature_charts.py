@@ -65,7 +65,7 @@ class FeatureDistributions(OfFeatures):
         if not firing:
             raise UserError(f"no feature of {label} fires")
         feature_n, frequency_n, value_n = (np.array(column) for column in zip(*firing, strict=True))
-        best = best_classes(db, unit)
+        best, wide = best_classes(db, unit), self.width > 5
         figure = Figure(figsize=(self.width, max(3.6, 0.6 * self.width)))
         grid = figure.add_gridspec(2, 2, width_ratios=(4, 1), height_ratios=(1, 3))
         axes = figure.add_subplot(grid[1, 0])
@@ -80,8 +80,9 @@ class FeatureDistributions(OfFeatures):
             corner = figure.add_subplot(grid[0, 1])
             corner.axis("off")
             where = corner.inset_axes((0, 0.3, 1, 0.14))
-            figure.colorbar(points, cax=where, orientation="horizontal", ticks=[0, 0.5, 1])
-            where.set_title("average precision,\nbest class", fontsize=7, pad=3)
+            bar = figure.colorbar(points, cax=where, orientation="horizontal", ticks=[0, 0.5, 1] if wide else [0, 1])
+            bar.ax.xaxis.set_major_formatter("{x:g}")
+            where.set_title("average precision,\nbest class" if wide else "AP, best\nclass", fontsize=7, pad=3)
             where.tick_params(labelsize=7, length=0)
         for values, side, line in ((frequency_n, above, "axvline"), (value_n, beside, "axhline")):
             bins: Any = np.geomspace(values.min() / 1.05, values.max() * 1.05, 31)
@@ -91,12 +92,15 @@ class FeatureDistributions(OfFeatures):
             )  # fmt: skip
             for one in (side, axes):
                 getattr(one, line)(np.median(values), color=PALETTE[1], linewidth=1)
-        plain_ticks(axes.xaxis, axes.yaxis)
+        plain_ticks(axes.xaxis, axes.yaxis, most=None if wide else 4)
         above.tick_params(labelbottom=False)
         beside.tick_params(labelleft=False)
         above.set_ylabel("features")
         beside.set_xlabel("features")
-        axes.set(xlabel="frequency: share of tokens", ylabel="mean positive value, SAE units")
+        # In a narrow figure the longer one would run into its neighbour's.
+        axes.set(
+            xlabel="frequency: share of tokens" if wide else "share of tokens", ylabel="mean positive value, SAE units"
+        )
         figure.suptitle(
             wrapped(
                 f"{label}\n{len(firing):,} of {len(rows):,} features fire; medians: frequency "
@@ -140,16 +144,16 @@ class ActivationHistograms(OfFeatures):
         best = best_classes(db, unit)
         columns = min(len(chosen), max(1, round(self.width / 1.44)))
         n_rows = -(-len(chosen) // columns)
-        figure = Figure(figsize=(self.width, 1.05 * n_rows + 0.95))
+        figure = Figure(figsize=(self.width, 1.15 * n_rows + 0.95))
         all_axes = figure.subplots(n_rows, columns, sharex=True, squeeze=False).ravel()
         for axes, feature in zip(all_axes, chosen, strict=False):
-            name = f" · {shown(best[feature].name, 12)}" if feature in best else ""
-            axes.set_title(f"{feature}{name}", fontsize=7.5, pad=3)
+            name = f" · {shown(best[feature].name, 14)}" if feature in best else ""
+            axes.set_title(f"{feature}{name}", fontsize=7.5, pad=11)
             self._panel(axes, spread.get(feature), told[feature])
         for axes in all_axes[len(chosen) :]:
             axes.axis("off")
         all_axes[0].set_xscale("log")
-        plain_ticks(all_axes[0].xaxis)
+        plain_ticks(all_axes[0].xaxis, most=4)
         all_axes[0].minorticks_off()  # of all: they share it
         figure.supxlabel("positive value, SAE units", x=0.012, ha="left", fontsize=7.5)
         figure.suptitle(
@@ -177,7 +181,7 @@ class ActivationHistograms(OfFeatures):
         density = np.zeros(len(edges) - 1)
         density[np.searchsorted(edges, low)] = n / np.log2(high / low)
         axes.stairs(density, edges, fill=True, color=PALETTE[0], alpha=0.6)
-        axes.set_title(f"N = {n.sum():,}", loc="right", fontsize=6, pad=3, color=FAINT)
+        axes.text(0, 1.03, f"N = {n.sum():,}", transform=axes.transAxes, va="bottom", fontsize=6, color=FAINT)
 
 
 class ClassCoverage(OfFeatures):
@@ -214,7 +218,8 @@ class ClassCoverage(OfFeatures):
         Of a class on which nothing fires it is 0, and of feature -1.
         """
         rows = db.execute(
-            "SELECT c.name, coalesce(max(p.ap), 0) AS ap, coalesce(arg_max(p.feature, p.ap), -1) FROM class c "
+            "SELECT c.name, coalesce(max(p.ap), 0) AS ap, coalesce(arg_max(p.feature, (p.ap, -p.feature)), -1) "
+            "FROM class c "
             "SEMI JOIN (FROM feature WHERE unit = $unit) f ON f.acts = c.unit "
             "SEMI JOIN example e ON e.unit = c.unit AND e.label = c.label "
             "LEFT JOIN class_feature p ON p.unit = $unit AND p.label = c.label GROUP BY c.label, c.name "
@@ -251,7 +256,7 @@ class ClassCoverage(OfFeatures):
         names = list(best)
         title = f"{len(names)} classes and their best features"
         if len(names) > BARS:
-            title = f"the {BARS // 2} best and the {BARS // 2} worst detected of {len(names):,} classes"
+            title = f"{BARS // 2} best and {BARS // 2} worst of {len(names):,} classes"
             names = [*names[: BARS // 2], *names[-BARS // 2 :]]
         y = np.arange(len(names))
         colours = [PALETTE[0] if best[name][0] > self.threshold else ZERO for name in names]

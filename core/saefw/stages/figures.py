@@ -9,6 +9,7 @@ from pydantic import Field
 
 from saefw import notes
 from saefw.care import write_atomically
+from saefw.origin import whose
 from saefw.plugin import FigureConfig, Names, Pace, Run, StageConfig, Unit, UserError, hookimpl, timed
 from saefw.style import WIDTH, panels, rendered, shown, styled, wrapped
 
@@ -97,7 +98,14 @@ def _named(root: Path, units: Sequence[Unit]) -> dict[str, dict[str, str]]:
 
 
 def sized(entry: FigureConfig, figure: "Figure") -> "Figure":
-    """Return a figure in the size and with the title that its entry sets."""
+    """Return a figure in the size and with the title that its entry sets.
+
+    Raises:
+        UserError: it is no figure.
+
+    """
+    if not hasattr(figure, "set_size_inches"):
+        raise UserError(f"{whose(type(entry))}: draw() must return a figure of matplotlib (got {figure!r})")
     figure.set_size_inches(entry.width, entry.height or figure.get_figheight())
     if entry.title is not None:
         figure.suptitle(wrapped(shown(entry.title, 160), entry.width), x=0.012, ha="left", fontsize=9.5)

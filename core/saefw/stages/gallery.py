@@ -123,9 +123,9 @@ class Gallery(StageConfig):
         return n, min(n, self.n_features)
 
     def _images(self, seen: Unit, run: Run) -> float:
-        """Return about how many images are shown: as many as so many draws with replacement would show."""
+        """Return about how many images are shown."""
         n = samples.sizes(seen.needs[1], run)[seen.content["split"]]
-        return -n * math.expm1(-self._shown(seen)[1] * seen.content["top"] / n) if n else 0.0
+        return samples.distinct(n, self._shown(seen)[1] * seen.content["top"])
 
     def _image_seconds(self, recording: Unit, run: Run) -> float:
         try:

@@ -10,6 +10,7 @@ import base64
 import json
 import zlib
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from torch.nn.functional import normalize
 from saefw import pictures
 from saefw.care import PASSING, Unread, writing
 from saefw.errors import UserError, escaped
+from saefw.facts import commonest
 
 Array = np.ndarray[Any, Any]
 
@@ -88,15 +90,10 @@ class Tables(NamedTuple):
 
     def commonest(self) -> tuple[Array, Array]:
         """Return the commonest class among the top images of each feature, -1 where none has one, and how many are."""
-        labelled = self.label_n >= 0
-        n_classes = int(self.label_n.max(initial=0)) + 1
-        pairs = self.top["feature"][labelled].astype(np.int64) * n_classes + self.label_n[labelled]
-        pair_g, count_g = np.unique(pairs, return_counts=True)
-        label_s, most_s = np.full(self.d_sae, -1), np.zeros(self.d_sae, dtype=np.int64)
-        order = np.lexsort((-pair_g, count_g))  # the last one written counts: most images, of equals the first class
-        label_s[pair_g[order] // n_classes] = pair_g[order] % n_classes
-        most_s[pair_g[order] // n_classes] = count_g[order]
-        return label_s, most_s
+        labels = [None if label < 0 else label for label in self.label_n.tolist()]
+        found = [commonest(labels[first:last]) for first, last in pairwise(self.starts_s.tolist())]
+        label_s, most_s = zip(*found, strict=True)
+        return np.array([-1 if label is None else label for label in label_s]), np.array(most_s)
 
     def best(self) -> Array:
         """Return the average precision of each feature as a detector of the class that it detects best; 0: of none."""

@@ -25,6 +25,7 @@ from saefw.calibration import Bin, expected_error, reliability
 from saefw.care import write_atomically
 from saefw.inputs import Token
 from saefw.live import acts_of
+from saefw.origin import whose
 from saefw.outcome import bootstrap
 from saefw.pace import ENOUGH
 from saefw.plugin import (
@@ -44,6 +45,7 @@ from saefw.plugin import (
     settings,
 )
 from saefw.unit import canonical
+from saefw.wording import got
 
 FILE = "probe.safetensors"
 FITTED = "fitted.safetensors"
@@ -139,7 +141,7 @@ class ProbeStage(StageConfig):
         recording = acts_of(acts, run)
         given = cast(BackboneConfig, acts.given["backbone"])
         # Loaded once, and only for those that ask for it.
-        backbone: Callable[[], Backbone] = cache(lambda: given.build(run.device))
+        backbone: Callable[[], Backbone] = cache(lambda: given.fresh(run.device))
         task = Task(inputs.width(given.describe(), self.token), tuple(recording.classes), backbone)
         _tellable(acts, task.classes)
         splits = {
@@ -150,7 +152,8 @@ class ProbeStage(StageConfig):
         probes = _fitted(run, kind, units, task, splits["train"])
         for unit, config, probe in zip(units, members, probes, strict=True):
             probe = probe.to(run.device).eval().requires_grad_(False)
-            measured = {split: measure(probe, data) for split, data in splits.items()}
+            _check_logits(probe, splits["valid"].x_nd[:2], len(task.classes))
+            measured = {split: measure(probe, data, f"{unit.label}, {split}") for split, data in splits.items()}
             test = measured["test"]
             low, high = bootstrap(test.right_n[:, None].astype(np.float64), 0)
             bins = reliability(test.confidence_n, test.right_n)
@@ -286,6 +289,8 @@ def _fitted(run: Run, kind: type[ProbeConfig], units: Sequence[Unit], task: Task
         probes = kind.fit_many(
             members, task, train.x_nd, train.y_n, lambda done, total: run.progress(done, total, "steps")
         )
+        if not isinstance(probes, list) or [isinstance(probe, Probe) for probe in probes] != [True] * len(members):
+            raise UserError(f"{whose(kind)}: fit() must return a Probe, fit_many() a list of them{got(probes)}")
         sealed.write(path, _states(units, probes))
         return probes
     for unit, probe in zip(units, probes, strict=True):
@@ -349,12 +354,32 @@ def _labelled(recording: Acts, split: str, name: str, token: Token, task: Task, 
 
 
 @torch.no_grad()
-def measure(probe: Probe, data: Labelled) -> Measured:
-    """Return what the probe says of a split, and how often and how surely it is right."""
+def _check_logits(probe: Probe, x_nd: Tensor, n_classes: int) -> None:
+    """Raise unless the probe reads tokens as logits, one a class."""
+    logits, wanted = probe(x_nd), [len(x_nd), n_classes]
+    shape = list(logits.shape) if isinstance(logits, Tensor) else logits
+    if shape != wanted:
+        raise UserError(f"{whose(type(probe))}: forward() must give logits [n, class], here {wanted}{got(shape)}")
+
+
+@torch.no_grad()
+def measure(probe: Probe, data: Labelled, name: str) -> Measured:
+    """Return what the probe says of a split, and how often and how surely it is right.
+
+    Raises:
+        UserError: logits are NaN or infinite; `name` says of what.
+
+    """
     loss, predicted, margins, sure = 0.0, [], [], []
     for start in range(0, len(data.y_n), BATCH):
         some = slice(start, start + BATCH)
         logits_nc = probe(data.x_nd[some]).cpu()
+        if n_bad := int((~logits_nc.isfinite()).any(dim=1).sum()):
+            first = data.examples[start + int((~logits_nc.isfinite()).any(dim=1).float().argmax())]
+            raise UserError(
+                f"{name}: the probe's logits are NaN or infinite for {n_bad} of {len(logits_nc)} images, first for "
+                f"image {first}; lower its learning rate, or record tokens that are finite"
+            )
         wide_nc = logits_nc.double()
         loss += float(cross_entropy(wide_nc, data.y_n[some].cpu(), reduction="sum"))
         top = logits_nc.topk(2, dim=1)

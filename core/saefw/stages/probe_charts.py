@@ -1,4 +1,4 @@
-"""Charts of what probes answer: confusion, calibration.
+"""Charts of what probes answer: confusion, calibration, and what is left of it when SAEs stand in.
 
 Each is read off the index alone.
 """
@@ -18,7 +18,7 @@ from saefw.wording import or_listed
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 Units = Mapping[str, Sequence[Path]]
 
@@ -181,7 +181,75 @@ class Calibration(OfProbes):
         return f"{one.label}: expected calibration error {one.measured['test_ece']:.3f} (N = {one.n:,})"
 
 
+class Faithful(FigureConfig):
+    """What probes still read when tokens are replaced by each SAE's reconstruction, against L0.
+
+    Beside the accuracy, as it was measured, stands the share that is recovered of what ablating the tokens takes away,
+    with 95 % bootstrap intervals.
+    """
+
+    use: Literal["faithfulness"] = "faithfulness"
+    wants: ClassVar[tuple[str, ...]] = ("faithfulness",)
+
+    def draw(self, db: "DuckDBPyConnection", units: Units) -> "Figure":
+        """Draw two panels for each probe and layer of SAEs: the accuracy, and what is recovered."""
+        from matplotlib.figure import Figure
+
+        rows = db.execute(
+            "SELECT u.label, f.probe, f.acts, f.split, f.n, f.measure, p.variant, p.l0, 100 * f.clean, "
+            "100 * f.reconstructed, 100 * f.ablated, f.recovered, f.low, f.high, a.layer FROM faithfulness f "
+            "JOIN pareto p ON p.sae = f.sae JOIN unit u ON u.unit = f.probe JOIN acts a ON a.unit = f.acts "
+            "WHERE list_contains(?, f.unit) AND p.l0 > 0 ORDER BY u.label, a.layer, f.probe, f.acts, p.l0",
+            [[folder.name for folder in units["faithfulness"]]],
+        ).fetchall()
+        if not rows:
+            raise UserError("no SAE with an L0 above 0 was replaced")
+        pairs = list(dict.fromkeys(row[1:3] for row in rows))
+        figure = Figure(figsize=(self.width, self.height or 3.1 * len(pairs)))
+        parts = figure.subfigures(len(pairs), squeeze=False)[:, 0]
+        for pair, part in zip(pairs, parts, strict=True):
+            self._part(part, [row for row in rows if row[1:3] == pair])
+        return figure
+
+    def _part(self, part: "SubFigure", rows: Sequence[tuple[Any, ...]]) -> None:
+        label, _, _, split, n, *_ = rows[0]
+        if self.title is None:
+            text = f"SAEs of layer {rows[0][-1]}, {shown(label, 120)}"
+            part.suptitle(fill(text, int(13 * self.width)), x=0.012, ha="left", fontsize=9.5)
+        raw, share = part.subplots(1, 2)
+        variants = sorted({row[6] for row in rows})
+        for measure, axes in (("accuracy", raw), ("accuracy", share), ("cross_entropy", share)):
+            for i, variant in enumerate(variants):
+                ours = [row for row in rows if row[5] == measure and row[6] == variant]
+                x, recovered = [row[7] for row in ours], np.array([row[11:14] for row in ours], dtype=float)
+                look: dict[str, Any] = {
+                    "color": PALETTE[i % len(PALETTE)],
+                    "marker": "os^Dvp*"[i % 7],
+                    "markerfacecolor": None if measure == "accuracy" else "white",
+                    "linestyle": "-" if measure == "accuracy" else "--",
+                    "label": f"{variant}: {measure.replace('_', '-')}" if axes is share else variant,
+                }
+                if axes is raw:
+                    axes.plot(x, [row[9] for row in ours], **look)
+                else:
+                    bars = np.abs(recovered[:, 1:].T - recovered[:, 0])
+                    axes.errorbar(x, recovered[:, 0], yerr=bars, capsize=2, elinewidth=0.9, **look)
+        clean, ablated = (next(row[k] for row in rows if row[5] == "accuracy") for k in (8, 10))
+        for value, line, name in ((clean, "--", "the tokens as they are"), (ablated, ":", "the tokens at their mean")):
+            raw.axhline(value, color=FAINT, linestyle=line, linewidth=1.1, label=name)
+        share.axhline(1, color=FAINT, linestyle="--", linewidth=1.1)
+        raw.set(ylabel=f"accuracy on {split}, % (N = {n:,})")
+        share.set(ylabel="recovered")
+        for axes in (raw, share):
+            axes.set(xlabel="L0: features that fire on a token, mean")
+            axes.set_xscale("log", base=2)
+            axes.margins(x=0.1, y=0.08)
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter("")
+            axes.legend(fontsize=7)
+
+
 @hookimpl
 def saefw_figures() -> list[type[FigureConfig]]:
-    """Two: confusion, calibration."""
-    return [Confusion, Calibration]
+    """Three: confusion, calibration, faithfulness."""
+    return [Confusion, Calibration, Faithful]

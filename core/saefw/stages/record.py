@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from saefw import samples
 from saefw.blocks import resolve
 from saefw.forward import Forward
+from saefw.origin import whose
 from saefw.plugin import (
     BackboneConfig,
     Dataset,
@@ -25,7 +26,7 @@ from saefw.plugin import (
     UserError,
     hookimpl,
 )
-from saefw.recording import WORKERS, Recording, check_names, check_room, cores, prepared
+from saefw.recording import WORKERS, Recording, check_examples, check_room, cores, prepared
 from saefw.shards import Layout, Writer
 from saefw.unit import canonical
 
@@ -175,7 +176,7 @@ class Record(StageConfig):
     def _opened(self, units: Sequence[Unit], run: Run) -> Recording:
         """Open the dataset of some layers, and see which of their shards are there."""
         dataset, name = _dataset(units[0], run), units[0].given["names"]["dataset"]
-        check_names(name, dataset)
+        check_examples(name, dataset, whose(type(units[0].given["dataset"])))
         shard_bytes = int(self.shard_mb * 2**20)
         writers = [
             Writer(run.folder(unit), _layout(unit, len(dataset)), dataset, shard_bytes, self.live) for unit in units
@@ -194,7 +195,7 @@ class Record(StageConfig):
             for units, recording in whole:
                 _keep(units, recording, run)
             return
-        backbone = cast(BackboneConfig, whole[0][0][0].given["backbone"]).build(run.device)
+        backbone = cast(BackboneConfig, whole[0][0][0].given["backbone"]).fresh(run.device)
         layers = {writer.layout.layer for recording in missing for writer in recording.writers}
         forward = Forward(backbone, layers, run.device, self.precision, self.batch_size)
         examples = chain.from_iterable(recording.examples() for recording in missing)

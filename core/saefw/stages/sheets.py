@@ -17,6 +17,7 @@ from pydantic import Field
 from saefw import pictures, samples, sealed
 from saefw.care import settle, writing
 from saefw.choice import Best, Choice, best_classes, picked
+from saefw.facts import commonest
 from saefw.originals import Unreadable
 from saefw.pictures import Tile
 from saefw.plugin import Names, Pace, Pick, Run, StageConfig, Unit, UserError, hookimpl, timed
@@ -168,8 +169,8 @@ class Told(NamedTuple):
     images: list[tuple[int, str]]
     """Its images, from the strongest on: each with what is written below it, its class or its name."""
 
-    commonest: str
-    """The class that most of them are of; empty without classes."""
+    commonest: str | None
+    """The class that most of them are of; None without classes."""
 
     n_commonest: int
 
@@ -191,10 +192,9 @@ def _told(db: "DuckDBPyConnection", unit: str, features: Sequence[int]) -> dict[
         f"SELECT feature, frequency, max FROM feature {some} WHERE unit = $unit", asked
     ).fetchall():
         ours = images.get(feature, [])
-        names = [name for _, _, name in ours if name is not None]
-        commonest = max(dict.fromkeys(names), key=names.count, default="")
+        most = commonest(name for _, _, name in ours)
         captions = [(example, key if name is None else name) for example, key, name in ours]
-        told[feature] = Told(frequency, largest, classes.get(feature), captions, commonest, names.count(commonest))
+        told[feature] = Told(frequency, largest, classes.get(feature), captions, *most)
     return told
 
 

@@ -6,10 +6,10 @@ its norm.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, ClassVar, Literal, cast
+from typing import Annotated, ClassVar, Literal, Self, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from saefw import samples, sealed
 from saefw.blocks import resolve
@@ -23,7 +23,7 @@ from saefw.stages.steer_edits import edited, form
 from saefw.stages.steer_plan import planned, spoken_for
 from saefw.stages.steer_tables import write
 from saefw.stages.visuals import looked_at
-from saefw.steering import Steering
+from saefw.steering import FACTORS, Steering
 from saefw.trained import open_sae
 
 
@@ -47,7 +47,7 @@ class Steer(StageConfig):
     """
 
     use: Literal["steer"] = "steer"
-    revision: ClassVar[int] = 4
+    revision: ClassVar[int] = 5
 
     saes: Annotated[str, Names("stages")]
     """The stage that trained the SAEs."""
@@ -71,6 +71,9 @@ class Steer(StageConfig):
     place: Literal["patches", "cls"] = "patches"
     """The tokens that are edited: all patches, or [CLS]."""
 
+    patches: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1)
+    """With place patches, those that are edited, row by row from 0; null: all."""
+
     allow_off_distribution: bool = False
     """Allow an SAE that was trained on other tokens than those that are edited."""
 
@@ -82,7 +85,10 @@ class Steer(StageConfig):
     it away."""
 
     amounts: list[float] = Field([1.0], min_length=1)
-    """How much: in units of each feature's p99; with mode scale a factor, with mode ablate a share (1: all)."""
+    """How much: in units of each feature's p99, if not raw; with mode scale a factor, with mode ablate a share."""
+
+    raw: bool = False
+    """Amounts are in the units of codes, the same for each feature, in place of each feature's p99."""
 
     ways: list[Literal["effect", "mass", "ap", "single"]] = Field(["effect", "mass", "ap", "single"], min_length=1)
     """How the features of a class are chosen, on train images: those of largest predicted effect on its logit; of
@@ -107,6 +113,21 @@ class Steer(StageConfig):
 
     batch_size: Annotated[int, Knob] = Field(64, gt=0)
     """Images in one pass."""
+
+    @field_validator("patches")
+    @classmethod
+    def _in_order(cls, patches: list[int] | None) -> list[int] | None:
+        if patches and (twice := [patch for patch in patches if patches.count(patch) > 1]):
+            raise ValueError(f"a patch is named once (got {twice[0]} twice)")
+        return patches and sorted(patches)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.patches and self.place == "cls":
+            raise ValueError("patches are edited with place: patches (got place: cls)")
+        if self.raw and self.mode in FACTORS:
+            raise ValueError(f"amounts have no unit with mode: {self.mode}; leave out raw")
+        return self
 
     # What to make
 
@@ -149,6 +170,11 @@ class Steer(StageConfig):
                 f"steer: place: {sae.label} was trained on {sae.content['tokens']}, but the edit is on {self.place}; "
                 f"choose another SAE, or say allow_off_distribution: true"
             )
+        rows, columns = sae.needs[0].given["backbone"].describe().grid
+        if self.patches and self.patches[-1] >= rows * columns:
+            raise UserError(
+                f"steer: patches: there is no patch {self.patches[-1]} (there are: 0 to {rows * columns - 1})"
+            )
 
     def _candidates(self, run: Run) -> list[Unit]:
         """Return the SAEs of the layer that is named, or all."""
@@ -170,6 +196,9 @@ class Steer(StageConfig):
 
     def _unit(self, run: Run, sae: Unit, probe: Unit) -> Unit:
         """Find the tables that the edit needs: of the SAE, and of the SAE on the probe's dataset."""
+        token, same = probe.content["token"], probe.needs[0].content["layer"] == sae.needs[0].content["layer"]
+        if self.patches and same and isinstance(token, int) and token not in self.patches:
+            raise UserError(f"steer: patches: the probe reads patch {token} of the edited block; edit it too")
         dataset, named = probe.needs[0].content["dataset"], self.classes or self.visuals
         tokens = sae.content["tokens"]
 
@@ -232,7 +261,7 @@ class Steer(StageConfig):
         sae, probe, _, _, recording = unit.needs
         acts = acts_of(recording, run)
         steering = Steering(
-            recording.given["backbone"].build(run.device),
+            recording.given["backbone"].fresh(run.device),
             open_sae(sae.given["sae"], run.folder(sae), run.device),
             opened(probe, run),
             acts.layer,
@@ -240,6 +269,7 @@ class Steer(StageConfig):
             self.place,
             self.keep_error,
             probe.content["token"],
+            self.patches,
         )
         plan = planned(unit, run, steering, acts, self.batch_size)
         parts = []

@@ -57,6 +57,9 @@ class Steered(NamedTuple):
     unit: str
     label: str
     mode: str
+    raw: bool
+    """Whether amounts are in the units of codes."""
+
     names: dict[int, str]
     """Of the classes."""
 
@@ -68,7 +71,8 @@ class Steered(NamedTuple):
     @property
     def amount(self) -> str:
         """What the amounts are."""
-        return {"scale": "factor", "ablate": "share taken away"}.get(self.mode, "amount, × p99 of each feature")
+        unit = "in the units of codes" if self.raw else "× p99 of each feature"
+        return {"scale": "factor", "ablate": "share taken away"}.get(self.mode, f"amount, {unit}")
 
 
 class OfSteering(FigureConfig):
@@ -121,14 +125,16 @@ class OfSteering(FigureConfig):
                 "SELECT c.label, c.name FROM class c SEMI JOIN (FROM edit WHERE unit = ?) e ON e.acts = c.unit", [unit]
             ).fetchall()
         )
-        ((label,),) = db.execute("SELECT label FROM unit WHERE unit = ?", [unit]).fetchall()
+        ((label, raw),) = db.execute(
+            "SELECT label, CAST(content->'$.raw' AS BOOLEAN) FROM unit WHERE unit = ?", [unit]
+        ).fetchall()
         targets = {names[target]: target for target in sorted({target for _, target, _ in edits})}
         for name in self.classes:
             if name not in targets:
                 raise UserError(f"classes: no edit aims at '{shown(name)}'{or_listed(name, targets)}")
         chosen = [targets[name] for name in self.classes] or list(targets.values())
         ways = {way for way, _, _ in edits}
-        return Steered(unit, label, edits[0][2], names, chosen, [way for way in WAYS if way in ways])
+        return Steered(unit, label, edits[0][2], bool(raw), names, chosen, [way for way in WAYS if way in ways])
 
 
 class DoseResponse(OfSteering):

@@ -83,7 +83,7 @@ def edited(steering: Steering, plan: Plan, acts: Acts, part: slice, device: str)
 def _amounts(plan: Plan, features_ef: Tensor, amount: float) -> Tensor:
     """Return an amount for each feature, in the units of codes or as a factor."""
     p99_ef = plan.p99_s[features_ef]
-    return amount * (torch.ones_like(p99_ef) if plan.mode in FACTORS else p99_ef)
+    return amount * (torch.ones_like(p99_ef) if plan.raw or plan.mode in FACTORS else p99_ef)
 
 
 def _controls(steering: Steering, plan: Plan, before: Reading, way: str, part: slice) -> tuple[Tensor, Tensor]:

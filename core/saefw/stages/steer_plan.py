@@ -38,6 +38,9 @@ class Plan(NamedTuple):
     """Which images are edited, towards which classes, by which features, and how."""
 
     mode: str
+    raw: bool
+    """Amounts are in the units of codes."""
+
     amounts: tuple[float, ...]
     examples: Ints
     target_er: Ints
@@ -91,6 +94,7 @@ def planned(unit: Unit, run: Run, steering: Steering, acts: Acts, batch_size: in
     chosen = {way: best[:, : 1 if way == "single" else asked["n_features"]] for way, best in ranked.items()}
     return Plan(
         mode=asked["mode"],
+        raw=asked["raw"],
         amounts=tuple(asked["amounts"]),
         examples=test,
         target_er=np.stack([own, controls.others(own, np.unique(acts.labels[train]), seed)], axis=1),

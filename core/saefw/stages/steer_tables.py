@@ -140,11 +140,12 @@ def _agreements(plan: Plan, rows: list[Found]) -> dict[str, float]:
     change of its logit at the largest amount; `rank_correlation`: over the classes of all ways together.
     """
     pairs: dict[str, list[tuple[float, float]]] = {way: [] for way in plan.ways}
+    predicted_sc = plan.effect_sc / plan.p99_s.cpu().double().numpy()[:, None] if plan.raw else plan.effect_sc
     for row in rows:
         if row[:5] == (ROLES[1], row.way, row.way, None, max(plan.amounts)) and row.measure == "logit":
             if row.target is not None:
                 features = plan.chosen[row.way][row.target]
-                pairs[row.way].append((float(plan.effect_sc[features, row.target].sum()), row.mean))
+                pairs[row.way].append((float(predicted_sc[features, row.target].sum()), row.mean))
     together = [pair for of_way in pairs.values() for pair in of_way]
     return {
         **{f"rank_correlation_{way}": agreement(*np.array(of_way).T) for way, of_way in pairs.items()},
@@ -193,5 +194,5 @@ def _picture(recording: Unit, run: Run, example: int, key: str) -> bytes:
     """Return what the model sees of an image, as PNG."""
     image = again(run.dataset(recording.given["dataset"]), example, key)
     file = BytesIO()
-    recording.given["backbone"].build("cpu").view(image).save(file, "PNG")
+    recording.given["backbone"].fresh("cpu").view(image).save(file, "PNG")
     return file.getvalue()

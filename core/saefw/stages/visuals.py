@@ -43,7 +43,7 @@ from saefw.plugin import (
 )
 from saefw.shards import check_tokens
 from saefw.stages.train import Clock, narrow
-from saefw.tally import IMAGES, PAIRS, Sizes, Tally, feed
+from saefw.tally import IMAGES, PAIRS, Sizes, Tally, feed, waiting
 from saefw.tally import check as check_state
 from saefw.trained import open_sae
 from saefw.views import PNGS, Views
@@ -63,7 +63,7 @@ READ = 8192
 """Tokens read from disk at a time, or those of one image."""
 
 FIRING = 32
-"""Features that fire on a token, where the time of counting is tried."""
+"""Features that fire on a token, where the time and the disk of counting are guessed."""
 
 SELDOM = 20
 """A checkpoint comes at the soonest after so many times as long as the last one took."""
@@ -145,9 +145,13 @@ class Visuals(StageConfig):
         return self.monosemanticity or (self.rank_by == "cls" and looked == "patches")
 
     def disk(self, unit: Unit, run: Run) -> int:
-        """Return about the bytes of the maps; how well pictures pack is not known before."""
-        grid = unit.needs[1].given["backbone"].describe().grid
-        return d_sae(unit.needs[0]) * self.top * (grid[0] * grid[1] if looked_at(unit) == "patches" else 1)
+        """Return about the bytes of maps and pictures, and of what waits in files until all images are counted."""
+        (sae, recording), n = unit.needs, samples.sizes(unit.needs[1], run)[self.split]
+        grid, n_features = samples.shape(recording).grid, d_sae(sae)
+        n_patches = grid[0] * grid[1] if looked_at(unit) == "patches" else 1
+        maps = n_features * self.top * n_patches
+        views = samples.distinct(n, n_features * self.top) * _picture_bytes(recording, run)
+        return int(maps + views + n * waiting(samples.distinct(n_features, FIRING * n_patches)))
 
     def duration(self, units: Sequence[Unit], run: Run, pace: Pace) -> float:
         """Return the seconds of encoding and counting, and of the pictures of the top images."""
@@ -158,8 +162,7 @@ class Visuals(StageConfig):
             picture = samples.picture(pace, recording, run) + pace(
                 f"a picture, {recording.label}", partial(_picture_seconds, recording, run)
             )
-            # As many of the images as so many draws with replacement would show.
-            shown = [-n * math.expm1(-d_sae(unit.needs[0]) * self.top / n) if n else 0.0 for unit in group]
+            shown = [samples.distinct(n, d_sae(unit.needs[0]) * self.top) for unit in group]
             total += samples.reading(pace, recording, run, n)
             total += picture * (max(shown) if max(shown) <= PNGS else sum(shown))
             counted = pace(f"a token of {FIRING} features, counted", _count_seconds)
@@ -204,7 +207,7 @@ class Visuals(StageConfig):
         saving, telling = Clock(self.checkpoint_every), Clock(0.1)
         backbone: Backbone | None = None
         if self.monosemanticity:
-            backbone = jobs[0].unit.needs[1].given["backbone"].build(run.device)
+            backbone = jobs[0].unit.needs[1].given["backbone"].fresh(run.device)
         whole = self._whole(tokens)
         read, n_tokens = ("all", acts.n_tokens) if whole else (tokens, jobs[0].sizes.n_patches)
         for indices, x_etd in acts.read(read, examples[first:], max(1, READ // n_tokens)):
@@ -241,10 +244,12 @@ class Visuals(StageConfig):
         run.put(unit, "class_feature", **whose, **tally.class_features())
         write_atomically(job.folder / MAPS, save({"maps": tally.maps()}))
         views.write(job.folder / PICTURES, unit, np.unique(top["example"]))
-        measured = {"n_live": int((features["frequency"] > 0).sum()), "n_images": tally.seen}
+        measured: dict[str, float] = {"n_live": int((features["frequency"] > 0).sum()), "n_images": tally.seen}
         if job.sizes.n_classes:
             # Of as many images as were asked for: a feature with fewer is less pure than it looks.
             measured["n_pure"] = int((tally.purity().max(axis=0) >= PURE).sum())
+        if job.sizes.d_embed and (told := features["monosemanticity"]).count():
+            measured["monosemanticity"] = float(told.mean())
         run.log(unit, 0, **measured)
         run.keep(unit, without=[CHECKPOINT, PAIRS, IMAGES])
 
@@ -299,6 +304,14 @@ def _picture_seconds(recording: Unit, run: Run) -> float:
     except Unreadable:
         return math.nan
     return timed(lambda: pictures.png(view))
+
+
+def _picture_bytes(recording: Unit, run: Run) -> int:
+    """Return the bytes of the first image as a PNG; 0 if it cannot be read."""
+    try:
+        return len(pictures.png(samples.view(recording, run, 0)))
+    except Unreadable:
+        return 0
 
 
 def d_sae(sae: Unit) -> int:

@@ -63,6 +63,8 @@ def _check_blocks(backbone: Backbone, images: Tensor) -> Tensor:
         near("backbone.passes", tokens_after(backbone, images, layer), tokens_btd, where)
         before_btd = tokens_btd.clone()
         near("backbone.tail", edited_tail(backbone, tokens_btd, layer), whole_btd, where)
+        if layer and info.has_cls:
+            near("backbone.cls", backbone.cls_after(every[layer - 1], layer), tokens_btd[:, 0], where)
         equal("backbone.untouched", tokens_btd, before_btd, where)
     return whole_btd
 

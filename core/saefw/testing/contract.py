@@ -25,6 +25,7 @@ CONTRACT = {
     "backbone.embed": "embed() gives [batch, token, d_model] in float32",
     "backbone.shapes": "after each block tokens are [batch, token, d_model], float32 and finite",
     "backbone.tail": "tail() from any block on gives what the whole pass gives",
+    "backbone.cls": "cls_after() gives [CLS] of what the block puts out",
     "backbone.untouched": "tail() leaves its input as it was",
     "backbone.passes": "two passes give the same",
     "backbone.again": "built again, it gives the same",

@@ -57,7 +57,9 @@ def check_planted(config: SaeConfig) -> Sae:
     """
     (sae,) = trained([config.model_copy(update={"expansion": 2, "d_sae": None, "lr": 0.01, "warmup": 10})])
     cosine = found(sae)
-    expect("sae.planted", cosine > NEAR, f"a mean cosine above {NEAR}", f"{cosine:.3f}")
+    l0 = float((sae.dense(planted().x_nd[:1000]) > 0).sum(dim=1).float().mean())
+    got = f"{cosine:.3f}, with {l0:.1f} features on a token"
+    expect("sae.planted", cosine > NEAR, f"a mean cosine above {NEAR}", got)
     return sae
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saefw.chance import seeded
-from saefw.plugin import SaeConfig
+from saefw.plugin import SaeConfig, UserError
 from saefw.sae import Batch, Loss, Sae, auxk
 from saefw.testing.contract import described, equal, expect, near, stored
 from saefw.testing.entry import check_entry
@@ -58,7 +58,11 @@ def _check_loss(sae: Sae, z_nd: Tensor) -> None:
     """Check the loss on normalised tokens, with no feature dead and with all."""
     for dead_s in (_no(sae.d_sae), ~_no(sae.d_sae)):
         sae.zero_grad()
-        loss = sae.loss(z_nd, dead_s)
+        try:
+            loss = sae.loss(z_nd, dead_s)
+        except UserError as error:
+            expect("sae.terms", False, "codes [n, s] and scalars by name", str(error))
+            raise
         for name, term in loss.terms.items():
             good = term.shape == () and bool(term.isfinite())
             expect("sae.terms", good, "a finite number", term.tolist(), f"the term '{name}'")

@@ -180,6 +180,18 @@ class OpenClipBackbone(Backbone):
         tokens: Tensor = self._model.visual._embeds(images)
         return tokens
 
+    def cls_after(self, tokens: Tensor, number: int) -> Tensor:
+        """Return [CLS] as a block puts it out, [batch, d_model]; open_clip's plain blocks are run for it alone."""
+        from open_clip.transformer import ResidualAttentionBlock
+
+        block: Any = self.blocks[number]
+        if type(block) is not ResidualAttentionBlock:
+            return super().cls_after(tokens, number)
+        normed = block.ln_1(tokens)
+        cls: Tensor = tokens[:, :1] + block.ls_1(block.attention(normed[:, :1], normed, normed))
+        cls = cls + block.ls_2(block.mlp(block.ln_2(cls)))
+        return cls[:, 0]
+
     def embedding(self, tokens: Tensor) -> Tensor:
         """Return what `encode_image` makes of the last block's output: final norm, pooling and projection."""
         if not self.info.d_embed:

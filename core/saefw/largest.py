@@ -1,0 +1,96 @@
+"""The largest entries of each row of a matrix, exactly, by reading the matrix once.
+
+NumPy partitions with vector instructions, which torch does not.
+
+Shapes: r rows, s entries of a row, k the largest of them, b blocks of a row, j entries of a block.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+T = TypeVar("T")
+
+BLOCK = 16
+"""Of how many entries, far apart in a row, the maximum is taken before the largest are looked for."""
+
+HELD = 1 << 18
+"""How many numbers fit a core's cache, about."""
+
+
+def largest_of_rows(x_rs: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return indices, int64, and values [r, k] of the k largest of each row, in any order; of equal ones no more."""
+    r, s = x_rs.shape
+    if s % BLOCK or not 0 < 2 * k * BLOCK <= s:
+        indices_rk = _indices(x_rs, k)
+        return indices_rk, x_rs.gather(1, indices_rk)
+    # The k blocks with the largest maxima hold the k largest: what lies in another one has k others at least as large.
+    x_rjb = x_rs.reshape(r, BLOCK, s // BLOCK)
+    blocks_rk = _indices(x_rjb.amax(dim=1), k)
+    x_rs = x_rjb.gather(2, blocks_rk[:, None].expand(-1, BLOCK, -1)).flatten(1)
+    found_rk = _indices(x_rs, k)
+    indices_rk = found_rk // k * (s // BLOCK) + blocks_rk.gather(1, found_rk % k)
+    return indices_rk, x_rs.gather(1, found_rk)
+
+
+def places_above(x_rs: Tensor, edge: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Return where a matrix is larger than an edge, a number or one of each column [s]; int64, rising, and the values.
+
+    The places are those in the flattened matrix.
+    """
+    if x_rs.device.type != "cpu":
+        places_e = (x_rs > edge).flatten().nonzero().flatten()
+        return places_e, x_rs.reshape(-1)[places_e]
+    r, s = x_rs.shape
+    numbers_rs, over = _numbers(x_rs), edge if isinstance(edge, float) else _numbers(edge)
+
+    def find(start: int, stop: int) -> tuple[Array, Array]:
+        rows = numbers_rs[start:stop]
+        found = np.flatnonzero(rows > over)
+        return found + start * s, rows.reshape(-1)[found]
+
+    found = _in_parts(find, r, s)
+    places_e, values_e = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*found, strict=True))
+    return places_e, values_e.to(x_rs.dtype)
+
+
+def _indices(x_rs: Tensor, k: int) -> Tensor:
+    """Return the indices [r, k] of the k largest of each row, in any order."""
+    r, s = x_rs.shape
+    if x_rs.device.type != "cpu" or not 0 < k < s:
+        return x_rs.topk(k, dim=1, sorted=False).indices
+    numbers_rs = _numbers(x_rs)
+
+    def find(start: int, stop: int) -> Array:
+        rows = numbers_rs[start:stop]
+        places = np.flatnonzero(rows >= np.partition(rows, s - k, axis=1)[:, s - k, None])
+        if len(places) == len(rows) * k:
+            indices = places.reshape(-1, k) - np.arange(0, rows.size, s)[:, None]
+            if (indices[:, 0] >= 0).all() and (indices[:, -1] < s).all():
+                return indices
+        # Some are tied with the k-th, or no numbers.
+        return torch.from_numpy(rows).topk(k, dim=1, sorted=False).indices.numpy()
+
+    return torch.from_numpy(np.concatenate(_in_parts(find, r, s)))
+
+
+def _numbers(x: Tensor) -> Array:
+    """Return what NumPy computes with: it has no type for bfloat16."""
+    numbers: Array = (x if x.dtype in (torch.float32, torch.float64) else x.float()).detach().numpy()
+    return numbers
+
+
+def _in_parts(find: Callable[[int, int], T], r: int, s: int) -> list[T]:
+    """Return what is found in the rows from one to another, few at a time, and on all cores."""
+    at_once = max(1, HELD // s)
+    starts = range(0, r, at_once) or range(1)
+    if len(starts) == 1:
+        return [find(0, r)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(lambda start: find(start, start + at_once), starts))

@@ -1,0 +1,52 @@
+"""Says whose a class is: of which plugin, in which version, in which file."""
+
+import ast
+import importlib.util
+import sys
+from hashlib import sha256
+from importlib import metadata
+from pathlib import Path
+
+GROUP = "saefw"
+"""The entry-point group in which every plugin is found, built-in or not."""
+
+
+def source(point: metadata.EntryPoint) -> str:
+    """Return the distribution and version of an entry point and, of a foreign one, the file, which is not imported."""
+    if not point.dist:
+        return point.value
+    named = f"{point.dist.metadata['Name']} {point.dist.version}"
+    if point.dist.metadata["Name"] == GROUP or "." in point.module:  # to find it would import its package
+        return named
+    spec = importlib.util.find_spec(point.module)
+    return f"{named} ({spec.origin})" if spec and spec.origin else named
+
+
+def code(file: Path) -> str:
+    """Return the first 8 hex digits of the SHA-256 of a file's code, whatever its comments, docstrings and layout.
+
+    Of one that cannot be read any more, nothing.
+    """
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return ""
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):  # a text alone in a line is for people
+            node.body = [x for x in body if not (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant))]  # type: ignore[attr-defined]
+    return sha256(ast.dump(tree).encode()).hexdigest()[:8]
+
+
+def whose(cls: type) -> str:
+    """Return how a fault of a class begins: `plugin 'noise' of saefw-noise 0.2 (/…/noise.py)`, by the class's module.
+
+    A plugin that is not installed is called by its module, and comes from a file.
+    """
+    module = cls.__module__
+    root = module.partition(".")[0]
+    points = [point for point in metadata.entry_points(group=GROUP) if point.module.partition(".")[0] == root]
+    # Of a package, a module that is no entry point itself belongs to the first that is.
+    for point in [point for point in points if point.module == module] or points:
+        return f"plugin '{point.name}' of {source(point)}"
+    return f"plugin '{module}' of {getattr(sys.modules.get(module), '__file__', None) or module}"
