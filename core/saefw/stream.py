@@ -93,7 +93,8 @@ class _Reading:
         self.over = Future[None]()
         """Is told when nobody writes into its place any more."""
 
-        self._left, self._error = n_blocks, None
+        self._left = n_blocks
+        self._error: BaseException | None = None
 
     def count(self, error: BaseException | None) -> None:
         """Count a block that is read, or left out; with an error all that are left are left out."""
