@@ -336,9 +336,10 @@ def test_training_goes_on_to_the_same_bytes(after: int, tmp_path: Path) -> None:
 def test_pairs_are_those_counted_one_by_one() -> None:
     shape, batch_size = (6, 400, 128), 100  # 2400 vectors of 512 bytes, half of them in the buffer
 
-    def fill(token: int, start: int, stop: int, into_nd: Tensor, cache: bool) -> None:
+    def fill(token: int, start: int, stop: int, into_nb: Any, cache: bool) -> bool:
         image_n, token_n = np.divmod(np.arange(start, stop), 6)
-        number(into_nd, token_n, image_n)
+        number(into_nb, token_n, image_n)
+        return False
 
     def stream() -> Any:
         return by_groups(fill, shape, torch.float32, batch_size, 7, 1)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from saefw import rows, stream
 from saefw.stream import Stream
@@ -23,10 +22,12 @@ VECTOR = 4096
 Place = tuple[int, int]
 
 
-def filled(token: int, start: int, stop: int, into_nd: Tensor, cache: bool) -> None:
+def filled(token: int, start: int, stop: int, into_nb: rows.Bytes, cache: bool) -> bool:
     """Put the number of token and example in the place of each vector."""
-    into_nd[:, 0] = token
-    into_nd[:, 1] = torch.arange(start, stop)
+    numbers_n2 = into_nb.view(np.float32)
+    numbers_n2[:, 0] = token
+    numbers_n2[:, 1] = np.arange(start, stop)
+    return start % 3 == 0
 
 
 def drawn(made: Stream, n_batches: int) -> list[Place]:
@@ -122,9 +123,9 @@ def test_the_order_hangs_on_no_thread(readers: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(stream, "READERS", readers)
     rng = np.random.default_rng(readers)
 
-    def slow(token: int, start: int, stop: int, into_nd: Tensor, cache: bool) -> None:
+    def slow(token: int, start: int, stop: int, into_nb: rows.Bytes, cache: bool) -> bool:
         time.sleep(rng.uniform(0, 0.002))
-        filled(token, start, stop, into_nd, cache)
+        return filled(token, start, stop, into_nb, cache)
 
     made = Stream(slow, (5, 120, VECTOR // 4), torch.float32, 50, 3, 1)
     assert drawn(made, 24) == oracle(3, 0, 5, 120, 256, 4) + oracle(3, 1, 5, 120, 256, 4)
@@ -134,9 +135,9 @@ def test_what_is_read_again_may_stay_in_the_cache_and_what_fits_is_read_once(mon
     monkeypatch.setattr(stream, "BLOCK_BYTES", 4 * VECTOR)
     calls: list[tuple[int, int, bool]] = []
 
-    def told(token: int, start: int, stop: int, into_nd: Tensor, cache: bool) -> None:
+    def told(token: int, start: int, stop: int, into_nb: rows.Bytes, cache: bool) -> bool:
         calls.append((token, start, cache))
-        filled(token, start, stop, into_nd, cache)
+        return filled(token, start, stop, into_nb, cache)
 
     drawn(Stream(told, (2, 100, VECTOR // 4), torch.float32, 200, 0, 1), 3)
     assert sorted(calls) == [(token, start, False) for token in range(2) for start in range(0, 100, 4)]
@@ -152,10 +153,10 @@ def test_a_fault_of_reading_is_told_and_reading_goes_on_after_it(monkeypatch: py
     monkeypatch.setattr(stream, "BLOCK_BYTES", 4 * VECTOR)
     away = True
 
-    def sometimes(token: int, start: int, stop: int, into_nd: Tensor, cache: bool) -> None:
+    def sometimes(token: int, start: int, stop: int, into_nb: rows.Bytes, cache: bool) -> bool:
         if away and start == 40:
             raise OSError("the disk is away")
-        filled(token, start, stop, into_nd, cache)
+        return filled(token, start, stop, into_nb, cache)
 
     made = Stream(sometimes, (4, 100, VECTOR // 4), torch.float32, 400, 0, 1)
     with pytest.raises(OSError, match="the disk is away"):
@@ -167,7 +168,19 @@ def test_a_fault_of_reading_is_told_and_reading_goes_on_after_it(monkeypatch: py
 def test_the_buffer_is_as_large_as_it_is_told_to_be() -> None:
     made = Stream(filled, (196, 2000, 64), torch.float16, 4096, 0, 4)
     next(made)
-    assert 3.5 * 2**20 < made._buffer().nbytes <= 4 << 20
+    assert 3.5 * 2**20 < made._buffer().nbytes <= (4 << 20) * 17 / 16, "with one segment more"
+
+
+def test_a_batch_stays_as_it_is_while_anything_is_made_of_it() -> None:
+    made = Stream(filled, (3, 5000, 128), torch.float32, 4096, 0, 1)  # 2 MiB a batch
+    first = next(made)
+    told, part, row = first.clone(), first.numpy()[5:], first[7]
+    del first
+    others = [next(made) for _ in range(6)]
+    assert np.array_equal(part, told.numpy()[5:]) and torch.equal(row, told[7])
+    assert len({x.data_ptr() for x in others}) == 6
+    del others
+    assert len({next(made).data_ptr() for _ in range(6)}) == 1, "memory is written again"
 
 
 # Rows of files

@@ -206,24 +206,30 @@ class Acts:
 
         # What is larger pushes itself out of the cache, before it is read again.
         fits = 2 * sum(shard.bytes for shard in self.shards) < rows.machine_memory()
+        paths = [self.folder / shard.file for shard in self.shards]
         held: dict[int, bool] = {}
+        unread = dict.fromkeys(range(len(self.shards)), 0)  # vectors, until it is asked for again
 
-        def fill(token: int, start: int, stop: int, into_nd: Tensor, cache: bool) -> None:
-            into = into_nd.view(torch.uint8).numpy()
+        shape = wanted.stop - wanted.start, len(examples), self.d_model
+
+        def fill(token: int, start: int, stop: int, into_nb: rows.Bytes, cache: bool) -> bool:
+            waited = False
             inside = cuts[np.searchsorted(cuts, start, side="right") : np.searchsorted(cuts, stop)]
             for first, last in pairwise([start, *inside.tolist(), stop]):
                 shard = int(shard_e[first])
-                path, n = self.folder / self.shards[shard].file, self.shards[shard].n
-                row = self._start(shard) + (wanted.start + token) * n * into.shape[1]
+                path, n = paths[shard], self.shards[shard].n
+                row = self._start(shard) + (wanted.start + token) * n * into_nb.shape[1]
                 try:
-                    if shard not in held:
-                        held[shard] = rows.held(path)
+                    if unread[shard] <= 0:
+                        held[shard], unread[shard] = rows.held(path), shape[0] * n
+                    unread[shard] -= last - first
                     by_cache = held[shard] or (cache and fits)
-                    rows.read(path, row, within_e[first:last], into[first - start : last - start], by_cache)
+                    rows.read(path, row, within_e[first:last], into_nb[first - start : last - start], by_cache)
+                    waited |= not held[shard]
                 except (OSError, EOFError) as error:
                     raise UserError(f"{path}: cannot be read ({error})") from error
+            return waited
 
-        shape = wanted.stop - wanted.start, len(examples), self.d_model
         return Stream(fill, shape, DTYPES[self.layout.dtype], batch_size, seed, buffer_mb)
 
     def _tokens(self, tokens: str) -> slice:

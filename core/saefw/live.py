@@ -23,6 +23,7 @@ from saefw.forward import ON_CPU, Forward
 from saefw.originals import Unreadable, listed
 from saefw.plugin import BackboneConfig, DatasetConfig, Run, Unit
 from saefw.recording import WORKERS, Broken, cores, held, prepared, stored
+from saefw.rows import Bytes
 from saefw.shards import DTYPES
 from saefw.stream import BUFFER_MB, SEGMENTS, Fill, Indices, Stream
 
@@ -92,10 +93,12 @@ class Live(Acts):
         dealt = np.random.default_rng([seed, 0, 4]).permutation(examples)
         _ = self._forward  # before threads ask for it
 
-        def fill(token: int, start: int, stop: int, into_nd: Tensor, cache: bool) -> None:
+        def fill(token: int, start: int, stop: int, into_nb: Bytes, cache: bool) -> bool:
             some = dealt[start // n_tokens : stop // n_tokens]
             with closing(self._images(some)) as images:
-                into_nd.copy_(self._acts(some, images)[:, wanted].flatten(0, 1))
+                x_nd = self._acts(some, images)[:, wanted].flatten(0, 1)
+            into_nb[:] = x_nd.view(torch.uint8).numpy()
+            return True
 
         shape = n_tokens, len(examples), self.d_model
         return by_groups(fill, shape, DTYPES[self.layout.dtype], batch_size, seed, buffer_mb)
@@ -172,9 +175,10 @@ def mixing(
     """
     n_tokens, n_images, _ = shape
 
-    def fill(token: int, start: int, stop: int, into_nd: Tensor, cache: bool) -> None:
+    def fill(token: int, start: int, stop: int, into_nb: Bytes, cache: bool) -> bool:
         image_n, token_n = np.divmod(np.arange(start, stop), n_tokens)
-        number(into_nd, token_n, image_n)
+        number(into_nb, token_n, image_n)
+        return False
 
     stream = by_groups(fill, shape, dtype, batch_size, seed, buffer_mb)
     in_epoch = stream.n_vectors // batch_size
@@ -183,11 +187,11 @@ def mixing(
     return pairs(stream, n_batches, n_images, n_tokens)
 
 
-def number(into_nd: Tensor, token: int | Indices, image_n: Indices) -> None:
+def number(into_nb: Bytes, token: int | Indices, image_n: Indices) -> None:
     """Put the numbers of token and image into the first 8 bytes of each vector."""
     numbers_n2 = np.empty((len(image_n), 2), dtype=np.int32)
     numbers_n2[:, 0], numbers_n2[:, 1] = token, image_n
-    into_nd.view(torch.uint8).numpy()[:, :8] = numbers_n2.view(np.uint8)
+    into_nb[:, :8] = numbers_n2.view(np.uint8)
 
 
 def pairs(stream: Stream, n_batches: int, n_images: int, n_tokens: int) -> tuple[float, float]:

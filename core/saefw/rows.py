@@ -31,6 +31,9 @@ PAGE = 4096
 NEARLY = 0.9
 """Of a file in the cache: past it the rest would be read faster, but not all."""
 
+PROBES, PROBE = 128, 16
+"""In how many places of a file it is asked what the cache holds, and how many pages there: all would take ms."""
+
 LARGE = 2 << 20
 """Bytes of a large page, on most machines."""
 
@@ -49,9 +52,6 @@ class _Scratch(threading.local):
 
 _picked, _direct = _Scratch(), _Scratch()
 
-_copying = threading.Lock()
-"""One thread copies from the cache at a time: it takes most of the memory's speed, and a processor."""
-
 _mincore = getattr(ctypes.CDLL(None), "mincore", None) if hasattr(os, "O_DIRECT") else None
 """The system's call that tells which pages of a mapped file lie in its cache."""
 
@@ -60,8 +60,8 @@ if _mincore is not None:
 
 
 def memory(n_bytes: int) -> Bytes:
-    """Return memory, in large pages where the system has them; it is taken as it is written to."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
+    """Return memory, in large pages where it fills them and the system has them; it is taken as it is written to."""
+    if n_bytes < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return np.empty(n_bytes, dtype=np.uint8)
     # Whole large pages: else the system may begin between two of them.
     length = max(1, -(-n_bytes // LARGE)) * LARGE
@@ -96,10 +96,16 @@ def held(path: Path) -> bool:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError):  # not a file to be mapped, or an empty one
             return True
-    pages = np.zeros(-(-len(mapped) // mmap.PAGESIZE), dtype=np.uint8)
-    if _mincore(np.frombuffer(mapped, dtype=np.uint8).ctypes.data, len(mapped), pages.ctypes.data):
-        return True
-    return bool((pages & 1).mean() >= NEARLY)
+    first, n_pages = np.frombuffer(mapped, dtype=np.uint8).ctypes.data, -(-len(mapped) // mmap.PAGESIZE)
+    probe = n_pages if n_pages <= PROBES * PROBE else PROBE
+    found = np.zeros(probe, dtype=np.uint8)
+    places = np.linspace(0, n_pages - probe, 1 if probe == n_pages else PROBES).astype(np.int64)
+    n = 0
+    for at in (first + places * mmap.PAGESIZE).tolist():
+        if _mincore(at, probe * mmap.PAGESIZE, found.ctypes.data):
+            return True
+        n += int((found & 1).sum())
+    return n >= NEARLY * probe * len(places)
 
 
 def read(path: Path, start: int, rows_n: NDArray[np.int64], into_nd: Bytes, cache: bool) -> None:
@@ -145,14 +151,11 @@ def read(path: Path, start: int, rows_n: NDArray[np.int64], into_nd: Bytes, cach
 def _fetch(path: Path, handle: int, start: int, into: Bytes, cache: bool) -> None:
     """Fill memory from a byte of a file on."""
     done = 0 if cache or not hasattr(os, "O_DIRECT") else _past_the_cache(path, start, into)
-    if done == len(into):
-        return
-    with _copying:
-        while done < len(into):
-            n = os.preadv(handle, [into[done:].data], start + done)
-            if not n:
-                raise EOFError(f"ends before byte {start + len(into)}")
-            done += n
+    while done < len(into):
+        n = os.preadv(handle, [into[done:].data], start + done)
+        if not n:
+            raise EOFError(f"ends before byte {start + len(into)}")
+        done += n
 
 
 def _past_the_cache(path: Path, start: int, into: Bytes) -> int:

@@ -1,10 +1,14 @@
 """Vectors in random order, without end.
 
-Shapes: n vectors, d d_model, t tokens of an example, r ranges of examples; `x_nd` has shape [n, d].
+Shapes: n vectors, d d_model, b bytes of a vector, t tokens of an example, r ranges of examples; `x_nd` has shape
+[n, d].
 """
 
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saefw.rows import memory
+from saefw.rows import Bytes, memory
 
 BLOCK_BYTES = 1 << 20
 """Length of the pieces that are read, at least, where tokens have so many examples; part of what decides the order."""
@@ -23,16 +27,26 @@ BUFFER_MB = 256
 SEGMENTS = 16
 """Of the buffer, at most; part of what decides the order."""
 
+AHEAD = 1
+"""Segments that are read beyond the next one, in memory beyond the buffer, so that a disk is never idle."""
+
 READERS = 2
-"""Threads that read; they decide nothing."""
+"""Threads that read a segment where reading has to wait; they decide nothing."""
+
+SPARE = 4
+"""Batches whose memory is kept to be written again, at most."""
 
 Indices = NDArray[np.int64]
 
-Fill = Callable[[int, int, int, Tensor, bool], None]
-"""fill(token, start, stop, into, cache): put that token of examples start..stop into a tensor [stop - start, d].
+Fill = Callable[[int, int, int, Bytes, bool], bool]
+"""fill(token, start, stop, into, cache): put that token of examples start..stop into memory [stop - start, b].
 
-`cache` says whether the system should keep what is read: it will be read again. Called from several threads.
+`cache` says whether the system should keep what is read: it will be read again. The answer says whether it had to wait,
+so that another thread can help; while memory is copied, it could not. Called from several threads.
 """
+
+Block = tuple[int, int, int, int]
+"""Token, start, stop, and the row of the buffer where it goes."""
 
 
 class _Epoch(NamedTuple):
@@ -50,15 +64,62 @@ class _Epoch(NamedTuple):
     """[phases + 1], counted in vectors."""
 
 
+class _Batches:
+    """Memory for batches, which is written again once nothing refers to it: new pages take long to clear.
+
+    Nothing of it is handed out twice at a time.
+    """
+
+    def __init__(self, n_bytes: int) -> None:
+        self._n_bytes = n_bytes
+        self._spare = deque[Bytes](maxlen=SPARE)
+
+    def empty(self) -> Bytes:
+        """Return memory that holds anything."""
+        try:
+            whole = self._spare.pop()
+        except IndexError:
+            whole = memory(self._n_bytes)
+        lent = whole[:]  # lives as long as any tensor made of it
+        weakref.finalize(lent, self._spare.append, whole).atexit = False
+        return lent
+
+
+class _Reading:
+    """A segment that is being read."""
+
+    def __init__(self, n_blocks: int, cache: bool) -> None:
+        self.cache, self.dropped = cache, False
+        self.over = Future[None]()
+        """Is told when nobody writes into its place any more."""
+
+        self._left = n_blocks
+        self._error: BaseException | None = None
+
+    def count(self, error: BaseException | None) -> None:
+        """Count a block that is read, or left out; with an error all that are left are left out."""
+        self._left -= 1
+        if error is not None:
+            self._error, self.dropped = self._error or error, True
+        if self._left == 0:
+            self.over.set_exception(self._error) if self._error else self.over.set_result(None)
+
+    def drop(self) -> None:
+        """Leave out what is not yet read; return when nobody writes into its place any more."""
+        self.dropped = True
+        self.over.exception()
+
+
 class Stream:
     """Single tokens of examples in random order: each vector exactly once an epoch.
 
     A block is one token of neighbouring examples. Blocks are read in random order into a buffer of segments. In a phase
     all segments but one are drawn from, in random order, while the next segment is read into that one: each gives an
     equal share in every phase in which it is there, so that the first of them is empty at the end and its place free.
-    What is left at an epoch's end begins the next batch. The order depends on the seed, the epoch, the number and size
-    of the vectors and the buffer's size; not on threads, or on how the vectors lie in files. A buffer that holds
-    everything gives a perfect shuffle, and is read once.
+    There is one place more, so that there is always a segment to read. What is left at an epoch's end begins the next
+    batch. The order depends on the seed, the epoch, the number and size of the vectors and the buffer's size; not on
+    threads, or on how the vectors lie in files. A buffer that holds everything gives a perfect shuffle, and is read
+    once.
 
     Blocks are dealt in rounds, each round every token once with a random range of examples, so that a buffer smaller
     than the recording still holds all tokens about equally often.
@@ -93,7 +154,7 @@ class Stream:
         self._fill = fill
         self._n_tokens, self._n_examples, self.d_model = shape
         self.n_vectors = self._n_tokens * self._n_examples
-        vector_bytes = self.d_model * dtype.itemsize
+        self._vector_bytes = vector_bytes = self.d_model * dtype.itemsize
         in_buffer = (buffer_mb << 20) // vector_bytes
         if block is None:
             self._n_ranges = max(1, self._n_examples * vector_bytes // BLOCK_BYTES)
@@ -113,11 +174,13 @@ class Stream:
             self._capacity = blocks * block
         self._live = min(max(1, self._n_slots - 1), self._n_segments)
         self._n_phases = self._n_segments - self._live + 1
-        self._buffer_nd: Tensor | None = None
+        self._n_places = 1 if self._n_segments == 1 else self._n_slots + AHEAD
+        self._batches = _Batches(batch_size * vector_bytes)
+        self._buffer_nb: Bytes | None = None
         self._held: dict[int, int] = {}
         """Which segment lies whole in a place of the buffer."""
 
-        self._reading: dict[int, list[Future[None]]] = {}
+        self._reading: dict[int, _Reading] = {}
         """Segments that are being read into their places."""
 
         self._now: tuple[int, Indices] | None = None
@@ -128,6 +191,13 @@ class Stream:
 
         self._orders: dict[int, _Epoch] = {}
         self._shuffles: dict[int, Indices] = {}
+        self._blocks = deque[tuple[_Reading, Block]]()
+        """To read, in this order."""
+
+        self._at_work, self._wanted = 0, 1
+        """Threads that read, and how many should."""
+
+        self._turn = Lock()
         self._threads = ThreadPoolExecutor(READERS + 1, "saefw-read")
 
     def seek(self, position: int) -> None:
@@ -139,7 +209,8 @@ class Stream:
 
     def __next__(self) -> Tensor:
         """Return the next batch [batch_size, d], in the dtype of the stored vectors."""
-        x_nd = torch.empty(self.batch_size, self.d_model, dtype=self.dtype)
+        batch = self._batches.empty()
+        batch_nb = batch.reshape(self.batch_size, -1)
         start, filled = self.position * self.batch_size, 0
         while filled < self.batch_size:
             epoch, vector = divmod(start + filled, self.n_vectors)
@@ -148,11 +219,11 @@ class Stream:
             rows_n = self._rows(epoch * self._n_phases + phase)
             some_n = rows_n[vector - int(starts[phase]) :][: self.batch_size - filled]
             # Not by torch, whose threads would wait for those that read. `clip` lets it write in place.
-            into = x_nd[filled : filled + len(some_n)].view(torch.uint8).numpy()
-            np.take(self._buffer().view(torch.uint8).numpy(), some_n, axis=0, out=into, mode="clip")
+            into_nb = batch_nb[filled : filled + len(some_n)]
+            np.take(self._buffer(), some_n, axis=0, out=into_nb, mode="clip")
             filled += len(some_n)
         self.position += 1
-        return x_nd
+        return torch.from_numpy(batch).view(self.dtype).view(self.batch_size, self.d_model)
 
     # Phases and segments are counted over all epochs; what the order of an epoch lists, within it.
 
@@ -160,19 +231,21 @@ class Stream:
         """Return the rows of the buffer in the order in which a phase draws them, once its segments are there."""
         if self._now is None or self._now[0] != phase:
             self._now = None
-            self._wait()  # Wanted or not: nothing else is read into its place before.
             ahead, segments = self._ahead, self._segments(phase)
+            # There is a place for each of these.
+            near = segments if self._n_segments == 1 else range(segments.start, segments.start + self._n_places)
+            for segment in [segment for segment in self._reading if segment not in near]:
+                self._reading.pop(segment).drop()  # Nothing else is read into its place before.
+            self._begin(segments)
             for segment in segments:
-                if self._held.get(segment % self._n_slots) != segment:
-                    self._begin(segment)
-            self._wait()
+                if segment in self._reading:
+                    self._reading.pop(segment).over.result()
+                    self._held[segment % self._n_places] = segment
             rows_n = ahead[1].result() if ahead else None
             if ahead is None or rows_n is None or ahead[0] != phase:
                 rows_n = self._drawn(phase, self._order_of(phase))
             self._now = phase, rows_n
-            # At an epoch's end there is room for the first segment of the next alone.
-            if new := [segment for segment in self._segments(phase + 1) if segment not in segments]:
-                self._begin(new[0])
+            self._begin(near)
             self._ahead = phase + 1, self._threads.submit(self._drawn, phase + 1, self._order_of(phase + 1))
         return self._now[1]
 
@@ -182,38 +255,57 @@ class Stream:
         first = 0 if self._n_segments == 1 else epoch * self._n_segments + within
         return range(first, first + self._live)
 
-    def _begin(self, segment: int) -> None:
-        """Begin to read a segment into its place."""
-        epoch, within = divmod(segment, self._n_segments)
-        order, slot = self._order(epoch), segment % self._n_slots
-        self._held.pop(slot, None)
-        span = slice(order.block_starts[within], order.block_starts[within + 1])
-        tokens, ranges = order.tokens[span], order.ranges[span]
-        starts, stops = self._range_starts[ranges], self._range_starts[ranges + 1]
-        at = slot * self._capacity + np.cumsum(stops - starts) - (stops - starts)
-        blocks = list(zip(tokens.tolist(), starts.tolist(), stops.tolist(), at.tolist(), strict=True))
-        parts = [blocks[i::READERS] for i in range(min(READERS, len(blocks)))]
-        self._reading[segment] = [self._threads.submit(self._read, self._buffer(), part, epoch > 0) for part in parts]
+    def _begin(self, segments: range) -> None:
+        """Begin to read segments into their places, but for those that are there."""
+        for segment in segments:
+            place = segment % self._n_places
+            if self._held.get(place) == segment or segment in self._reading:
+                continue
+            self._held.pop(place, None)
+            epoch, within = divmod(segment, self._n_segments)
+            order = self._order(epoch)
+            span = slice(order.block_starts[within], order.block_starts[within + 1])
+            tokens, ranges = order.tokens[span], order.ranges[span]
+            starts, stops = self._range_starts[ranges], self._range_starts[ranges + 1]
+            at = place * self._capacity + np.cumsum(stops - starts) - (stops - starts)
+            reading = self._reading[segment] = _Reading(len(at), epoch > 0)
+            blocks = zip(tokens.tolist(), starts.tolist(), stops.tolist(), at.tolist(), strict=True)
+            self._blocks += [(reading, block) for block in blocks]
+        self._hire()
 
-    def _read(self, buffer_nd: Tensor, blocks: list[tuple[int, int, int, int]], cache: bool) -> None:
-        for token, start, stop, at in blocks:
-            self._fill(token, start, stop, buffer_nd[at : at + stop - start], cache)
+    def _hire(self) -> None:
+        """Set more threads to work, if they are wanted."""
+        with self._turn:
+            new = max(0, min(self._wanted - self._at_work, len(self._blocks)))
+            self._at_work += new
+        for _ in range(new):
+            self._threads.submit(self._work, self._buffer())
 
-    def _wait(self) -> None:
-        """Wait until all that is being read is there."""
-        wait([part for parts in self._reading.values() for part in parts])
-        reading, self._reading = self._reading, {}
-        for segment, parts in reading.items():
-            for part in parts:
-                part.result()
-            self._held[segment % self._n_slots] = segment
+    def _work(self, buffer_nb: Bytes) -> None:
+        """Read blocks until none is left, or fewer threads are wanted."""
+        while True:
+            with self._turn:
+                if self._at_work > self._wanted or not self._blocks:
+                    self._at_work -= 1
+                    return
+                reading, (token, start, stop, at) = self._blocks.popleft()
+            error: BaseException | None = None
+            if not reading.dropped:
+                try:
+                    waited = self._fill(token, start, stop, buffer_nb[at : at + stop - start], reading.cache)
+                    self._wanted = READERS if waited else 1
+                except BaseException as found:
+                    error = found
+            with self._turn:
+                reading.count(error)
+            self._hire()
 
-    def _buffer(self) -> Tensor:
-        """Return the buffer [n, d]."""
-        if self._buffer_nd is None:
-            n_bytes = self._n_slots * self._capacity * self.d_model * self.dtype.itemsize
-            self._buffer_nd = torch.from_numpy(memory(n_bytes)).view(self.dtype).view(-1, self.d_model)
-        return self._buffer_nd
+    def _buffer(self) -> Bytes:
+        """Return the buffer [n, b]."""
+        if self._buffer_nb is None:
+            n = self._n_places * self._capacity
+            self._buffer_nb = memory(n * self._vector_bytes).reshape(n, self._vector_bytes)
+        return self._buffer_nb
 
     def _drawn(self, phase: int, order: _Epoch) -> Indices:
         """Return the rows of the buffer in the order in which a phase draws them."""
@@ -223,7 +315,7 @@ class Stream:
         sizes = np.array([len(self._shuffles[i]) for i in segments])
         starts, stops = self._share(np.array(segments) % self._n_segments, np.asarray(within), sizes)
         rows = [
-            i % self._n_slots * self._capacity + self._shuffles[i][start:stop]
+            i % self._n_places * self._capacity + self._shuffles[i][start:stop]
             for i, start, stop in zip(segments, starts.tolist(), stops.tolist(), strict=True)
         ]
         rng = np.random.default_rng([self.seed, epoch, 3, within + 1])

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from saefw import live
 from saefw.acts import Acts
 from saefw.bench.frame import Bench, at_least, at_most, memory
+from saefw.rows import Bytes
 from saefw.rows import memory as pages
 from saefw.shards import DTYPES, INDEX, Layout, Shard, shard_name
 from saefw.stream import BUFFER_MB, Stream
@@ -180,8 +180,9 @@ def mixing(d_model: int, buffer_mb: int, larger: int) -> tuple[float, float]:
     n_tokens, dtype = SIDE**2, DTYPES[DTYPE]
     n_examples = larger * (buffer_mb << 20) // (n_tokens * d_model * dtype.itemsize)
 
-    def fill(token: int, start: int, stop: int, into_nd: Tensor, cache: bool) -> None:
-        live.number(into_nd, token, np.arange(start, stop))
+    def fill(token: int, start: int, stop: int, into_nb: Bytes, cache: bool) -> bool:
+        live.number(into_nb, token, np.arange(start, stop))
+        return False
 
     stream = Stream(fill, (n_tokens, n_examples, d_model), dtype, BATCH, 0, buffer_mb)
     return live.pairs(stream, stream.n_vectors // BATCH, n_examples, n_tokens)
