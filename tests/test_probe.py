@@ -41,7 +41,7 @@ class Wild(Linear):
     @classmethod
     def fit_many(cls, members: Any, task: Task, x_nd: Tensor, y_n: Tensor, done: Any) -> list[Probe]:
         (probe,) = super().fit_many(members, task, x_nd, y_n, done)
-        probe.weight[3] = torch.inf
+        probe.state_dict()["weight"][3] = torch.inf
         return [probe]
 
 

@@ -89,7 +89,8 @@ def naively(sites: Sequence[Steering], images: Tensor, edits: Sequence[dict[int,
                 change = (amount - z[i][..., feature, None]) * sites[i].sae.W_dec[feature]
                 added[:, sites[i].edited] += sites[i].sae.scale * change
         x = x + added
-    return sites[0].probe(x[:, 0])
+    logits: Tensor = sites[0].probe(x[:, 0])
+    return logits
 
 
 @pytest.mark.parametrize(
