@@ -14,6 +14,7 @@ FLOORS = (
         "calibration",
         "care",
         "chance",
+        "heap",
         "histogram",
         "images",
         "largest",

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from saefw import heap
 from saefw.acts import Stats
 from saefw.bench.frame import Bench, Bound, at_most, memory, peak_memory
 from saefw.catalog import Catalog
@@ -44,6 +45,11 @@ PRODUCT, PLAIN = "product with W_enc", "dense topk"
 
 def bench(bench: Bench) -> None:
     """Measure the step of each variant that is installed, and the memory it takes."""
+    with heap.kept():
+        _bench(bench)
+
+
+def _bench(bench: Bench) -> None:
     saes = Catalog().lookup("saes")
     for which, (d_model, of_members) in enumerate(WIDTHS.items()):
         d_sae = EXPANSION * d_model
@@ -135,14 +141,15 @@ def _plain(x_nd: Tensor, d_sae: int) -> Callable[[], object]:
 
 
 def _memory(training: Training, x_nd: Tensor) -> int:
-    """Return the most bytes that a step takes beyond what the training holds between two."""
+    """Return the most bytes that a step takes beyond weights, gradients and Adam's moments."""
     training.sae.scratch = Scratch()
     # What the C library keeps of memory that was freed would be used first, and not be seen.
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
     with peak_memory() as peak:
         _step(training, x_nd, 0.0)()
-    return peak.bytes
+    # Between two steps a training holds no gradients.
+    return peak.bytes - sum(parameter.nbytes for parameter in training.sae.parameters())
 
 
 def has_bfloat16() -> bool:

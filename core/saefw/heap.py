@@ -1,0 +1,33 @@
+"""Keeps freed memory in the process while the same sizes are asked for again and again, as in training."""
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+TRIM_THRESHOLD, MMAP_MAX = -1, -4
+"""Of glibc's mallopt(3): from how many free bytes on memory goes back, and how many pieces are mapped by themselves."""
+
+NEVER, USUAL_TRIM, USUAL_MAX = (1 << 31) - 1, 128 << 10, 65536
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Let the C library keep what is freed, and give it back at the end; where it is not glibc, nothing happens.
+
+    Else every step's gradients and codes are given back to the system and asked for anew, page by page: of a step of
+    TopK with 24,576 features on two cores that was a fifth.
+    """
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    mallopt, trim = getattr(library, "mallopt", None), getattr(library, "malloc_trim", None)
+    if mallopt is None or trim is None:
+        yield
+        return
+    mallopt(MMAP_MAX, 0)
+    mallopt(TRIM_THRESHOLD, NEVER)
+    try:
+        yield
+    finally:
+        mallopt(MMAP_MAX, USUAL_MAX)
+        mallopt(TRIM_THRESHOLD, USUAL_TRIM)
+        trim(0)

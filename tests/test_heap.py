@@ -1,0 +1,26 @@
+"""Freed memory is kept for the next step, and given back at the end."""
+
+import resource
+
+import numpy as np
+import pytest
+
+from saefw import heap
+
+
+def faults() -> int:
+    """Return how often the process waits for pages while 64 MB are asked for, filled and freed."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(8 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(not hasattr(heap.ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_what_is_freed_is_kept_until_the_end() -> None:
+    """Asked for again, memory is there without a page; afterwards, and after a fault too, it goes back as ever."""
+    with pytest.raises(ZeroDivisionError), heap.kept():
+        faults()
+        kept = faults()
+        1 / 0  # noqa: B018
+    faults()
+    assert kept < 16 <= faults()
