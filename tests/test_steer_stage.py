@@ -552,8 +552,8 @@ def test_chosen_patches_are_edited_by_raw_amounts(steered: Steered) -> None:
     np.testing.assert_allclose(norm["like features"], of, rtol=1e-4)
     ((feature, label, predicted),) = own.sql("SELECT feature, label, predicted FROM choice WHERE unit = $unit LIMIT 1")
     train = own.acts.of_split("train")[balanced(own.acts.labels[own.acts.of_split("train")], SETTINGS["n_effect"], 0)]
-    backbone, sae, probe = (deepcopy(part).double() for part in (steered.backbone, steered.sae, steered.probe))
-    wide = Steering(backbone, sae, probe, 0, 2)
+    backbone, sae, probe = deepcopy(steered.backbone), deepcopy(steered.sae), deepcopy(steered.probe)
+    wide = Steering(backbone.double(), sae.double(), probe.double(), 0, 2)
     reading = wide.reading(own.tokens(train).double())
     up, down = (wide.edit(reading, [Edit(feature, "add", step, patches)])[:, label] for step in (1e-5, -1e-5))
     p99 = own.sql(f"SELECT p99 FROM feature WHERE unit = '{own.unit.needs[2].address}' AND feature = {feature}")[0][0]
