@@ -11,11 +11,11 @@ from pydantic import ValidationError
 
 from saefw.care import write_atomically
 from saefw.errors import UNPRINTED
+from saefw.experiment.choices import Choice
+from saefw.experiment.opened import After, Experiment, Seen
 from saefw.pictures import png
 from saefw.plugin import Unit, UserError
 from saefw.store import SAVED
-from saefw_choices import Choice
-from saefw_experiment import After, Experiment, Seen
 from saefw_steering_state import State
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ import saefw_steering_script as script
 import saefw_steering_state as states
 import saefw_steering_style as style
 from saefw.errors import UserError
-from saefw_choices import choices, store_of
+from saefw.experiment.choices import choices, store_of
 from saefw_compare import Compare
 from saefw_explore import Explore
 from saefw_steering_layout import card

@@ -5,7 +5,7 @@ from html import escape
 
 from bokeh.models.layouts import Column
 
-from saefw_experiment import Experiment, Seen
+from saefw.experiment.opened import Experiment, Seen
 from saefw_steering_card import Facts, FeatureCard, Ways
 from saefw_steering_live import Live
 from saefw_steering_state import Finder, State

@@ -14,10 +14,10 @@ from bokeh.models.widgets import Select, TextInput
 import saefw_saved
 import saefw_steering_script as script
 import saefw_steering_style as style
+from saefw.experiment.opened import After, Change, Experiment, Seen
 from saefw.plugin import UserError
 from saefw.stages.drawings import BeforeAfter, Case, said_of
 from saefw.style import rendered, shown, styled
-from saefw_experiment import After, Change, Experiment, Seen
 from saefw_saved import Saved
 from saefw_steering_layout import button, row
 from saefw_steering_live import told
@@ -166,7 +166,7 @@ def python(experiment: Experiment, state: State) -> str:
     more += f", place={state.place!r}" if state.place != experiment.place else ""
     more += ", directly=True" if state.directly else ""
     return (
-        "from saefw_notebook import open_experiment\n\n"
+        "from saefw.experiment import open_experiment\n\n"
         f"experiment = open_experiment({choice.registry.name!r}, sae={choice.sae.address!r},\n"
         f"    probe={choice.probe.address!r})\n"
         f"image = experiment.image({state.example})\n"

@@ -9,7 +9,7 @@ from bokeh.models.sources import ColumnDataSource
 from bokeh.models.widgets import Button, Checkbox, FileInput, RadioButtonGroup, Select, TextInput
 
 import saefw_steering_style as style
-from saefw_experiment import Experiment
+from saefw.experiment.opened import Experiment
 from saefw_steering_columns import Columns
 from saefw_steering_live import Live
 from saefw_steering_views import Bars, Picture, div

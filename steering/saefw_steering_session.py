@@ -11,8 +11,8 @@ from bokeh.events import ButtonClick
 from PIL import Image
 
 from saefw.errors import UserError
-from saefw_experiment import After, Change, Experiment, Seen
-from saefw_experiment_tables import Guide
+from saefw.experiment.opened import After, Change, Experiment, Seen
+from saefw.experiment.tables import Guide
 from saefw_steering_columns import FINDERS, FOUND, Columns
 from saefw_steering_keep import Keeper
 from saefw_steering_layout import Widgets

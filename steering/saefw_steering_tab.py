@@ -12,9 +12,9 @@ from bokeh.models.widgets import Select
 
 import saefw_steering_style as style
 from saefw.errors import UserError
+from saefw.experiment.choices import Choice
+from saefw.experiment.opened import is_open, opened
 from saefw.plugin import Unit
-from saefw_choices import Choice
-from saefw_experiment import is_open, opened
 from saefw_steering_layout import card
 from saefw_steering_session import Session
 from saefw_steering_state import State

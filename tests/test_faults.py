@@ -24,10 +24,10 @@ from typer.testing import CliRunner
 from saefw.care import listed
 from saefw.cli import app
 from saefw.errors import UserError
+from saefw.experiment.choices import choices
+from saefw.experiment.opened import opened
 from saefw.printer import size
 from saefw.store import Store
-from saefw_choices import choices
-from saefw_experiment import opened
 
 REGISTRY = f"""
 saefw: 1

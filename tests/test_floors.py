@@ -106,8 +106,8 @@ FLOORS = (
         "tables",
     ),
     ("stages.steer",),
-    ("printer",),
-    ("bench.frame", "verify"),
+    ("experiment.choices", "experiment.tables", "printer"),
+    ("bench.frame", "experiment.opened", "verify"),
     (
         "bench.features",
         "bench.pictures",
@@ -117,8 +117,9 @@ FLOORS = (
         "bench.steer",
         "bench.tables",
         "bench.train",
+        "experiment.notebook",
     ),
-    ("bench.command",),
+    ("bench.command", "experiment"),
     ("cli",),
     ("__main__",),
 )
@@ -148,7 +149,9 @@ def faults_of_core(module: str, source: str) -> list[str]:
     for name in imported(source):
         if name.startswith("saefw_"):
             faults.append(f"{module} imports the plugin {name}")
-        elif name.startswith("saefw.stages.") and not module.startswith(("saefw.stages.", "saefw.bench.")):
+        elif name.startswith("saefw.stages.") and not module.startswith(
+            ("saefw.stages.", "saefw.bench.", "saefw.experiment.")
+        ):
             faults.append(f"{module} imports the stage {name}")
         elif FLOOR[name] >= FLOOR[module]:
             faults.append(f"{module} (floor {FLOOR[module]}) imports {name} (floor {FLOOR[name]})")

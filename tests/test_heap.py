@@ -1,5 +1,6 @@
 """Freed memory is kept for the next step, and given back at the end."""
 
+import ctypes
 import resource
 
 import numpy as np
@@ -15,7 +16,7 @@ def faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
-@pytest.mark.skipif(not hasattr(heap.ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
 def test_what_is_freed_is_kept_until_the_end() -> None:
     """Asked for again, memory is there without a page; afterwards, and after a fault too, it goes back as ever."""
     with pytest.raises(ZeroDivisionError), heap.kept():

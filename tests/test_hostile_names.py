@@ -22,8 +22,8 @@ from saefw import pipeline, registry, tables
 from saefw.catalog import Catalog
 from saefw.cli import app
 from saefw.errors import UNPRINTED, UserError, escaped
-from saefw_choices import choices
-from saefw_experiment import opened
+from saefw.experiment.choices import choices
+from saefw.experiment.opened import opened
 from saefw_steering import page
 
 CLASSES = (

@@ -12,8 +12,8 @@ from PIL import Image
 from saefw import pipeline, registry
 from saefw.catalog import Catalog
 from saefw.errors import UserError
-from saefw_experiment import probabilities
-from saefw_notebook import Notebook, open_experiment
+from saefw.experiment.notebook import Notebook, open_experiment
+from saefw.experiment.opened import probabilities
 
 REGISTRY = f"""
 saefw: 1

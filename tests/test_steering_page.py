@@ -27,9 +27,9 @@ from PIL import Image
 import saefw_steering_state as states
 from saefw import gc
 from saefw.errors import UserError
+from saefw.experiment.choices import Choice, choices
+from saefw.experiment.opened import opened, probabilities
 from saefw.steering import Edit
-from saefw_choices import Choice, choices
-from saefw_experiment import opened, probabilities
 from saefw_steering import page, server
 from saefw_steering_work import Newest
 from saefw_upload import uploaded

@@ -149,7 +149,8 @@ def _memory(training: Training, x_nd: Tensor) -> int:
     with peak_memory() as peak:
         _step(training, x_nd, 0.0)()
     # Between two steps a training holds no gradients.
-    return peak.bytes - sum(parameter.nbytes for parameter in training.sae.parameters())
+    gradients: int = sum(parameter.nbytes for parameter in training.sae.parameters())
+    return peak.bytes - gradients
 
 
 def has_bfloat16() -> bool:

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from saefw import controls, inputs, notes, pictures, tensors
 from saefw.blocks import tokens_after
 from saefw.errors import escaped
+from saefw.experiment.choices import Choice
+from saefw.experiment.tables import Features, First, Guide, first_of, guides_of, title_of
 from saefw.live import acts_of
 from saefw.originals import again
 from saefw.plugin import Backbone, UserError
@@ -29,8 +31,6 @@ from saefw.stages.visuals import MAPS, PICTURES
 from saefw.steering import FACTORS, Edit, Reading, Steering
 from saefw.trained import open_sae
 from saefw.unit import canonical
-from saefw_choices import Choice
-from saefw_experiment_tables import Features, First, Guide, first_of, guides_of, title_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image

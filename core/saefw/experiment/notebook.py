@@ -15,11 +15,11 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
+from saefw.experiment.choices import choices
+from saefw.experiment.opened import Change, Experiment, Floats, opened, probabilities
 from saefw.pictures import enlarged, png
 from saefw.plugin import UserError
 from saefw.steering import MODES, Edit, Together
-from saefw_choices import choices
-from saefw_experiment import Change, Experiment, Floats, opened, probabilities
 
 BEFORE, AFTER = "#b4b8c1", "#0072B2"
 
