@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from saefw.plugin import KeptConfig, SaeConfig, hookimpl
 from saefw.sae import Entries, Sae, largest
 
+SCALED = 256
+"""Tokens that decide on which scale the encoder starts."""
+
 
 class Archetypal(KeptConfig):
     """TopK whose dictionary stays near the data, so that it is much the same on every seed (Fel et al., 2025)."""
@@ -62,10 +65,17 @@ class ArchetypalSae(Sae):
 
     @torch.no_grad()
     def prepare(self, x_nd: Tensor) -> None:
-        """Take the first tokens of the sample as candidates, again from the start where it is short; tie W_enc."""
+        """Take the first tokens of the sample as candidates, again from the start where it is short; tie W_enc.
+
+        Tokens are alike, and so are the k rows that fire on one: were each to give all of it, as rows that are far from
+        each other do, they would give k times as much. So W_enc is brought to the scale that rebuilds tokens best.
+        """
         self.points.copy_(x_nd[torch.arange(len(self.points)) % len(x_nd)])
         self.settle()
         self.W_enc.copy_((self.W_dec / self.W_dec.square().sum(dim=1, keepdim=True)).T)
+        x_nd = x_nd[:SCALED] - self.b_dec
+        rebuilt_nd = self.activate(x_nd @ self.W_enc) @ self.W_dec
+        self.W_enc.mul_((x_nd * rebuilt_nd).sum() / rebuilt_nd.square().sum().clamp(min=1e-12))
 
     def dictionary(self) -> Tensor:
         """Return W_dec [s, d] as it follows from the parameters, with a gradient to them."""
