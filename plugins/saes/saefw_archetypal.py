@@ -3,7 +3,7 @@
 Shapes: n tokens, s d_sae, d d_model, m candidates.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -20,6 +20,8 @@ class Archetypal(KeptConfig):
     """TopK whose dictionary stays near the data, so that it is much the same on every seed (Fel et al., 2025)."""
 
     use: Literal["archetypal"] = "archetypal"
+
+    revision: ClassVar[int] = 2
 
     candidates: int = Field(1024, gt=1)
     """Training tokens, a random sample, whose convex combinations the rows of the dictionary are."""
