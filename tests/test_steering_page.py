@@ -473,3 +473,26 @@ def test_of_the_wishes_of_a_drag_the_newest_is_carried_out_and_none_that_is_stal
 
     asyncio.run(asyncio.wait_for(drag(), 20))
     assert begun == shown == sorted(set(begun)) and len(begun) < asked / 4
+
+
+def test_a_feature_is_called_what_people_call_it(visitor: Visitor) -> None:
+    feature = visitor.feature("found", 0)
+    visitor.experiment.note(feature, "a <b>loop</b>")
+    visitor.press("next")
+    assert escape("a <b>loop</b>") in visitor.html() and "a <b>loop</b>" not in visitor.html()
+    visitor.experiment.note(feature, "")
+
+
+def test_an_edit_may_go_straight_into_the_probe(visitor: Visitor) -> None:
+    experiment = visitor.experiment
+    (place,) = experiment.direct
+    visitor["place"].active = int(place == "cls")
+    visitor["number-found-0"].value = 3.0
+    through = visitor.bars()[1].copy()
+    visitor["directly"].active = True
+    seen, feature = experiment.seen(int(visitor["image"].value)), visitor.feature("found", 0)
+    of, reading = experiment.steerings[place], seen.readings[place]
+    change = of.change(reading, [Edit(feature, "set", 3.0 * experiment.about[feature].p99)])
+    np.testing.assert_allclose(visitor.bars()[1], probabilities(of.directly(reading, change)[0]), atol=1e-12)
+    assert np.abs(visitor.bars()[1] - through).max() > 1e-6
+    visitor["directly"].active, visitor["place"].active = False, 0
