@@ -94,7 +94,10 @@ def test_the_whole_experiment_is_planned(clip: Path, monkeypatch: pytest.MonkeyP
         (n * image * 2, f"{n} images") for n in (100, 18, 204) for _ in ("block 10", "block 11")
     ]  # fmt: skip
     assert costs["sweep"] == [(weights * 4, "100,000,000 tokens")] * 18
-    assert costs["visuals"] == [(tables, "")] * 18 and costs["classes"] == [(tables, "")] * 54
+    # And of each image of a split its picture, and what waits of all features at most: 12 bytes, 16 of the strongest.
+    most = tables + 204 * (224 * 224 * 3 + n_features * 12 + 32 * 16)
+    assert len(costs["visuals"]) == 18 and len(costs["classes"]) == 54
+    assert all(tables < cost.disk < most and not cost.work for cost in costs["visuals"] + costs["classes"])
     assert costs["sheets"] == [(drawn, "")] * 18
     assert costs["probes"] == [(0, "")] * 90
     # As of any SAE that may be picked: it is read by one probe of each set, and 5 figures are drawn of that.
@@ -139,7 +142,8 @@ def test_the_whole_experiment_is_planned(clip: Path, monkeypatch: pytest.MonkeyP
     assert guessed["sheets"] == 18 * 64 * 0.5
     assert guessed["probes"] == 21 and guessed["figures"] == 5 * 0.25
 
-    total = (15 * 2 + 322 * 2 * 2) * image + 18 * weights * 4 + 72 * tables + 18 * drawn
+    total = (15 * 2 + 322 * 2 * 2) * image + 18 * weights * 4 + 18 * drawn
+    total += sum(cost.disk for cost in costs["visuals"] + costs["classes"])
     result = CliRunner().invoke(app, ["run", str(clip), "--dry"])
     assert result.exit_code == 0, result.output
     *_, imagenet, tasks, sweep, visuals, sheets, classes, probes, steer, figures, said = result.stdout.splitlines()

@@ -237,10 +237,15 @@ class Stream:
             for segment in [segment for segment in self._reading if segment not in near]:
                 self._reading.pop(segment).drop()  # Nothing else is read into its place before.
             self._begin(segments)
-            for segment in segments:
-                if segment in self._reading:
-                    self._reading.pop(segment).over.result()
-                    self._held[segment % self._n_places] = segment
+            try:
+                for segment in segments:
+                    if segment in self._reading:
+                        self._reading.pop(segment).over.result()
+                        self._held[segment % self._n_places] = segment
+            except Exception:
+                while self._reading:  # What else went wrong meanwhile is not told later.
+                    self._reading.popitem()[1].drop()
+                raise
             rows_n = ahead[1].result() if ahead else None
             if ahead is None or rows_n is None or ahead[0] != phase:
                 rows_n = self._drawn(phase, self._order_of(phase))
