@@ -307,7 +307,7 @@ def test_a_fresh_sae_is_tied_and_of_norm_one(config: SaeConfig) -> None:
     assert set(sae.state_dict()) >= {"W_enc", "b_enc", "W_dec", "b_dec", "mean", "scale"}
     assert sae.W_enc.shape == (8, 24) and sae.W_dec.shape == (24, 8)
     # Archetypal looks for the scale of W_enc.
-    scale = sae.W_enc.norm(dim=0).mean() if config.use == "archetypal" else 1
+    scale = sae.W_enc.norm(dim=0).mean() if isinstance(config, Archetypal) else 1
     torch.testing.assert_close(sae.W_enc, scale * sae.W_dec.T)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(24))
     torch.manual_seed(3)
