@@ -120,7 +120,7 @@ def test_a_feature_that_is_pointed_at_lights_its_patches(visit: Any) -> None:
     number = pick.inner_text()
     pick.click()
     page.get_by_text(f"Light where {number} fires").wait_for()
-    assert page.evaluate("Bokeh.documents[0].get_model_by_name('light').active")
+    page.wait_for_function("Bokeh.documents[0].get_model_by_name('light').active")
     page.wait_for_selector(f".feature.lit.f-{number}")
 
 
