@@ -140,12 +140,13 @@ def _agreements(plan: Plan, rows: list[Found]) -> dict[str, float]:
     change of its logit at the largest amount; `rank_correlation`: over the classes of all ways together.
     """
     pairs: dict[str, list[tuple[float, float]]] = {way: [] for way in plan.ways}
-    predicted_sc = plan.effect_sc / plan.p99_s.cpu().double().numpy()[:, None] if plan.raw else plan.effect_sc
+    unit_s = plan.p99_s.cpu().double().numpy() if plan.raw else np.ones(len(plan.effect_sc))
     for row in rows:
         if row[:5] == (ROLES[1], row.way, row.way, None, max(plan.amounts)) and row.measure == "logit":
             if row.target is not None:
                 features = plan.chosen[row.way][row.target]
-                pairs[row.way].append((float(predicted_sc[features, row.target].sum()), row.mean))
+                predicted = plan.effect_sc[features, row.target] / unit_s[features]
+                pairs[row.way].append((float(predicted.sum()), row.mean))
     together = [pair for of_way in pairs.values() for pair in of_way]
     return {
         **{f"rank_correlation_{way}": agreement(*np.array(of_way).T) for way, of_way in pairs.items()},
