@@ -3,6 +3,7 @@
 Shapes: n tokens, d d_model, s d_sae, k codes a token.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from saefw import sae as module
 from saefw.errors import UserError
 from saefw.plugin import SaeConfig
 from saefw.sae import Sae
@@ -100,15 +102,21 @@ def oracle_topk(sae: TopKSae, x_nd: Tensor, dead_s: Tensor) -> Tensor:
         errors.append(x_d - (pre_s * largest(sae.k, list(range(S)))) @ sae.W_dec - sae.b_dec)
         codes.append(pre_s * largest(sae.k_aux, dead_s.nonzero().flatten().tolist()))
     error_nd, code_ns = torch.stack(errors), torch.stack(codes)
-    target_nd = error_nd.detach()
+    n_aux = math.ceil(sae.aux_share * len(x_nd))
+    target_nd, code_ns = error_nd.detach()[:n_aux], code_ns[:n_aux]
     rest = ((target_nd - code_ns @ sae.W_dec) ** 2).sum()
     variance: Tensor = ((target_nd - target_nd.mean(0)) ** 2).sum()
     return (error_nd**2).sum() / (len(x_nd) * D) + sae.aux * rest / variance
 
 
+@pytest.mark.parametrize("part", [2, 3, 2048])
+@pytest.mark.parametrize("share", [0.25, 0.6, 1.0])
 @pytest.mark.parametrize("k_aux", [2, 64])
-def test_topk_loss_with_auxk_is_that_of_a_dense_oracle(k_aux: int) -> None:
-    sae, x_nd = rough(TopK(expansion=EXPANSION, k=4, k_aux=k_aux, aux=0.5)), tokens()
+def test_topk_loss_with_auxk_is_that_of_a_dense_oracle(
+    k_aux: int, share: float, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PART", part)
+    sae, x_nd = rough(TopK(expansion=EXPANSION, k=4, k_aux=k_aux, aux=0.5, aux_share=share)), tokens()
     dead_s = torch.zeros(S, dtype=torch.bool)
     dead_s[[0, 3, 4, 7, 11]] = True
     loss = sae.loss(x_nd, dead_s)
@@ -128,7 +136,7 @@ def test_auxk_teaches_the_dead_alone() -> None:
 
 def test_auxk_of_silent_features_predicts_nothing() -> None:
     """The target is an error, so the decoder bias must not be added to its prediction."""
-    sae, x_nd = rough(TopK(expansion=EXPANSION, k=4, aux=1.0)), tokens()
+    sae, x_nd = rough(TopK(expansion=EXPANSION, k=4, aux=1.0, aux_share=1.0)), tokens()
     dead_s = torch.arange(S) < 4
     with torch.no_grad():
         sae.b_enc[dead_s] = -1e6

@@ -76,7 +76,7 @@ def test_rows_are_put_below_each_other_and_split_by_feature() -> None:
         where(torch.tensor([[1, 0, 1, 1], [0, 1, 0, 1]]) > 0),
         where(torch.tensor([[0, 0, 1, 0], [1, 0, 0, 0]]) > 0),
     )
-    both = stacked([split(one, [1, 3, 4]), two])
+    both = stacked([split(one, [1, 3, 4]), two], 2)
     assert both.dense(torch.ones(7), 4).tolist() == [
         [1, 0, 0, 0], [0, 0, 0, 0],
         [0, 0, 1, 0], [0, 1, 0, 0],
@@ -117,6 +117,9 @@ def test_the_largest_are_found_whatever_is_looked_at_at_once(
         pre_ns = (normal(N, 8 * BLOCK, seed=2) * scale).round().to(dtype)
         for values, row in zip(largest(pre_ns, k).of(pre_ns).view(N, k).tolist(), pre_ns.tolist(), strict=True):
             assert sorted(values) == sorted(row)[-k:]
+        of_batch = largest_of_batch(pre_ns, k)
+        assert sorted(of_batch.of(pre_ns).tolist()) == sorted(pre_ns.flatten().tolist())[-k * N :]
+        assert len({*zip(of_batch.rows().tolist(), of_batch.features_e.tolist(), strict=True)}) == k * N
         for among in (dead, dead[:k]):
             found, allowed = largest_above_zero(pre_ns, among, k), set(among.tolist())
             kept_ns = found.dense(torch.ones(len(found.features_e)), pre_ns.shape[1])
@@ -251,7 +254,7 @@ def both_ways(sae: Sae, x_nd: Tensor, dead_s: Tensor, monkeypatch: pytest.Monkey
     """The loss by entries, and by plain dense autograd."""
     monkeypatch.setattr(module, "DENSE", 2.0)
     by_entries = sae.loss(x_nd, dead_s)
-    monkeypatch.setattr(Sae, "_active", lambda self, pre_ns: None)
+    monkeypatch.setattr(Sae, "_found", lambda self, z_nd, dead, n_aux: None)
     dense = sae.loss(x_nd, dead_s)
     monkeypatch.undo()
     return by_entries, dense

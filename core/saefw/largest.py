@@ -5,6 +5,7 @@ NumPy partitions with vector instructions, which torch does not.
 Shapes: r rows, s entries of a row, k the largest of them, b blocks of a row, j entries of a block.
 """
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -19,6 +20,9 @@ T = TypeVar("T")
 
 BLOCK = 16
 """Of how many entries, far apart in a row, the maximum is taken before the largest are looked for."""
+
+SAMPLED, SPARE = 64, 1.5
+"""How many rows tell where the largest of a matrix begin, and how many times as many are then looked at."""
 
 HELD = 1 << 18
 """How many numbers fit a core's cache, about."""
@@ -37,6 +41,24 @@ def largest_of_rows(x_rs: Tensor, k: int) -> tuple[Tensor, Tensor]:
     found_rk = _indices(x_rs, k)
     indices_rk = found_rk // k * (s // BLOCK) + blocks_rk.gather(1, found_rk % k)
     return indices_rk, x_rs.gather(1, found_rk)
+
+
+def largest_of_all(x_rs: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """Return where the m largest of a whole matrix are, int64, rising, and their values; of equal ones no more.
+
+    The places are those in the flattened matrix.
+    """
+    if x_rs.device.type == "cpu" and 0 < m < x_rs.numel():
+        # Few rows tell above which edge there are a little more than m: then few are left to choose from.
+        sample = x_rs[:: max(1, len(x_rs) // SAMPLED)].flatten()
+        wanted = min(len(sample), math.ceil(SPARE * m * len(sample) / x_rs.numel()))
+        places_e, values_e = places_above(x_rs, float(-np.partition(-_numbers(sample), wanted - 1)[wanted - 1]))
+        if len(values_e) >= m:
+            kept = largest_of_rows(values_e[None], m)[0].flatten().sort().values
+            return places_e[kept], values_e[kept]
+    found, values = largest_of_rows(x_rs.reshape(1, -1), m)
+    places_e, order_e = found.flatten().sort()
+    return places_e, values.flatten()[order_e]
 
 
 def places_above(x_rs: Tensor, edge: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -65,10 +87,12 @@ def _indices(x_rs: Tensor, k: int) -> Tensor:
     r, s = x_rs.shape
     if x_rs.device.type != "cpu" or not 0 < k < s:
         return x_rs.topk(k, dim=1, sorted=False).indices
-    numbers_rs = _numbers(x_rs)
+    numbers_rs = _bits(x_rs) if x_rs.dtype == torch.bfloat16 else _numbers(x_rs)
 
     def find(start: int, stop: int) -> Array:
         rows = numbers_rs[start:stop]
+        if rows.dtype == np.int16:
+            rows = rows ^ (rows >> 15 & 0x7FFF)
         places = np.flatnonzero(rows >= np.partition(rows, s - k, axis=1)[:, s - k, None])
         if len(places) == len(rows) * k:
             indices = places.reshape(-1, k) - np.arange(0, rows.size, s)[:, None]
@@ -78,6 +102,12 @@ def _indices(x_rs: Tensor, k: int) -> Tensor:
         return torch.from_numpy(rows).topk(k, dim=1, sorted=False).indices.numpy()
 
     return torch.from_numpy(np.concatenate(_in_parts(find, r, s)))
+
+
+def _bits(x: Tensor) -> Array:
+    """Return bfloat16 as the integers that its bits are; with those below zero turned round they have its order."""
+    bits: Array = x.detach().view(torch.int16).numpy()
+    return bits
 
 
 def _numbers(x: Tensor) -> Array:

@@ -342,6 +342,9 @@ class SaeConfig(Entry):
     k_aux: int | None = Field(default=None, gt=0)
     """Dead features that AuxK may use on one token; null: the largest power of two up to d_model / 2."""
 
+    aux_share: float = Field(default=1 / 4, gt=0, le=1)
+    """On which share of a batch's tokens AuxK is reckoned."""
+
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the product with W_enc while training; sums, weights and all else are float32."""
 
@@ -378,6 +381,7 @@ class SaeConfig(Entry):
         if sae.d_model != d_model:
             raise UserError(f"{whose(type(self))}: build({d_model}) returns an SAE whose d_model is {sae.d_model}")
         sae.aux, sae.k_aux = self.aux, self.k_aux or 1 << max(0, (d_model // 2).bit_length() - 1)
+        sae.aux_share = self.aux_share
         sae.precision = getattr(torch, self.precision)
         return sae
 

@@ -3,6 +3,7 @@
 Shapes: n tokens, d d_model, s d_sae, e active entries, g prefixes, a dead features; `x_nd` is [n, d].
 """
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -49,6 +50,10 @@ DENSE = 1 / 16
 
 PROBED = 64
 """How many tokens of a batch say which share that is: the first, so that a step depends on its batch alone."""
+
+
+PART = 2048
+"""Tokens whose pre-activations are held at once, where each is looked at by itself."""
 
 
 class Codes(NamedTuple):
@@ -123,6 +128,12 @@ class Sae(nn.Module):
 
     k_aux: int = 1
     """Dead features that AuxK may use on one token."""
+
+    aux_share: float = 1.0
+    """On which share of a batch's tokens AuxK is reckoned, the first."""
+
+    by_token: bool = False
+    """Whether a `select` of its own looks at each token by itself in training, too: a batch then takes less memory."""
 
     precision: torch.dtype = torch.float32
     """Of the product with W_enc while training; sums and all else are in the type of the weights."""
@@ -212,17 +223,18 @@ class Sae(nn.Module):
         """
         ends = self.prefixes()
         dead = dead_s.nonzero().flatten() if self.aux else dead_s.new_zeros(0, dtype=torch.int64)
+        n_aux = math.ceil(self.aux_share * len(x_nd)) if len(dead) else 0
         with torch.no_grad():
             z_nd = x_nd - self.b_dec
-            pre_ns = self._product(z_nd)
-            entries = self._active(pre_ns)
-        if entries is None:
-            batch, aux_nd, fired_s = self._dense(x_nd, z_nd, pre_ns, ends, dead)
+            found = self._found(z_nd, dead, n_aux)
+        if found is None:
+            batch, aux_nd, fired_s = self._dense(x_nd, z_nd, ends, dead, n_aux)
         else:
-            batch, aux_nd, fired_s = self._sparse(x_nd, z_nd, pre_ns, ends, dead, entries)
+            batch, aux_nd, fired_s = self._sparse(x_nd, z_nd, ends, *found)
         terms = self._numbers(self.terms(batch))
         if self.aux:
-            terms["aux"] = self.aux * auxk(batch.error_gnd[-1], aux_nd) if len(dead) else x_nd.new_zeros(())
+            aux = auxk(batch.error_gnd[-1, :n_aux], aux_nd) if n_aux else x_nd.new_zeros(())
+            terms["aux"] = self.aux * aux
         return Loss(terms, fired_s)
 
     # What everybody uses.
@@ -282,36 +294,53 @@ class Sae(nn.Module):
                 raise UserError(f"{whose(type(self))}: the term '{name}' must be a scalar (got {list(term.shape)})")
         return terms
 
-    def _product(self, z_nd: Tensor) -> Tensor:
-        """Return z W_enc + b_enc [n, s] in `precision`, in memory that the next call uses again."""
-        dtype = self.precision if z_nd.dtype == torch.float32 else z_nd.dtype
-        into_ns = self.scratch.empty(len(z_nd), self.d_sae, dtype, z_nd.device)
-        return torch.addmm(self.b_enc.to(dtype), z_nd.to(dtype), self.W_enc.to(dtype), out=into_ns)
+    def _encoder(self, x_nd: Tensor) -> tuple[Tensor, Tensor]:
+        """Return W_enc and b_enc in the type of their product with such tokens."""
+        dtype = self.precision if x_nd.dtype == torch.float32 else x_nd.dtype
+        return self.W_enc.to(dtype), self.b_enc.to(dtype)
 
-    def _active(self, pre_ns: Tensor) -> Entries | None:
-        """Return the active entries; None where the variant is dense, or so many are active that dense is quicker."""
+    def _product(self, z_nd: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+        """Return z W_enc + b_enc [n, s] in their type, in memory that the next call uses again."""
+        into_ns = self.scratch.empty(len(z_nd), self.d_sae, W_enc.dtype, z_nd.device)
+        return torch.addmm(b_enc, z_nd.to(W_enc.dtype), W_enc, out=into_ns)
+
+    def _found(self, z_nd: Tensor, dead: Tensor, n_aux: int) -> tuple[Entries, Entries | None] | None:
+        """Return the active entries of all tokens, and AuxK's of the first few, with their pre-activations.
+
+        None where the variant is dense, or so many are active that dense is quicker.
+        """
         if type(self).activate is not Sae.activate:
             return None
-        if type(self).select is Sae.select and (pre_ns[:PROBED] > self.edge()).float().mean() > DENSE:
-            return None
-        return self.select(pre_ns)
+        by_edge, encoder = type(self).select is Sae.select, self._encoder(z_nd)
+        parts: list[Entries] = []
+        aux: list[Entries] = []
+        for first, part_nd in enumerate(torch.split(z_nd, PART if by_edge or self.by_token else max(1, len(z_nd)))):
+            pre_ns = self._product(part_nd, *encoder)
+            if by_edge and not parts and (pre_ns[:PROBED] > self.edge()).float().mean() > DENSE:
+                return None
+            parts.append(self.select(pre_ns).read(pre_ns))
+            if n_aux > first * PART:
+                among_ns = pre_ns[: n_aux - first * PART]
+                aux.append(largest_above_zero(among_ns, dead, self.k_aux).read(among_ns))
+        return stacked(parts, len(z_nd)), stacked(aux, n_aux) if aux else None
 
     def _sparse(
-        self, x_nd: Tensor, z_nd: Tensor, pre_ns: Tensor, ends: Sequence[int], dead: Tensor, entries: Entries
+        self, x_nd: Tensor, z_nd: Tensor, ends: Sequence[int], entries: Entries, aux: Entries | None
     ) -> tuple[Batch, Tensor, Tensor]:
         """Return the batch by its active entries, what AuxK rebuilds [n, d], and how often each feature fired [s]."""
         n, main = len(x_nd), split(entries, ends)
         # What AuxK rebuilds is decoded beside the prefixes, as further rows.
-        every = stacked([main, largest_above_zero(pre_ns, dead, self.k_aux)]) if len(dead) else main
+        every = main if aux is None else stacked([main, aux], n)
         by_feature = turned(every, self.d_sae)
-        known_e = every.of(pre_ns).to(x_nd.dtype)
+        assert every.known_e is not None
+        known_e = every.known_e.to(x_nd.dtype)
         pre_e = encode(known_e, z_nd, self.W_enc, self.b_enc, self.b_dec, by_feature)
         features_e, W_sd = main.features_e.long(), self.dictionary()
         # Their gradients come together in one copy; those of slices would each be as large as the whole.
         pre_e, aux_e = torch.split(pre_e, [len(features_e), len(pre_e) - len(features_e)])
         codes_e = self.fire(pre_e, features_e)
         rows_rd = decode(torch.cat([codes_e, aux_e]), W_sd, every, by_feature)
-        prefixes_rd, aux_nd = torch.split(rows_rd, [len(ends) * n, n]) if len(dead) else (rows_rd, rows_rd[:0])
+        prefixes_rd, aux_nd = torch.split(rows_rd, [len(ends) * n, len(rows_rd) - len(ends) * n])
         error_gnd = left_over(x_nd - self.b_dec, prefixes_rd.view(len(ends), n, -1))
 
         def rebuild(values_e: Tensor) -> Tensor:
@@ -322,9 +351,11 @@ class Sae(nn.Module):
         return Batch(x_nd, pre_e, codes_e, features_e, error_gnd, rebuild), aux_nd, fired_s
 
     def _dense(
-        self, x_nd: Tensor, z_nd: Tensor, pre_ns: Tensor, ends: Sequence[int], dead: Tensor
+        self, x_nd: Tensor, z_nd: Tensor, ends: Sequence[int], dead: Tensor, n_aux: int
     ) -> tuple[Batch, Tensor, Tensor]:
         """Return the same as `_sparse`, by plain autograd on all of [n, s]."""
+        with torch.no_grad():
+            pre_ns = self._product(z_nd, *self._encoder(z_nd))
         pre_ns = encode(pre_ns.to(x_nd.dtype), z_nd, self.W_enc, self.b_enc, self.b_dec)
         codes_ns, W_sd = self.activate(pre_ns), self.dictionary()
         if codes_ns.shape != pre_ns.shape:
@@ -332,7 +363,7 @@ class Sae(nn.Module):
             raise UserError(f"{who}: activate() must give codes [n, s], here {wanted} (got {got})")
         parts = [codes_ns[:, start:end] @ W_sd[start:end] for start, end in pairwise((0, *ends))]
         x_hat_gnd = torch.stack(parts).cumsum(dim=0) + self.b_dec
-        pre_na = pre_ns[:, dead]
+        pre_na = pre_ns[:n_aux, dead]
         if len(dead) > self.k_aux:
             top = pre_na.topk(self.k_aux, dim=1, sorted=False)
             pre_na = torch.zeros_like(pre_na).scatter(1, top.indices, top.values)

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
-from saefw.largest import largest_of_rows, places_above
+from saefw.largest import largest_of_all, largest_of_rows, places_above
 
 
 class Entries(NamedTuple):
@@ -50,6 +50,10 @@ class Entries(NamedTuple):
         if x_ns is self.source and self.known_e is not None:
             return self.known_e
         return x_ns.reshape(-1)[self.rows().long() % self.n * x_ns.shape[1] + self.features_e]
+
+    def read(self, x_ns: Tensor) -> "Entries":
+        """Return the same with their values, which no longer need the matrix."""
+        return self._replace(known_e=self.of(x_ns), source=None)
 
     def dense(self, values_e: Tensor, d_sae: int) -> Tensor:
         """Return the dense matrix [r, s] that has these values at the entries, and zeros elsewhere."""
@@ -86,9 +90,8 @@ def largest(pre_ns: Tensor, k: int) -> Entries:
 
 def largest_of_batch(pre_ns: Tensor, k: int) -> Entries:
     """Return the k n largest of all n tokens together; of equal ones no more than that."""
-    places, known = largest_of_rows(pre_ns.reshape(1, -1), k * len(pre_ns))
-    places_e, order_e = places.flatten().sort()
-    return _at(places_e, *pre_ns.shape)._replace(source=pre_ns, known_e=known.flatten()[order_e])
+    places_e, known_e = largest_of_all(pre_ns, k * len(pre_ns))
+    return _at(places_e, *pre_ns.shape)._replace(source=pre_ns, known_e=known_e)
 
 
 def largest_above_zero(pre_ns: Tensor, features_a: Tensor, k: int) -> Entries:
@@ -113,17 +116,16 @@ def _at(places_e: Tensor, n: int, s: int) -> Entries:
     return Entries(starts_n, (places_e % s).int(), n)
 
 
-def stacked(parts: Sequence[Entries]) -> Entries:
-    """Return the rows of several, one after the other; all are of the same tokens."""
+def stacked(parts: Sequence[Entries], n: int) -> Entries:
+    """Return the rows of several, one after the other, with their known values; they are of n tokens in all."""
     ends = [0]
     for part in parts:
         ends.append(ends[-1] + len(part.features_e))
     starts = [part.starts_r[:-1] + end for part, end in zip(parts, ends, strict=False)]
     last = parts[-1].starts_r[-1:] + ends[-2]
-    whole = Entries(torch.cat([*starts, last]), torch.cat([part.features_e for part in parts]), parts[0].n)
-    source = parts[0].source
-    known = [part.known_e for part in parts if part.source is source and part.known_e is not None]
-    return whole._replace(source=source, known_e=torch.cat(known)) if len(known) == len(parts) else whole
+    known = [part.known_e for part in parts if part.known_e is not None]
+    known_e = torch.cat(known) if len(known) == len(parts) else None
+    return Entries(torch.cat([*starts, last]), torch.cat([part.features_e for part in parts]), n, known_e=known_e)
 
 
 def split(entries: Entries, ends: Sequence[int]) -> Entries:
@@ -135,7 +137,7 @@ def split(entries: Entries, ends: Sequence[int]) -> Entries:
     rows_e, order_e = rows_e.sort(stable=True)
     known_e = None if entries.known_e is None else entries.known_e[order_e]
     starts_r = _starts(rows_e, entries.n * len(ends))
-    return Entries(starts_r, entries.features_e[order_e], entries.n, source=entries.source, known_e=known_e)
+    return Entries(starts_r, entries.features_e[order_e], entries.n, known_e=known_e)
 
 
 def _starts(sorted_e: Tensor, n: int) -> Tensor:

@@ -3,6 +3,7 @@
 Shapes: n tokens, d d_model, s d_sae, g prefixes.
 """
 
+import math
 from copy import deepcopy
 from typing import Any
 
@@ -129,10 +130,11 @@ def _dense_loss(sae: Sae, z_nd: Tensor, dead_s: Tensor) -> Loss:
 
     terms = sae.terms(Batch(z_nd, pre_ns, codes_ns, slice(None), error_gnd, rebuild))
     if sae.aux:
-        silent_ns = pre_ns.masked_fill(~dead_s, 0).relu()
+        n_aux = math.ceil(sae.aux_share * len(z_nd))
+        silent_ns = pre_ns[:n_aux].masked_fill(~dead_s, 0).relu()
         top = silent_ns.topk(min(sae.k_aux, sae.d_sae), dim=1)
         aux_nd = torch.zeros_like(silent_ns).scatter(1, top.indices, top.values) @ W_sd
-        terms["aux"] = sae.aux * auxk(error_gnd[-1], aux_nd) if dead_s.any() else z_nd.new_zeros(())
+        terms["aux"] = sae.aux * auxk(error_gnd[-1, :n_aux], aux_nd) if dead_s.any() else z_nd.new_zeros(())
     return Loss(terms, (codes_ns > 0).sum(dim=0))
 
 
