@@ -18,6 +18,8 @@ from saefw_topk import TopK
 
 N, P, S, C, TOP, EMBED = 45, 6, 40, 3, 5, 7
 SCORES = "max", "sum", "cls"
+PATCHES = P, 1
+"""1: as of [CLS], where each code is a pair of its own."""
 
 Array = np.ndarray[Any, Any]
 
@@ -75,7 +77,7 @@ def fed(made: Tally, some: slice, x: torch.Tensor, score: str = "max") -> None:
 
 def tallied(path: Path, batch: int, x: torch.Tensor, score: str = "max", d_embed: int = 0) -> Tally:
     path.mkdir(exist_ok=True)
-    made = Tally(Sizes(S, P, C, TOP, d_embed), path)
+    made = Tally(Sizes(S, x.shape[1], C, TOP, d_embed), path)
     for first in range(0, N, batch):
         fed(made, slice(first, first + batch), x, score)
     return made
@@ -115,8 +117,9 @@ def test_codes_are_those_that_are_above_zero_densely(config: Any) -> None:
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_pairs_are_those_of_numpy(score: str) -> None:
-    x, cls = sparse(), of_cls()
+@pytest.mark.parametrize("patches", PATCHES)
+def test_pairs_are_those_of_numpy(score: str, patches: int) -> None:
+    x, cls = sparse()[:, :patches], of_cls()
     with torch.no_grad():
         found = firing(AsGiven(), x, score, cls)
     fires = (x > 0).any(dim=1) | ((cls > 0) if score == "cls" else False)
@@ -138,6 +141,23 @@ def test_pairs_are_those_of_numpy(score: str) -> None:
     assert torch.equal(back, x)
 
 
+@pytest.mark.parametrize("score", ["max", "sum"])
+def test_codes_of_cls_that_are_not_grouped_give_the_same(tmp_path: Path, score: str) -> None:
+    """TopK tells the codes of a token in any order."""
+    torch.manual_seed(0)
+    sae, x, examples = TopK(k=6, expansion=5).build(S // 5).eval(), torch.randn(N, 1, S // 5), torch.arange(N) * 2
+    (tmp_path / "wanted").mkdir()
+    found, wanted = (Tally(Sizes(S, 1, C, TOP), folder) for folder in (tmp_path, tmp_path / "wanted"))
+    for first in range(0, N, 7):
+        part = slice(first, first + 7)
+        feed(found, sae, examples[part], labels()[part], x[part], score)
+        with torch.no_grad():
+            image_n, feature_n, value_n = codes(sae, x[part, 0])
+        pairs = grouped(image_n, torch.zeros_like(image_n), feature_n, value_n, S, 1, score)
+        wanted.add(examples[part], labels()[part], pairs)
+    same(found, wanted)
+
+
 def test_nothing_fires() -> None:
     none = torch.empty(0, dtype=torch.int64)
     found = grouped(none, none, none, torch.empty(0), S, P)
@@ -157,8 +177,9 @@ def test_the_last_of_as_many_images_as_fit_is_found(d_sae: int, n_patches: int) 
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_features_are_those_of_numpy(tmp_path: Path, score: str) -> None:
-    x = sparse()
+@pytest.mark.parametrize("patches", PATCHES)
+def test_features_are_those_of_numpy(tmp_path: Path, score: str, patches: int) -> None:
+    x = sparse()[:, :patches]
     flat = x.numpy().reshape(-1, S).astype(np.float64)
     found = tallied(tmp_path, 7, x, score).features()
     assert list(found) == ["feature", "frequency", "mean", "p50", "p90", "p99", "max"]
@@ -175,8 +196,9 @@ def test_features_are_those_of_numpy(tmp_path: Path, score: str) -> None:
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_top_images_are_distinct_and_ties_go_to_the_earlier_image(tmp_path: Path, score: str) -> None:
-    x = sparse()
+@pytest.mark.parametrize("patches", PATCHES)
+def test_top_images_are_distinct_and_ties_go_to_the_earlier_image(tmp_path: Path, score: str, patches: int) -> None:
+    x = sparse()[:, :patches]
     made = tallied(tmp_path, 7, x, score)
     found, maps = made.top_examples(), made.maps().numpy()
     rank_by, peak = scored(x, score), x.amax(dim=1).numpy()
@@ -190,34 +212,36 @@ def test_top_images_are_distinct_and_ties_go_to_the_earlier_image(tmp_path: Path
         assert list(found["token"][rows]) == [int(x[i, :, s].argmax()) for i in wanted]
         for rank in range(TOP):
             largest = max(peak[:, s].max(), 1e-9)
-            lit = np.rint(x[wanted[rank], :, s].numpy() / largest * 255) if rank < len(wanted) else np.zeros(P)
+            lit = np.rint(x[wanted[rank], :, s].numpy() / largest * 255) if rank < len(wanted) else np.zeros(patches)
             np.testing.assert_array_equal(maps[s, rank], lit)
     if score == "cls":
         assert (found["value"][found["feature"] == 38] == 0).all() and (found["feature"] == 38).sum() == TOP
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_top_features_of_an_image(tmp_path: Path, score: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tally, "IMAGE_FEATURES", 8)
-    x = sparse()
+@pytest.mark.parametrize("patches", PATCHES)
+def test_top_features_of_an_image(tmp_path: Path, score: str, patches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tally, "IMAGE_FEATURES", 3)
+    x = sparse()[:, :patches]
     found = tallied(tmp_path, 7, x, score).top_features()
     rank_by = scored(x, score)
     for i in range(N):
         rows = found["example"] == 2 * i
-        wanted = [s for s in np.lexsort((np.arange(S), -rank_by[i])) if rank_by[i, s] > 0][:8]
+        wanted = [s for s in np.lexsort((np.arange(S), -rank_by[i])) if rank_by[i, s] > 0][:3]
         assert list(found["feature"][rows]) == wanted
         assert list(found["rank"][rows]) == list(range(len(wanted)))
         np.testing.assert_array_equal(found["score"][rows], rank_by[i, wanted])
 
 
 @pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("patches", PATCHES)
 @pytest.mark.parametrize(("block", "run"), [(1 << 22, 1 << 22), (50, 30)])
 def test_class_features_are_those_of_scikit_learn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, run: int, score: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, run: int, score: str, patches: int
 ) -> None:
     monkeypatch.setattr(detection, "BLOCK", block)
     monkeypatch.setattr(detection, "RUN", run)
-    x = sparse()
+    x = sparse()[:, :patches]
     made = tallied(tmp_path, 7, x, score)
     found, top = made.class_features(), made.top_examples()
     known = labels().numpy() >= 0

@@ -1,13 +1,14 @@
-"""Says how well each feature detects each class: the average precision, from all pairs of an image and a feature.
+"""Says how each feature fires on each class and how well it detects it, from all pairs of an image and a feature.
 
 Shapes: s d_sae, c classes, n pairs, g pairs of a feature and a class that fire together.
 """
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from saefw.spill import Spill
 
@@ -23,6 +24,19 @@ BLOCK = 1 << 22
 Array = np.ndarray[Any, Any]
 
 
+class Detected(NamedTuple):
+    """What is said of each class and feature, [c, s]."""
+
+    fired_cs: Array
+    """int32: on how many images of the class the feature fires."""
+
+    score_cs: Array
+    """float64: the sum of its scores with them."""
+
+    ap_cs: Array
+    """float32: the average precision of its score as a detector of the class; 0 where it does not fire."""
+
+
 class Pairs:
     """All pairs of an image with a class and a feature that fires on it, in a file: runs, each sorted by feature."""
 
@@ -33,10 +47,9 @@ class Pairs:
         self._n = 0
 
     def add(self, feature_n: Array, label_n: Array, score_n: Array) -> None:
-        """Take in pairs; those of score 0 are none."""
+        """Take in pairs; their scores are above 0."""
         pair_n = np.empty(len(feature_n), dtype=PAIR)
         pair_n["feature"], pair_n["label"], pair_n["score"] = feature_n, label_n, score_n
-        pair_n = pair_n[score_n > 0]
         self._waiting.append(pair_n)
         self._n += len(pair_n)
         if self._n >= RUN:
@@ -46,32 +59,35 @@ class Pairs:
         """Write what waits."""
         if self._n:
             pair_n = np.concatenate(self._waiting)
-            self.spill.append(pair_n[np.argsort(pair_n["feature"], kind="stable")])
+            # Torch sorts numbers by their digits, NumPy so large ones by comparing them.
+            order_n = torch.from_numpy(pair_n["feature"].astype(np.int32)).sort(stable=True).indices.numpy()
+            self.spill.append(pair_n[order_n])
             self.runs.append(self._n)
         self._waiting, self._n = [], 0
 
-    def average_precision(self, images_c: Array, fired_cs: Array) -> Array:
-        """Return the average precision of each feature's score as a detector of each class, float32 [c, s].
+    def detected(self, images_c: Array, pairs_s: Array) -> Detected:
+        """Return what all pairs say of each class and feature.
 
-        As scikit-learn defines it: the sum of (R_n - R_n-1) P_n over the distinct scores, images on which the feature
-        does not fire coming last together.
+        The average precision is as scikit-learn defines it: the sum of (R_n - R_n-1) P_n over the distinct scores,
+        images on which the feature does not fire coming last together.
 
         Args:
             images_c: images of each class.
-            fired_cs: of these, those on which the feature fires.
+            pairs_s: pairs of each feature.
 
         """
         self.flush()
-        n_classes, _ = fired_cs.shape
-        found_cs = np.zeros(fired_cs.shape, dtype=np.float32)
+        shape = len(images_c), len(pairs_s)
+        found = Detected(np.zeros(shape, np.int32), np.zeros(shape), np.zeros(shape, np.float32))
         # The images left over are recalled together at the very end, where the precision is the share of the class.
         share_c = images_c / max(1, images_c.sum())
-        for first, last in self._blocks(fired_cs.sum(axis=0), n_classes):
+        for first, last in self._blocks(pairs_s, len(images_c)):
             pair_n = self._of(first, last)
-            label_g, feature_g, sum_g = _precisions(pair_n, first, last, n_classes)
-            left_g = (images_c[label_g] - fired_cs[label_g, feature_g]) * share_c[label_g]
-            found_cs[label_g, feature_g] = (sum_g + left_g) / images_c[label_g]
-        return found_cs
+            label_g, feature_g, fired_g, score_g, sum_g = _precisions(pair_n, first, last, len(images_c))
+            left_g = (images_c[label_g] - fired_g) * share_c[label_g]
+            found.fired_cs[label_g, feature_g], found.score_cs[label_g, feature_g] = fired_g, score_g
+            found.ap_cs[label_g, feature_g] = (sum_g + left_g) / images_c[label_g]
+        return found
 
     def _blocks(self, pairs_s: Array, n_classes: int) -> Iterator[tuple[int, int]]:
         """Yield ranges of features, so many in one that their pairs fit in memory and their numbers in 31 bits."""
@@ -94,8 +110,8 @@ class Pairs:
         return np.concatenate(parts)
 
 
-def _precisions(pair_n: Array, first: int, last: int, n_classes: int) -> tuple[Array, Array, Array]:
-    """Return class, feature and the sum of the precisions at each of its images, by feature and class."""
+def _precisions(pair_n: Array, first: int, last: int, n_classes: int) -> tuple[Array, ...]:
+    """Return class, feature, images, their scores' sum and that of the precisions at each, by feature and class."""
     feature_n = pair_n["feature"].astype(np.int64) - first
     falling_n = 0xFFFFFFFF - pair_n["score"].view(np.uint32).astype(np.int64)
     # Plain numbers sort many times faster than places: all by feature and falling score; the same with the class
@@ -111,5 +127,6 @@ def _precisions(pair_n: Array, first: int, last: int, n_classes: int) -> tuple[A
     feature_n = group_n // n_classes
     start_f = np.searchsorted(all_n, np.arange(last - first) << 32)
     images_n = np.searchsorted(all_n, (feature_n << 32) | (own_n & 0xFFFFFFFF), side="right") - start_f[feature_n]
-    sum_g = np.add.reduceat(hits_n / images_n, opens_g) if len(own_n) else np.empty(0)
-    return group_g % n_classes, group_g // n_classes + first, sum_g
+    score_n = (0xFFFFFFFF - (own_n & 0xFFFFFFFF)).astype(np.uint32).view(np.float32).astype(np.float64)
+    score_g, sum_g = (np.add.reduceat(x, opens_g) if len(x) else np.empty(0) for x in (score_n, hits_n / images_n))
+    return group_g % n_classes, group_g // n_classes + first, size_g, score_g, sum_g

@@ -16,7 +16,7 @@ ROOM = 1 << 31
 
 
 class Firing(NamedTuple):
-    """Every image of a batch with every feature that fires on it, by image and then by feature."""
+    """Every image of a batch with every feature that fires on it, by image; of several patches then by feature."""
 
     image_g: Tensor
     """int64: the image, counted in the batch."""
@@ -58,7 +58,7 @@ def most_images(d_sae: int, n_patches: int) -> int:
 
 
 def codes(sae: Sae, x_nd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the codes above zero of tokens [n, d]: the token and the feature, int64, and the value, float32."""
+    """Return the codes above zero of tokens [n, d], by token: its number and the feature, int64, the value, float32."""
     if type(sae).select is Sae.select:  # it would only cut from dense codes as many as fire on the busiest token
         code_ns = sae.dense(x_nd)
         token_n, feature_n = (code_ns > 0).nonzero(as_tuple=True)
@@ -80,6 +80,8 @@ def firing(sae: Sae, x_epd: Tensor, score: str = "max", cls_ed: Tensor | None = 
     """
     n_patches, d_model = x_epd.shape[1:]
     token_n, feature_n, value_n = codes(sae, x_epd.reshape(-1, d_model))
+    if n_patches == 1 and (score != "cls" or cls_ed is None):
+        return _ungrouped(token_n, feature_n, value_n)
     image_n, patch_n = token_n // n_patches, token_n % n_patches
     if score != "cls" or cls_ed is None:
         return grouped(image_n, patch_n, feature_n, value_n, sae.d_sae, n_patches, score)
@@ -117,6 +119,12 @@ def grouped(
     return Firing(
         image_g, feature_g, peak_g, token_n[last_g], mass_g, fires_g, score_g, first_g, length_g, token_n, value_n
     )
+
+
+def _ungrouped(image_n: Tensor, feature_n: Tensor, value_n: Tensor) -> Firing:
+    """Return codes by image, of one token each, as they are: each is a pair."""
+    at_n, none_n, one_n = torch.arange(len(image_n), device=image_n.device), image_n * 0, torch.ones_like(image_n)
+    return Firing(image_n, feature_n, value_n, none_n, value_n.double(), one_n, value_n, at_n, one_n, none_n, value_n)
 
 
 def _bits(n_patches: int) -> int:

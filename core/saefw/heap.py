@@ -1,4 +1,4 @@
-"""Keeps freed memory in the process while the same sizes are asked for again and again, as in training."""
+"""Keeps freed memory in the process while the same sizes are asked for again and again, as in training and counting."""
 
 import ctypes
 import sys

@@ -34,7 +34,7 @@ def kept(d_sae: int, n_patches: int, top: int) -> dict[str, Tensor]:
 def add(kept: dict[str, Tensor], example_e: Tensor, label_e: Tensor, fired: Firing) -> None:
     """Merge a batch of images, whose indices are larger than those before; of equal scores the earlier image stays."""
     top = {name: tensor.numpy() for name, tensor in kept.items()}
-    d_sae, n_top = top["score_st"].shape
+    n_top = top["score_st"].shape[1]
     image_g, feature_g, score_g = fired.image_g.numpy(), fired.feature_g.numpy(), fired.score_g.numpy()
     # Few pairs get further than this once the ranks are filled.
     pair_c = np.flatnonzero(score_g > np.ascontiguousarray(top["score_st"][:, -1])[feature_g])
@@ -43,13 +43,17 @@ def add(kept: dict[str, Tensor], example_e: Tensor, label_e: Tensor, fired: Firi
     # By feature, falling score and image, in one number: `firing` sees to it that 63 bits hold that.
     bits = (len(example_e) - 1).bit_length()
     falling_c = 0x7FFFFFFF - score_g[pair_c].view(np.int32).astype(np.int64)
-    key_c = np.sort((((feature_g[pair_c] << 31) | falling_c) << bits) | image_g[pair_c])
+    # Torch sorts them by their digits on all cores, and tells their places along with it.
+    sorted_c = torch.from_numpy((((feature_g[pair_c] << 31) | falling_c) << bits) | image_g[pair_c]).sort()
+    key_c, pair_c = sorted_c.values.numpy(), pair_c[sorted_c.indices.numpy()]
     place_c = places(key_c >> (31 + bits))
-    key_c, place_c = key_c[place_c < n_top], place_c[place_c < n_top]
+    key_c, pair_c, place_c = (x[place_c < n_top] for x in (key_c, pair_c, place_c))
     feature_c, image_c = key_c >> (31 + bits), key_c & ((1 << bits) - 1)
     score_c = (0x7FFFFFFF - ((key_c >> bits) & 0x7FFFFFFF)).astype(np.int32).view(np.float32)
     rank_c = place_c + (top["score_st"][feature_c] >= score_c[:, None]).sum(axis=1)
-    feature_m, image_m, score_m, rank_m = (x[rank_c < n_top] for x in (feature_c, image_c, score_c, rank_c))
+    feature_m, image_m, score_m, pair_m, rank_m = (
+        x[rank_c < n_top] for x in (feature_c, image_c, score_c, pair_c, rank_c)
+    )
     first_r = opens(feature_m)
     row_s, n_r = feature_m[first_r], np.diff(first_r, append=len(feature_m))
     row_m = np.repeat(np.arange(len(row_s)), n_r)
@@ -58,7 +62,6 @@ def add(kept: dict[str, Tensor], example_e: Tensor, label_e: Tensor, fired: Firi
     # Those that stay move up behind those that come; as many go, from the last on, and leave the room for their maps.
     order_rt = np.arange(n_top) - np.cumsum(comes_rt, axis=1)
     free_m = top["slot_st"][row_s][np.arange(n_top) >= n_top - n_r[:, None]]
-    pair_m = np.searchsorted(image_g * d_sae + feature_g, image_m * d_sae + feature_m)
     come = {
         "score_st": score_m,
         "example_st": example_e.numpy()[image_m],
@@ -67,9 +70,11 @@ def add(kept: dict[str, Tensor], example_e: Tensor, label_e: Tensor, fired: Firi
         "token_st": fired.token_g.numpy()[pair_m],
         "slot_st": free_m,
     }
+    # Where one comes, it does not matter what is moved there.
+    from_rt, to_m = row_s[:, None] * n_top + order_rt, row_m * n_top + rank_m
     for name, new_m in come.items():
-        merged_rt = np.take_along_axis(top[name][row_s], order_rt, axis=1)
-        merged_rt[comes_rt] = new_m
+        merged_rt = top[name].reshape(-1)[from_rt]
+        merged_rt.reshape(-1)[to_m] = new_m
         top[name][row_s] = merged_rt
     # The maps of the new ones, from their codes.
     map_kp = top["map_stp"].reshape(-1, top["map_stp"].shape[2])

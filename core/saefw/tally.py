@@ -90,8 +90,7 @@ def _sums(sizes: Sizes) -> dict[str, Tensor]:
         "max_s": torch.zeros(d_sae),
         "count_sb": histogram.counts(d_sae),
         "images_c": torch.zeros(n_classes, dtype=torch.int64),
-        "fired_cs": torch.zeros(n_classes, d_sae, dtype=torch.int32),
-        "score_cs": torch.zeros(n_classes, d_sae, dtype=torch.float64),
+        "pairs_s": torch.zeros(d_sae, dtype=torch.int64),
         "mass_cs": torch.zeros(n_classes, d_sae, dtype=torch.float64),
         **{f"{part}.{name}": x for part, each in parts.items() for name, x in each.items()},
     }
@@ -127,7 +126,7 @@ def check(state: Mapping[str, Tensor], sizes: Sizes) -> None:
 class Tally:
     """What the features of one SAE do over the images of one recording, taken in batch after batch.
 
-    Memory does not grow with the images: float maps of the top images [s, t, p], 20 bytes a class and feature, 8 KiB a
+    Memory does not grow with the images: float maps of the top images [s, t, p], 8 bytes a class and feature, 8 KiB a
     feature for its histogram. What the average precision and the features of an image need waits in files: 12 bytes a
     labelled image and feature that fires on it, 512 bytes an image.
     """
@@ -160,9 +159,9 @@ class Tally:
 
         """
         sums = self._sums
-        feature_n = fired.feature_g.repeat_interleave(fired.length_g)
-        fires_n = fired.value_n > 0
-        histogram.add(sums["count_sb"], feature_n[fires_n], fired.value_n[fires_n])
+        one_each = len(fired.value_n) == len(fired.feature_g)
+        feature_n = fired.feature_g if one_each else fired.feature_g.repeat_interleave(fired.length_g)
+        histogram.add(sums["count_sb"], *_where(fired.value_n > 0, feature_n, fired.value_n))
         sums["fired_s"].scatter_add_(0, fired.feature_g, fired.fires_g)
         sums["total_s"].scatter_add_(0, fired.feature_g, fired.mass_g)
         sums["max_s"].scatter_reduce_(0, fired.feature_g, fired.peak_g, "amax")
@@ -181,7 +180,8 @@ class Tally:
         """Note the strongest features of each image; of equal ones the lower number comes first."""
         bits = (self.sizes.d_sae - 1).bit_length()
         falling_g = 0x7FFFFFFF - fired.score_g.view(torch.int32).long()
-        packed_g = ((((fired.image_g << 31) | falling_g) << bits) | fired.feature_g)[fired.score_g > 0]
+        packed_g = (((fired.image_g << 31) | falling_g) << bits) | fired.feature_g
+        (packed_g,) = _where(fired.score_g > 0, packed_g)
         key_g = packed_g.sort().values.numpy()
         rank_g = ranking.places(key_g >> (31 + bits))
         key_n, rank_n = key_g[rank_g < IMAGE_FEATURES], rank_g[rank_g < IMAGE_FEATURES]
@@ -195,14 +195,12 @@ class Tally:
         """Count the labelled images."""
         sums, label_g = self._sums, label_e[fired.image_g]
         sums["images_c"] += torch.bincount(label_e[label_e >= 0], minlength=self.sizes.n_classes)
-        known = (label_g >= 0).nonzero()[:, 0]
-        label_g, feature_g, score_g, mass_g = (
-            x[known] for x in (label_g, fired.feature_g, fired.score_g, fired.mass_g)
+        label_g, feature_g, score_g, mass_g = _where(
+            label_g >= 0, label_g, fired.feature_g, fired.score_g, fired.mass_g
         )
-        at_g = label_g * self.sizes.d_sae + feature_g
-        sums["mass_cs"].view(-1).scatter_add_(0, at_g, mass_g)
-        sums["score_cs"].view(-1).scatter_add_(0, at_g, score_g.double())
-        sums["fired_cs"].view(-1).scatter_add_(0, at_g, (score_g > 0).int())
+        sums["mass_cs"].view(-1).scatter_add_(0, label_g * self.sizes.d_sae + feature_g, mass_g)
+        label_g, feature_g, score_g = _where(score_g > 0, label_g, feature_g, score_g)
+        sums["pairs_s"] += torch.bincount(feature_g, minlength=self.sizes.d_sae)
         self._pairs.add(feature_g.numpy(), label_g.numpy(), score_g.numpy())
 
     # What came of it; columns as in schema.sql.
@@ -257,19 +255,19 @@ class Tally:
 
         They lie in tiles, see `tile`; in a tile by class, then by feature.
         """
-        sums = {name: self._sums[name].numpy() for name in ("images_c", "fired_cs", "score_cs", "mass_cs")}
-        label, feature = _in_tiles(sums["fired_cs"])
-        n = sums["images_c"][label]
+        images_c, pairs_s, mass_cs = (self._sums[name].numpy() for name in ("images_c", "pairs_s", "mass_cs"))
+        found = self._pairs.detected(images_c, pairs_s)
+        label, feature = _in_tiles(found.fired_cs)
+        n = images_c[label]
         # Of a feature that fires on [CLS] alone there is no mass.
-        mass_s = np.maximum(sums["mass_cs"].sum(axis=0), np.finfo(np.float64).tiny)
-        ap_cs = self._pairs.average_precision(sums["images_c"], sums["fired_cs"])
+        mass_s = np.maximum(mass_cs.sum(axis=0), np.finfo(np.float64).tiny)
         return {
             "label": label,
             "feature": feature,
-            "rate": (sums["fired_cs"][label, feature] / n).astype(np.float32),
-            "mean": (sums["score_cs"][label, feature] / n).astype(np.float32),
-            "share": (sums["mass_cs"][label, feature] / mass_s[feature]).astype(np.float32),
-            "ap": ap_cs[label, feature],
+            "rate": (found.fired_cs[label, feature] / n).astype(np.float32),
+            "mean": (found.score_cs[label, feature] / n).astype(np.float32),
+            "share": (mass_cs[label, feature] / mass_s[feature]).astype(np.float32),
+            "ap": found.ap_cs[label, feature],
             "purity": self.purity()[label, feature],
         }
 
@@ -282,6 +280,11 @@ class Tally:
         told = {"pairs": pairs, "pairs_crc": pairs_crc, "images": images, "images_crc": images_crc, "seen": self.seen}
         runs = torch.tensor(self._pairs.runs, dtype=torch.int64)
         return {**self._sums, **{name: torch.tensor(value) for name, value in told.items()}, "runs": runs}
+
+
+def _where(mask_g: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
+    """Return what columns hold where a mask is set; mostly it is everywhere, and nothing is copied."""
+    return columns if mask_g.all() else tuple(x[mask_g] for x in columns)
 
 
 def _in_tiles(fired_cs: Array) -> tuple[Array, Array]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from saefw import heap
 from saefw.bench.frame import Bench, at_least
 from saefw.catalog import Catalog
 from saefw.firing import codes
@@ -18,6 +19,11 @@ SIZE_MB = 40
 
 def bench(bench: Bench) -> None:
     """Measure the pass of `visuals` at two sizes of patches, and on [CLS] alone."""
+    with heap.kept():  # as in the stage
+        _bench(bench)
+
+
+def _bench(bench: Bench) -> None:
     for d_model, n_patches in ((192, PATCHES), (768, PATCHES), (192, 1)):
         n = max(1, (bench.size_mb or SIZE_MB) * 10**6 // (4 * n_patches * d_model))
         torch.manual_seed(0)
