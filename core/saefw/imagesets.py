@@ -127,14 +127,19 @@ class ImageFiles:
         files: Files,
         labels: Sequence[int],
         splits: Sequence[Split] | Callable[[], Sequence[Split]],
-        classes: Sequence[str],
+        classes: Sequence[str] | Callable[[], Sequence[str]],
     ) -> None:
         """Take files with a label (-1: none) and a split for each, and the names of the classes.
 
-        `splits` may also be what returns them, once one is asked for: of a million images, to carve takes seconds.
+        `splits` may also be what returns them, once one is asked for: of a million images, to carve takes seconds. So
+        may `classes`, where it takes long to name them.
         """
-        self.classes = classes
-        self._files, self._labels, self._given = files, array("q", labels), splits
+        self._files, self._labels, self._given, self._named = files, array("q", labels), splits, classes
+
+    @cached_property
+    def classes(self) -> Sequence[str]:
+        """Names of the classes, by label."""
+        return self._named() if callable(self._named) else self._named
 
     @cached_property
     def _splits(self) -> Sequence[Split]:

@@ -6,7 +6,7 @@ import re
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import accumulate, chain, repeat
 from pathlib import Path
@@ -124,7 +124,8 @@ class ImageNet(DatasetConfig):
             carve(files.keys, labels, found, self.valid, self.test, self.seed)
             return found
 
-        return ImageFiles(files, labels, splits, _readable(_lemmas(lists, wnids), wnids))
+        mapped = _mapped(lists)
+        return ImageFiles(files, labels, splits, lambda: _readable(_lemmas(mapped, wnids), wnids))
 
     def _parquet(self, paths: Sequence[Path]) -> Dataset:
         """Open parquet files named by split: train-00000-of-00294.parquet."""
@@ -187,12 +188,19 @@ def _devkit(kit: Path) -> dict[str, str]:
     return found
 
 
-def _lemmas(lists: Sequence[Path], wnids: Sequence[str]) -> list[str]:
-    """Return the words for some synsets: those of the list beside the images, or else of WordNet, as timm has them."""
+def _mapped(lists: Sequence[Path]) -> dict[str, str] | None:
+    """Return the words for synsets that a list beside the images has; None without a list."""
     for place in lists:
         if (place / MAPPING).exists():
-            words = {wnid: text for _, (wnid, text) in read_lines(place / MAPPING, 2, "a synset and its words")}
-            return [words.get(wnid, wnid) for wnid in wnids]
+            return {wnid: text for _, (wnid, text) in read_lines(place / MAPPING, 2, "a synset and its words")}
+    return None
+
+
+def _lemmas(mapped: Mapping[str, str] | None, wnids: Sequence[str]) -> list[str]:
+    """Return the words for some synsets: those of the list beside the images, or else of WordNet, as timm has them."""
+    if mapped is not None:
+        return [mapped.get(wnid, wnid) for wnid in wnids]
+    # Only when somebody asks for names: to import timm takes seconds.
     mend_torchvision()
     from timm.data.imagenet_info import ImageNetInfo
 
