@@ -11,7 +11,9 @@ import pytest
 from trees import png, rows, tree
 
 from saefw.errors import UserError
-from saefw.plugin import DatasetConfig, Place
+from saefw.images import EXTENSIONS
+from saefw.imagesets import JUNK
+from saefw.plugin import DatasetConfig, Files, Place, image_files
 from saefw.testing import check_dataset
 from saefw_image_folder import ImageFolder
 
@@ -245,6 +247,36 @@ class Shuffled:
 
     def __exit__(self, *raised: object) -> None:
         pass
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_folders_of_files_are_those_of_each_file(seed: int) -> None:
+    """Also where folders lie beside files, and where names sort before and after the "/"."""
+    rng = np.random.default_rng(seed)
+    names = ["a", "a-b", "a0", "ab", "ä", "1"][: 2 + seed % 5]
+    drawn = {"/".join(rng.choice(names, rng.integers(1, 4))) + f"/{i}" * (seed % 3 > 0) for i in range(60)}
+    files = Files.of(Path(), [f"{path}.png" for path in drawn])
+    found = list(files.folders())
+    assert [i for _, indices in found for i in indices] == list(range(len(drawn)))
+    each = [os.path.dirname(key) for key in files.keys]
+    assert [folder for folder, indices in found for _ in indices] == each
+    assert list(Files(Path(), [], {}).folders()) == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_listed_is_what_a_plain_walk_finds(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    folders, stems = ["a", ".b", "c.png", "__MACOSX", "d/e.JPEG", "ü"], ["x", ".y", "lost+found", "..z", "ä", "x.tar"]
+    ends = [".png", ".JPEG", ".Jpg", "", ".", ".txt", "png", ".png~"]
+    for folder, stem, end in zip(*(rng.choice(some, 100) for some in (folders, stems, ends)), strict=True):
+        tree(tmp_path / "images", [f"{folder}/{stem}{end}"])
+    assert image_files(tmp_path / "images").keys == sorted(
+        key
+        for path in (tmp_path / "images").rglob("*")
+        if path.is_file() and path.suffix.lower() in EXTENSIONS
+        for key in [path.relative_to(tmp_path / "images").as_posix()]
+        if not any(part.startswith(".") or part in JUNK for part in key.split("/"))
+    )
 
 
 def test_names_that_cannot_be_keys_are_told(tmp_path: Path) -> None:

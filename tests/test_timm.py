@@ -5,6 +5,8 @@ import pickle
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from trees import imagenet
 
 import saefw_timm
 from saefw.blocks import edited_tail, outputs
@@ -22,7 +25,7 @@ from saefw.pipeline import plan
 from saefw.plugin import BackboneInfo, Place
 from saefw.registry import read
 from saefw.testing import check_backbone
-from saefw_timm import Timm, TimmBackbone
+from saefw_timm import Timm, TimmBackbone, facts
 
 SMALL = {"depth": 3, "embed_dim": 48, "num_heads": 3}
 
@@ -177,14 +180,89 @@ def test_a_patch_that_does_not_divide_the_image_leaves_out_its_edge() -> None:
     assert torch.equal(backbone._model.norm(backbone(images)), backbone._model.forward_features(images))
 
 
+# What is known without timm
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the file be asked, as where timm is not imported."""
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    facts._known.cache_clear()
+    yield
+    facts._known.cache_clear()
+
+
+ours = pytest.mark.skipif(
+    facts.FILE.read_text().split("\n")[0] != f"timm {version('timm')}", reason="the file is of another timm"
+)
+
+
+@ours
+def test_what_the_file_says_is_what_timm_says() -> None:
+    saefw_timm._timm()
+    from timm.models import get_arch_pretrained_cfgs
+
+    saefw_timm.stack.cache_clear()
+    lines = facts.FILE.read_text().splitlines()[1:]
+    for line in lines[:: len(lines) // 24]:
+        read = facts.Stack.read(line)
+        assert (saefw_timm.stack(read.name), str(read)) == (read, line)
+    assert [read.name.partition(".")[0] for read in map(facts.Stack.read, lines)] == [
+        arch for arch in saefw_timm.architectures() for _ in get_arch_pretrained_cfgs(arch) or [arch]
+    ]
+
+
+@ours
 @pytest.mark.slow
-def test_all_that_the_modules_hold_are_stacks() -> None:
-    timm = saefw_timm._timm()
-    names = [name for module in saefw_timm.MODULES for name in timm.list_models(module=module)]
-    assert len(names) > 250
-    for name in names:
-        stack = saefw_timm._stack(saefw_timm._named(name)[0])
-        assert stack.info.n_blocks > 0, name
+def test_the_file_is_what_timm_says() -> None:
+    command = [sys.executable, str(Path(__file__).parents[1] / "scripts/timm_facts.py")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == facts.FILE.read_text()
+
+
+@ours
+@pytest.mark.usefixtures("alone")
+def test_the_file_knows_timms_choice_and_nothing_else() -> None:
+    first, tagged = facts.known("vit_base_patch16_224"), facts.known("vit_base_patch16_224.mae")
+    assert first is not None and first.name == "vit_base_patch16_224.augreg2_in21k_ft_in1k" and first.info.d_embed
+    assert tagged is None or tagged.name == "vit_base_patch16_224.mae"
+    assert facts.known("vit_base_patch16_224.none") is facts.known("resnet50") is facts.known("") is None
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_file_is_of_one_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, *lines = facts.FILE.read_text().splitlines()
+    monkeypatch.setattr(facts, "FILE", tmp_path / "models.txt")
+    for number, other in ((version("timm"), False), ("0.0", True)):
+        facts._known.cache_clear()
+        facts.FILE.write_text("\n".join([f"timm {number}", *lines]))
+        assert (facts.known("deit_tiny_patch16_224") is None) == other
+    facts.FILE.write_text("\n".join([f"timm {version('timm')}", *lines]))
+    facts._known.cache_clear()
+    monkeypatch.setitem(sys.modules, "timm", saefw_timm)
+    assert facts.known("deit_tiny_patch16_224") is None, "timm is imported: it is asked itself"
+
+
+@ours
+def test_planning_imports_no_timm_and_plans_the_same(tmp_path: Path) -> None:
+    imagenet(tmp_path / "set")
+    (tmp_path / "registry.yaml").write_text(
+        "saefw: 1\n"
+        "backbones:\n"
+        "  vit: {use: timm, img_size: 384, vary: {model: [deit_tiny_patch16_224, vit_base_patch16_224.mae]}}\n"
+        "datasets: {imagenet: {use: imagenet, root: set}}\n"
+        "stages: {acts: {use: record, backbone: vit, datasets: [imagenet], layers: [-1, 3]}}\n"
+    )
+    code = "import sys; from saefw.plugin import mend_torchvision; from saefw.cli import main; {}; main()"
+    last = "import atexit; atexit.register(lambda: print('timm' in sys.modules))"
+    told = []
+    for first in (last, f"mend_torchvision(); import timm; {last}"):
+        command = [sys.executable, "-c", code.format(first), "run", "--dry"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        told.append(done.stdout.splitlines())
+    assert [lines.pop() for lines in told] == ["False", "True"]
+    # What follows the list of units is how long they take.
+    units, others = (lines[: lines.index("")] for lines in told)
+    assert len(units) == 6 and units == others
 
 
 # Preprocessing

@@ -273,7 +273,8 @@ class DatasetConfig(Entry):
             use = type(self).model_fields["use"].default
             raise UserError(f"dataset '{use}' cannot be opened ({error}); put it back and run again") from error
         for name in ("classes", "__len__", "__getitem__"):
-            if not hasattr(whole, name):
+            # Of the class first: what an instance computes may take long.
+            if not hasattr(type(whole), name) and not hasattr(whole, name):
                 raise UserError(f"{whose(type(self))}: what build() returns must have {name} (got {whole!r})")
         if self.limit is None or len(whole) <= self.limit:
             return whole

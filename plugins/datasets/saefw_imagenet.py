@@ -6,9 +6,9 @@ import re
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
-from itertools import accumulate
+from itertools import accumulate, chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -93,17 +93,14 @@ class ImageNet(DatasetConfig):
         # Lists lie beside the images or, as Kaggle packs them, beside the folder ILSVRC.
         lists = [root, data, *([data.parents[2]] if len(data.parents) > 2 else [])]
         # Of a million images only a thousand folders are looked at.
-        places = [key.rpartition("/")[0] for key in files.keys]
-        of_place: dict[str, str] = {}
+        folders = list(files.folders())
         truth: dict[str, str] = {}
-        for place in dict.fromkeys(places):
+        for place, indices in folders:
             parts = place.split("/")
-            if len(parts) == 2 and SYNSET.fullmatch(parts[1]):
-                of_place[place] = parts[1]
-            elif place == "val":
-                of_place[place], truth = "", _truth(lists, data)
-            else:
-                key = files.keys[places.index(place)]
+            if place == "val":
+                truth = truth or _truth(lists, data)
+            elif len(parts) != 2 or not SYNSET.fullmatch(parts[1]):
+                key = files.keys[indices[0]]
                 raise UserError(f"{data / key}: lies in no folder of a synset, as train/n01440764 is")
 
         def told(key: str) -> str:
@@ -112,17 +109,23 @@ class ImageNet(DatasetConfig):
                 raise UserError(f"{data / key}: the list of the validation images does not name it")
             return truth[name]
 
-        synsets = [of_place[place] or told(key) for place, key in zip(places, files.keys, strict=True)]
-        wnids = sorted(set(synsets))
+        synsets: list[tuple[str, int]] = []
+        for place, indices in folders:
+            if place == "val":
+                synsets += [(told(files.keys[i]), 1) for i in indices]
+            else:
+                synsets.append((place.partition("/")[2], len(indices)))
+        wnids = sorted({wnid for wnid, _ in synsets})
         index = {wnid: i for i, wnid in enumerate(wnids)}
-        labels = array("q", [index[wnid] for wnid in synsets])
+        labels = array("q", chain.from_iterable(repeat(index[wnid], n) for wnid, n in synsets))
 
         def splits() -> list[Split]:
             found: list[Split] = ["train" if key.startswith("train/") else self.val for key in files.keys]
             carve(files.keys, labels, found, self.valid, self.test, self.seed)
             return found
 
-        return ImageFiles(files, labels, splits, _readable(_lemmas(lists, wnids), wnids))
+        mapped = _mapped(lists)
+        return ImageFiles(files, labels, splits, lambda: _readable(_lemmas(mapped, wnids), wnids))
 
     def _parquet(self, paths: Sequence[Path]) -> Dataset:
         """Open parquet files named by split: train-00000-of-00294.parquet."""
@@ -185,12 +188,19 @@ def _devkit(kit: Path) -> dict[str, str]:
     return found
 
 
-def _lemmas(lists: Sequence[Path], wnids: Sequence[str]) -> list[str]:
-    """Return the words for some synsets: those of the list beside the images, or else of WordNet, as timm has them."""
+def _mapped(lists: Sequence[Path]) -> dict[str, str] | None:
+    """Return the words for synsets that a list beside the images has; None without a list."""
     for place in lists:
         if (place / MAPPING).exists():
-            words = {wnid: text for _, (wnid, text) in read_lines(place / MAPPING, 2, "a synset and its words")}
-            return [words.get(wnid, wnid) for wnid in wnids]
+            return {wnid: text for _, (wnid, text) in read_lines(place / MAPPING, 2, "a synset and its words")}
+    return None
+
+
+def _lemmas(mapped: Mapping[str, str] | None, wnids: Sequence[str]) -> list[str]:
+    """Return the words for some synsets: those of the list beside the images, or else of WordNet, as timm has them."""
+    if mapped is not None:
+        return [mapped.get(wnid, wnid) for wnid in wnids]
+    # Only when somebody asks for names: to import timm takes seconds.
     mend_torchvision()
     from timm.data.imagenet_info import ImageNetInfo
 

@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from saefw.plugin import Backbone, BackboneConfig, BackboneInfo, Place, Prefix, UserError, hookimpl, mend_torchvision
+from saefw_timm.facts import Stack, known
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -62,7 +63,7 @@ class Timm(BackboneConfig):
     @field_validator("model")
     @classmethod
     def _is_a_stack(cls, model: str) -> str:
-        _stack(_named(model)[0])
+        stack(model)
         return model
 
     @field_validator("img_size")
@@ -72,7 +73,7 @@ class Timm(BackboneConfig):
     ) -> int | tuple[int, int] | None:
         if img_size is None or "model" not in info.data:
             return img_size
-        for side, patch in zip(_sides(img_size), _stack(_named(info.data["model"])[0]).patch, strict=True):
+        for side, patch in zip(_sides(img_size), stack(info.data["model"]).patch, strict=True):
             if side <= 0 or side % patch:
                 near = max(1, round(side / patch)) * patch
                 raise ValueError(f"must be a multiple of {patch}, the side of a patch, such as {near}")
@@ -83,10 +84,11 @@ class Timm(BackboneConfig):
         if self.checkpoint is None:
             if self.num_classes is not None:
                 raise ValueError("num_classes is said of a checkpoint, and none is named")
-            name, weighted = _named(self.model)[0], _config(_named(self.model)[0]).has_weights
-            if self.pretrained and not weighted:
+            found = stack(self.model)
+            if self.pretrained and not found.weighted:
                 raise ValueError(
-                    f"timm has no weights of '{name}': name a checkpoint, or set pretrained: false for random ones"
+                    f"timm has no weights of '{found.name}': name a checkpoint, "
+                    "or set pretrained: false for random ones"
                 )
         elif not self.pretrained:
             raise ValueError("checkpoint names weights, and pretrained: false asks for random ones; leave one out")
@@ -94,15 +96,15 @@ class Timm(BackboneConfig):
 
     def content(self) -> dict[str, Any]:
         """Return the settings with the model's full name and the size of its images, however they were written."""
-        name, size = _named(self.model)
-        return {**super().content(), "model": name, "img_size": list(_sides(self.img_size or size))}
+        found = stack(self.model)
+        return {**super().content(), "model": found.name, "img_size": list(_sides(self.img_size or found.size))}
 
     def describe(self) -> BackboneInfo:
-        """Say its shapes from timm's model of that name, made without memory for weights."""
-        name, size = _named(self.model)
-        stack = _stack(name)
-        rows, columns = (side // patch for side, patch in zip(_sides(self.img_size or size), stack.patch, strict=True))
-        return stack.info._replace(grid=(rows, columns))
+        """Say the shapes of timm's model of that name."""
+        found = stack(self.model)
+        sides = _sides(self.img_size or found.size)
+        rows, columns = (side // patch for side, patch in zip(sides, found.patch, strict=True))
+        return found.info._replace(grid=(rows, columns))
 
     def build(self, device: str) -> "TimmBackbone":
         """Load it.
@@ -111,8 +113,8 @@ class Timm(BackboneConfig):
             UserError: the weights cannot be downloaded, or the checkpoint is not one of this model.
 
         """
-        name, size = _named(self.model)
-        given: dict[str, Any] = {"img_size": _sides(self.img_size or size)}
+        found = stack(self.model)
+        name, given = found.name, {"img_size": _sides(self.img_size or found.size)}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
             if self.checkpoint is not None:
@@ -279,16 +281,6 @@ def _kind(model: nn.Module) -> type[TimmBackbone]:
 # Names and shapes, without weights
 
 
-class Stack(NamedTuple):
-    """What is known of a model of timm without its weights."""
-
-    info: BackboneInfo
-    """Its shapes at the size it is made for."""
-
-    patch: tuple[int, int]
-    """Pixels of a patch: rows, columns."""
-
-
 def _timm() -> Any:
     """Import timm, which takes seconds."""
     mend_torchvision()
@@ -297,14 +289,31 @@ def _timm() -> Any:
     return timm
 
 
-def _config(name: str) -> Any:
-    """Return what timm knows of the weights of a model."""
-    return _timm().get_pretrained_cfg(name)
-
-
 @cache
-def _named(model: str) -> tuple[str, tuple[int, int]]:
-    """Return the full name of a model, with the tag of its weights, and the size of its images: rows, columns.
+def stack(model: str) -> Stack:
+    """Return what is known of a model by its name, with or without a tag.
+
+    Where timm has to say it, the model is made on the meta device: with every layer, without memory for weights.
+
+    Raises:
+        ValueError: timm has no such model, or it is no plain stack of ViT blocks.
+
+    """
+    if (found := known(model)) is not None:
+        return found
+    config = _config(model)
+    arch = model.partition(".")[0]
+    if arch not in architectures():
+        raise ValueError(f"is no plain stack of ViT blocks; near names that are: {_alike(model)}")
+    name = f"{arch}.{config.tag}" if config.tag else arch
+    with torch.device("meta"):
+        made = _timm().create_model(name)
+    size, patch = tuple(config.input_size[1:]), tuple(made.patch_embed.feat_ratio(as_scalar=False))
+    return Stack(name, size, patch, bool(_timm().get_pretrained_cfg(name).has_weights), _info(made))
+
+
+def _config(model: str) -> Any:
+    """Return what timm knows of the weights of a model.
 
     Raises:
         ValueError: timm has no such model.
@@ -316,7 +325,7 @@ def _named(model: str) -> tuple[str, tuple[int, int]]:
     arch, _, tag = model.partition(".")
     if arch not in timm.list_models():
         renamed = get_deprecated_models().get(model)
-        near = [renamed] if renamed else get_close_matches(arch, _stacks(), n=1)
+        near = [renamed] if renamed else get_close_matches(arch, architectures(), n=1)
         if near:
             raise ValueError(f"timm has no such model; did you mean '{near[0]}'?")
         raise ValueError(f"timm has no such model; near names of its ViTs: {_alike(arch)}")
@@ -324,25 +333,7 @@ def _named(model: str) -> tuple[str, tuple[int, int]]:
     if tag and model not in tagged:
         there = f"there are: {', '.join(name.partition('.')[2] for name in tagged)}" if tagged else "there are none"
         raise ValueError(f"timm has no such weights of '{arch}' ({there})")
-    config = _config(model)
-    return f"{arch}.{config.tag}" if config.tag else arch, tuple(config.input_size[1:])
-
-
-@cache
-def _stack(name: str) -> Stack:
-    """Return what is known of a model by its full name.
-
-    It is made on the meta device: with every layer, without memory for weights.
-
-    Raises:
-        ValueError: it is no plain stack of ViT blocks.
-
-    """
-    if name.partition(".")[0] not in _stacks():
-        raise ValueError(f"is no plain stack of ViT blocks; near names that are: {_alike(name)}")
-    with torch.device("meta"):
-        model = _timm().create_model(name)
-    return Stack(_info(model), tuple(model.patch_embed.feat_ratio(as_scalar=False)))
+    return timm.get_pretrained_cfg(model)
 
 
 def _info(model: Any) -> BackboneInfo:
@@ -361,14 +352,14 @@ def _info(model: Any) -> BackboneInfo:
 
 
 @cache
-def _stacks() -> list[str]:
+def architectures() -> list[str]:
     """Return the names, without tags, of all plain stacks of ViT blocks."""
     return [name for module in MODULES for name in _timm().list_models(module=module)]
 
 
 def _alike(name: str) -> str:
     """Return the names of the three of them that are spelled most like a name."""
-    return ", ".join(f"'{near}'" for near in get_close_matches(name.partition(".")[0], _stacks(), cutoff=0))
+    return ", ".join(f"'{near}'" for near in get_close_matches(name.partition(".")[0], architectures(), cutoff=0))
 
 
 def _sides(img_size: int | tuple[int, int]) -> tuple[int, int]:
