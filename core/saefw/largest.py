@@ -6,8 +6,10 @@ Shapes: r rows, s entries of a row, k the largest of them, b blocks of a row, j 
 """
 
 import math
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -93,13 +95,21 @@ def _indices(x_rs: Tensor, k: int) -> Tensor:
         rows = numbers_rs[start:stop]
         if rows.dtype == np.int16:
             rows = rows ^ (rows >> 15 & 0x7FFF)
-        places = np.flatnonzero(rows >= np.partition(rows, s - k, axis=1)[:, s - k, None])
+        kth = np.partition(rows, s - k, axis=1)[:, s - k, None]
+        found = rows >= kth
+        places = np.flatnonzero(found)
+        if len(places) > len(rows) * k:
+            # Of what is equal to the k-th, the first.
+            tied = np.flatnonzero(np.count_nonzero(found, axis=1) > k)
+            equal, above = rows[tied] == kth[tied], rows[tied] > kth[tied]
+            wanted = k - np.count_nonzero(above, axis=1)
+            found[tied] = above | equal & (equal.cumsum(axis=1, dtype=np.int32) <= wanted[:, None])
+            places = np.flatnonzero(found)
         if len(places) == len(rows) * k:
             indices = places.reshape(-1, k) - np.arange(0, rows.size, s)[:, None]
             if (indices[:, 0] >= 0).all() and (indices[:, -1] < s).all():
                 return indices
-        # Some are tied with the k-th, or no numbers.
-        return torch.from_numpy(rows).topk(k, dim=1, sorted=False).indices.numpy()
+        return torch.from_numpy(rows).topk(k, dim=1, sorted=False).indices.numpy()  # where some are no numbers
 
     return torch.from_numpy(np.concatenate(_in_parts(find, r, s)))
 
@@ -118,9 +128,16 @@ def _numbers(x: Tensor) -> Array:
 
 def _in_parts(find: Callable[[int, int], T], r: int, s: int) -> list[T]:
     """Return what is found in the rows from one to another, few at a time, and on all cores."""
-    at_once = max(1, HELD // s)
+    n_threads = torch.get_num_threads()
+    n_parts = r * s // HELD + 1
+    at_once = max(1, -(-r // (-(-n_parts // n_threads) * n_threads if n_parts > 1 else 1)))
     starts = range(0, r, at_once) or range(1)
     if len(starts) == 1:
         return [find(0, r)]
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return list(pool.map(lambda start: find(start, start + at_once), starts))
+    return list(_pool(n_threads, os.getpid()).map(lambda start: find(start, start + at_once), starts))
+
+
+@cache
+def _pool(n_threads: int, process: int) -> ThreadPoolExecutor:
+    """Return the same threads each time, but for a process that was forked: to start them takes a millisecond."""
+    return ThreadPoolExecutor(n_threads, "saefw-largest")

@@ -31,7 +31,7 @@ from saefw.shards import Layout, Writer
 LAYERS, DTYPE = [8, 10], "float16"
 """Blocks that are recorded, of 12, and in which dtype."""
 
-MODELS = (("vit_tiny_patch16_224", 64, 128), ("vit_base_patch16_224", 8, 16))
+MODELS = (("vit_tiny_patch16_224", 64, 256), ("vit_base_patch16_224", 8, 32))
 """Backbones of timm, of width 192 and 768: with their batch size, and how many images."""
 
 PHOTO = 500, 375
