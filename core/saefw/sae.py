@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag, mse_loss
 
 from saefw.errors import UserError
+from saefw.largest import largest_of_rows
 from saefw.origin import whose
 from saefw.sparse import (
     Entries,
@@ -365,8 +366,8 @@ class Sae(nn.Module):
         x_hat_gnd = torch.stack(parts).cumsum(dim=0) + self.b_dec
         pre_na = pre_ns[:n_aux, dead]
         if len(dead) > self.k_aux:
-            top = pre_na.topk(self.k_aux, dim=1, sorted=False)
-            pre_na = torch.zeros_like(pre_na).scatter(1, top.indices, top.values)
+            indices_nk, _ = largest_of_rows(pre_na.detach(), self.k_aux)
+            pre_na = torch.zeros_like(pre_na).scatter(1, indices_nk, pre_na.gather(1, indices_nk))
 
         def rebuild(values_ns: Tensor) -> Tensor:
             return values_ns @ W_sd.detach() + self.b_dec.detach()
