@@ -126,9 +126,9 @@ def check(state: Mapping[str, Tensor], sizes: Sizes) -> None:
 class Tally:
     """What the features of one SAE do over the images of one recording, taken in batch after batch.
 
-    Memory does not grow with the images: float maps of the top images [s, t, p], 8 bytes a class and feature, 8 KiB a
-    feature for its histogram. What the average precision and the features of an image need waits in files: 12 bytes a
-    labelled image and feature that fires on it, 512 bytes an image.
+    Memory does not grow with the images: float maps of the top images [s, t, p], 8 bytes a class and feature (24 when
+    it is told), 8 KiB a feature for its histogram. What the average precision and the features of an image need waits
+    in files: 12 bytes a labelled image and feature that fires on it, 512 bytes an image.
     """
 
     def __init__(self, sizes: Sizes, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
