@@ -253,6 +253,7 @@ def gradients(sae: Sae, loss: Loss) -> dict[str, Tensor]:
 def both_ways(sae: Sae, x_nd: Tensor, dead_s: Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[Loss, Loss]:
     """The loss by entries, and by plain dense autograd."""
     monkeypatch.setattr(module, "DENSE", 2.0)
+    monkeypatch.setattr(module, "PART", 3)
     by_entries = sae.loss(x_nd, dead_s)
     monkeypatch.setattr(Sae, "_found", lambda self, z_nd, dead, n_aux: None)
     dense = sae.loss(x_nd, dead_s)
