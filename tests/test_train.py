@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -381,7 +382,15 @@ def test_killed_by_the_system_at_any_time_it_goes_on_to_the_same_bytes(
 def _train(path: Path, store: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     module.WORTH = 0
-    trained(fresh(path, store), STAGE.model_copy(update={"saes": names, "checkpoint_every": 0.0}))
+    run = fresh(path, store, watcher=Slow())
+    trained(run, STAGE.model_copy(update={"saes": names, "checkpoint_every": 0.0}))
+
+
+class Slow(Watcher):
+    """Takes its time over each note, so that on no machine an SAE is done before it was killed twice."""
+
+    def logged(self, unit: Unit, step: int, values: Mapping[str, float]) -> None:
+        time.sleep(0.1)
 
 
 def test_layers_are_trained_one_after_the_other_as_if_alone(store: Path, tmp_path: Path) -> None:
