@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import saefw
+from saefw import heap
 from saefw.care import Damage, said
 from saefw.catalog import Catalog
 from saefw.entry import KINDS
@@ -327,7 +328,8 @@ def _make(
             for unit in missing:
                 store.begin(unit)
             run.check(*(need for unit in missing for need in unit.needs))
-            stage.make(missing, run)
+            with heap.kept():
+                stage.make(missing, run)
         except UserError as error:
             raise _placed(registry, name, error) from error
         except Exception as error:

@@ -26,7 +26,7 @@ from saefw import tensors as files
 from saefw.care import checksum, write_atomically
 from saefw.errors import UserError
 from saefw.imagesets import Example
-from saefw.moments import Moments
+from saefw.moments import BLOCK, Moments
 from saefw.unit import Unit, canonical
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -290,13 +290,13 @@ class Writer:
         return sha256(canonical([asdict(replace(self.layout, n_examples=0)), named]).encode()).hexdigest()
 
     def _moments(self, acts_ted: Tensor, train_e: NDArray[np.bool_]) -> dict[str, Moments]:
-        """Take the moments of a shard's train examples, token by token."""
+        """Take the moments of a shard's train examples, of so many tokens at once that they make a block."""
+        prefix, of_train = self.layout.prefix, torch.from_numpy(train_e)
+        spans = {kind: slice(at, at + 1) for at, kind in enumerate(prefix)} | {"patches": slice(len(prefix), None)}
         moments = {kind: Moments.none(self.layout.d_model) for kind in KINDS}
-        train = torch.from_numpy(np.flatnonzero(train_e))
-        for t, acts_ed in enumerate(acts_ted):
-            kind = self.layout.prefix[t] if t < self.layout.n_prefix else "patches"
-            if kind in moments:
-                moments[kind].add(acts_ed if train_e.all() else acts_ed[train])
+        for kind in KINDS:
+            for some_ted in torch.split(acts_ted[spans.get(kind, slice(0))], max(1, BLOCK // max(len(train_e), 1))):
+                moments[kind].add((some_ted if train_e.all() else some_ted[:, of_train]).flatten(0, 1))
         return moments
 
 

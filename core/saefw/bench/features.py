@@ -19,7 +19,7 @@ SIZE_MB = 40
 
 def bench(bench: Bench) -> None:
     """Measure the pass of `visuals` at two sizes of patches, and on [CLS] alone."""
-    with heap.kept():  # as in the stage
+    with heap.kept():  # as in a stage
         _bench(bench)
 
 

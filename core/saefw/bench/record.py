@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saefw import heap
 from saefw.bench.frame import Bench, at_least, at_most
 from saefw.blocks import outputs
 from saefw.catalog import Catalog
@@ -98,8 +99,9 @@ def _models(bench: Bench, model: str, batch_size: int, n: int) -> None:
             layout = Layout.of(n, info.prefix, info.d_model, info.grid, layer, DTYPE)
             # A shard holds one batch, so that there are several.
             writers.append(Writer(into, layout, photos, batch_size * layout.example_bytes))
-        for _ in Recording("photos", photos, writers, skip=False).record(forward, found):
-            pass
+        with heap.kept():  # as in a stage; the bare forward is that of a script without it
+            for _ in Recording("photos", photos, writers, skip=False).record(forward, found):
+                pass
         for writer in writers:
             writer.finish()
 

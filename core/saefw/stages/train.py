@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from saefw import heap, peers, samples
+from saefw import peers, samples
 from saefw.acts import Acts, Stats
 from saefw.blocks import resolve
 from saefw.live import Live, acts_of
@@ -191,9 +191,8 @@ class Train(StageConfig):
         for unit in units:
             groups.setdefault(unit.needs[0], []).append(unit)
         failed: list[str] = []
-        with heap.kept():
-            for i, (acts, group) in enumerate(groups.items()):
-                failed += self._train(run, acts, group, (i, len(groups)))
+        for i, (acts, group) in enumerate(groups.items()):
+            failed += self._train(run, acts, group, (i, len(groups)))
         if failed:
             raise UserError("\n".join(failed))
 

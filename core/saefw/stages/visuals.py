@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from safetensors.torch import save
 
-from saefw import heap, pictures, samples, sealed
+from saefw import pictures, samples, sealed
 from saefw import tensors as files
 from saefw.acts import Acts
 from saefw.care import write_atomically
@@ -210,26 +210,25 @@ class Visuals(StageConfig):
             backbone = jobs[0].unit.needs[1].given["backbone"].fresh(run.device)
         whole = self._whole(tokens)
         read, n_tokens = ("all", acts.n_tokens) if whole else (tokens, jobs[0].sizes.n_patches)
-        with heap.kept():
-            for indices, x_etd in acts.read(read, examples[first:], max(1, READ // n_tokens)):
-                first += len(indices)
-                x_etd = x_etd.to(run.device)
-                cls_ed = x_etd[:, 0] if whole and self.rank_by == "cls" and tokens == "patches" else None
-                embedding_ed = _embedded(backbone, x_etd, acts.layer) if backbone else None
-                if whole:
-                    x_etd = x_etd[:, acts.n_prefix :] if tokens == "patches" else x_etd[:, :1]
-                images = torch.from_numpy(indices), torch.from_numpy(acts.labels[indices])
-                for sae, tally in zip(saes, tallies, strict=True):
-                    if tally.seen < first:
-                        feed(tally, sae, *images, x_etd, self.rank_by, cls_ed, embedding_ed)
-                if saving.due():
-                    begun = time.monotonic()
-                    for job, tally in zip(jobs, tallies, strict=True):
-                        sealed.write(job.folder / CHECKPOINT, tally.state())
-                    saving.restart(max(self.checkpoint_every, SELDOM * (time.monotonic() - begun)))
-                if telling.due() or first == len(examples):
-                    run.progress(first, len(examples), "images")
-                    telling.restart(0.1)
+        for indices, x_etd in acts.read(read, examples[first:], max(1, READ // n_tokens)):
+            first += len(indices)
+            x_etd = x_etd.to(run.device)
+            cls_ed = x_etd[:, 0] if whole and self.rank_by == "cls" and tokens == "patches" else None
+            embedding_ed = _embedded(backbone, x_etd, acts.layer) if backbone else None
+            if whole:
+                x_etd = x_etd[:, acts.n_prefix :] if tokens == "patches" else x_etd[:, :1]
+            images = torch.from_numpy(indices), torch.from_numpy(acts.labels[indices])
+            for sae, tally in zip(saes, tallies, strict=True):
+                if tally.seen < first:
+                    feed(tally, sae, *images, x_etd, self.rank_by, cls_ed, embedding_ed)
+            if saving.due():
+                begun = time.monotonic()
+                for job, tally in zip(jobs, tallies, strict=True):
+                    sealed.write(job.folder / CHECKPOINT, tally.state())
+                saving.restart(max(self.checkpoint_every, SELDOM * (time.monotonic() - begun)))
+            if telling.due() or first == len(examples):
+                run.progress(first, len(examples), "images")
+                telling.restart(0.1)
         while tallies:
             yield tallies.pop(0)  # one that is written down is let go
 
