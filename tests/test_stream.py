@@ -197,7 +197,7 @@ def folder() -> Iterator[Path]:
     st.integers(1, 300),
     st.integers(0, 5000),
     st.lists(st.integers(0, 99), min_size=1, max_size=60),
-    st.sampled_from(["as drawn", "ascending", "all"]),
+    st.sampled_from(["as drawn", "ascending", "each once", "a range"]),
     st.booleans(),
     st.booleans(),
     st.integers(0, 2000),
@@ -206,7 +206,8 @@ def folder() -> Iterator[Path]:
 def test_rows_are_those_of_the_file(
     folder: Path, d: int, start: int, drawn_n: list[int], how: str, cache: bool, cold: bool, gap: int, most: int
 ) -> None:
-    rows_n = np.array({"as drawn": drawn_n, "ascending": sorted(drawn_n), "all": list(range(100))}[how])
+    orders = {"as drawn": drawn_n, "ascending": sorted(drawn_n), "each once": sorted({*drawn_n})}
+    rows_n = np.array(orders[how]) if how in orders else range(min(drawn_n), max(drawn_n) + 1)
     data = np.random.default_rng(d).integers(0, 256, start + 100 * d, dtype=np.uint8)
     path = folder / "rows"
     path.write_bytes(data.tobytes())

@@ -3,6 +3,7 @@
 Shapes: t n_tokens, e examples, d d_model, n vectors; `acts_ted` has shape [t, e, d].
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import pairwise
@@ -202,7 +203,8 @@ class Acts:
         # Neighbours in one shard are read together.
         shard_e = self._shards_of(examples)
         within_e = examples - self._first[shard_e]
-        cuts = np.flatnonzero(np.diff(shard_e)) + 1
+        cuts = (np.flatnonzero(np.diff(shard_e)) + 1).tolist()
+        gaps_e = np.cumsum(np.diff(within_e, prepend=0) != 1)
 
         # What is larger pushes itself out of the cache, before it is read again.
         fits = 2 * sum(shard.bytes for shard in self.shards) < rows.machine_memory()
@@ -214,17 +216,20 @@ class Acts:
 
         def fill(token: int, start: int, stop: int, into_nb: rows.Bytes, cache: bool) -> bool:
             waited = False
-            inside = cuts[np.searchsorted(cuts, start, side="right") : np.searchsorted(cuts, stop)]
-            for first, last in pairwise([start, *inside.tolist(), stop]):
+            inside = cuts[bisect_right(cuts, start) : bisect_left(cuts, stop)]
+            for first, last in pairwise([start, *inside, stop]):
                 shard = int(shard_e[first])
                 path, n = paths[shard], self.shards[shard].n
                 row = self._start(shard) + (wanted.start + token) * n * into_nb.shape[1]
+                begin = int(within_e[first])
+                near = gaps_e[first] == gaps_e[last - 1]
+                wanted_n = range(begin, begin + last - first) if near else within_e[first:last]
                 try:
                     if unread[shard] <= 0:
                         held[shard], unread[shard] = rows.held(path), shape[0] * n
                     unread[shard] -= last - first
                     by_cache = held[shard] or (cache and fits)
-                    rows.read(path, row, within_e[first:last], into_nb[first - start : last - start], by_cache)
+                    rows.read(path, row, wanted_n, into_nb[first - start : last - start], by_cache)
                     waited |= not held[shard]
                 except (OSError, EOFError) as error:
                     raise UserError(f"{path}: cannot be read ({error})") from error

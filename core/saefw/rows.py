@@ -108,13 +108,13 @@ def held(path: Path) -> bool:
     return n >= NEARLY * probe * len(places)
 
 
-def read(path: Path, start: int, rows_n: NDArray[np.int64], into_nd: Bytes, cache: bool) -> None:
+def read(path: Path, start: int, rows_n: range | NDArray[np.int64], into_nd: Bytes, cache: bool) -> None:
     """Read some rows of a matrix into memory.
 
     Args:
         path: the file.
         start: the byte where row 0 begins.
-        rows_n: which, in any order; ascending ones are read fastest.
+        rows_n: which, in any order; ascending ones are read faster, and fastest a range of neighbours.
         into_nd: [n, d], contiguous.
         cache: whether to read by way of the system's cache, where it then stays.
 
@@ -126,12 +126,11 @@ def read(path: Path, start: int, rows_n: NDArray[np.int64], into_nd: Bytes, cach
     d = into_nd.shape[1]
     handle = os.open(path, os.O_RDONLY)
     try:
-        first, n = int(rows_n[0]), len(rows_n)
-        steps = np.diff(rows_n)
-        if (steps == 1).all():
-            _fetch(path, handle, start + first * d, into_nd.reshape(-1), cache)
+        if isinstance(rows_n, range):
+            _fetch(path, handle, start + rows_n.start * d, into_nd.reshape(-1), cache)
             return
-        order = np.argsort(rows_n, kind="stable") if (steps < 0).any() else np.arange(n)
+        n, rising = len(rows_n), bool((np.diff(rows_n) > 0).all())
+        order = np.arange(n) if rising else np.argsort(rows_n, kind="stable")
         at = 0
         while at < n:
             # Together: what follows without a wide gap, as much as fits.
@@ -142,7 +141,10 @@ def read(path: Path, start: int, rows_n: NDArray[np.int64], into_nd: Bytes, cach
             some_n = sorted_n[:stop] - sorted_n[0]
             read_nd = _picked.of((int(some_n[-1]) + 1) * d).reshape(-1, d)
             _fetch(path, handle, start + int(sorted_n[0]) * d, read_nd.reshape(-1), cache)
-            into_nd[order[at : at + stop]] = read_nd[some_n]
+            if rising:
+                np.take(read_nd, some_n, axis=0, out=into_nd[at : at + stop], mode="clip")
+            else:
+                into_nd[order[at : at + stop]] = read_nd[some_n]
             at += stop
     finally:
         os.close(handle)
