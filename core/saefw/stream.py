@@ -246,6 +246,7 @@ class Stream:
             try:
                 for segment in segments:
                     if segment in self._reading:
+                        self._help(self._reading[segment])
                         self._reading.pop(segment).over.result()
                         self._held[segment % self._n_places] = segment
             except Exception:
@@ -299,17 +300,31 @@ class Stream:
                 if self._at_work > self._wanted or not self._blocks:
                     self._at_work -= 1
                     return
-                reading, (token, start, stop, at) = self._blocks.popleft()
-            error: BaseException | None = None
-            if not reading.dropped:
-                try:
-                    waited = self._fill(token, start, stop, buffer_nb[at : at + stop - start], reading.cache)
-                    self._wanted = READERS if waited else 1
-                except BaseException as found:
-                    error = found
-            with self._turn:
-                reading.count(error)
+                reading, block = self._blocks.popleft()
+            self._put(reading, block, buffer_nb)
             self._hire()
+
+    def _help(self, reading: _Reading) -> None:
+        """Read what is left of a segment beside the threads that do: who waits for it has nothing else to do."""
+        while True:
+            with self._turn:
+                if not self._blocks or self._blocks[0][0] is not reading:
+                    return
+                _, block = self._blocks.popleft()
+            self._put(reading, block, self._buffer())
+
+    def _put(self, reading: _Reading, block: Block, buffer_nb: Bytes) -> None:
+        """Read a block into its place, unless it is no longer wanted."""
+        token, start, stop, at = block
+        error: BaseException | None = None
+        if not reading.dropped:
+            try:
+                waited = self._fill(token, start, stop, buffer_nb[at : at + stop - start], reading.cache)
+                self._wanted = READERS if waited else 1
+            except BaseException as found:
+                error = found
+        with self._turn:
+            reading.count(error)
 
     def _buffer(self) -> Bytes:
         """Return the buffer [n, b]."""
