@@ -112,6 +112,7 @@ def test_the_largest_are_found_whatever_is_looked_at_at_once(
 ) -> None:
     """Where few are tied, many, or all; a row without numbers still has k."""
     monkeypatch.setattr(of_rows, "HELD", held)
+    monkeypatch.setattr(of_rows, "PIECE", held)
     dead, k = torch.tensor([1, 5, 6, 30, 41, 90]), 3
     for scale in (1e3, 1.0, 0.0):
         pre_ns = (normal(N, 8 * BLOCK, seed=2) * scale).round().to(dtype)

@@ -26,23 +26,39 @@ BLOCK = 16
 SAMPLED, SPARE = 64, 1.5
 """How many rows tell where the largest of a matrix begin, and how many times as many are then looked at."""
 
-HELD = 1 << 18
-"""How many numbers fit a core's cache, about."""
+HELD, PIECE = 1 << 18, 1 << 22
+"""How many numbers fit a core's cache, about; and how many a thread takes at a time where it does much with them: with
+fewer, threads wait for each other at each of NumPy's calls."""
 
 
 def largest_of_rows(x_rs: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return indices, int64, and values [r, k] of the k largest of each row, in any order; of equal ones no more."""
     r, s = x_rs.shape
-    if s % BLOCK or not 0 < 2 * k * BLOCK <= s:
-        indices_rk = _indices(x_rs, k)
-        return indices_rk, x_rs.gather(1, indices_rk)
-    # The k blocks with the largest maxima hold the k largest: what lies in another one has k others at least as large.
-    x_rjb = x_rs.reshape(r, BLOCK, s // BLOCK)
-    blocks_rk = _indices(x_rjb.amax(dim=1), k)
-    x_rs = x_rjb.gather(2, blocks_rk[:, None].expand(-1, BLOCK, -1)).flatten(1)
-    found_rk = _indices(x_rs, k)
-    indices_rk = found_rk // k * (s // BLOCK) + blocks_rk.gather(1, found_rk % k)
-    return indices_rk, x_rs.gather(1, found_rk)
+    if x_rs.device.type != "cpu" or not 0 < k < s:
+        values_rk, indices_rk = x_rs.topk(k, dim=1, sorted=False)
+        return indices_rk, values_rk
+    x_rs, bits = x_rs.contiguous(), x_rs.dtype == torch.bfloat16
+    numbers, in_order = (_bits, _ordered) if bits else (_numbers, np.asarray)
+    n_blocks = s // BLOCK if not s % BLOCK and 2 * k * BLOCK <= s else 0
+    numbers_rs = numbers(x_rs)
+    maxima_rb = numbers(x_rs.view(r, BLOCK, n_blocks).amax(dim=1)) if n_blocks else numbers_rs
+
+    def find(start: int, stop: int) -> tuple[Array, Array]:
+        rows = numbers_rs[start:stop]
+        firsts = np.arange(0, rows.size, s)[:, None]
+        found = _indices(in_order(maxima_rb[start:stop]), k)
+        if found is not None and n_blocks:
+            # The k blocks with the largest maxima hold the k largest: what lies elsewhere has k at least as large.
+            places = found[:, None] + (firsts[:, None] + np.arange(0, s, n_blocks)[:, None])
+            among = _indices(in_order(rows.reshape(-1).take(places.reshape(len(rows), -1))), k)
+            found = None if among is None else among // k * n_blocks + np.take_along_axis(found, among % k, axis=1)
+        if found is None:  # some are no numbers
+            found = x_rs[start:stop].topk(k, dim=1, sorted=False).indices.numpy()
+        return found, rows.reshape(-1).take(found + firsts)
+
+    parts = _in_parts(find, r, s, PIECE)
+    indices_rk, values_rk = (torch.from_numpy(np.concatenate(each)) for each in zip(*parts, strict=True))
+    return indices_rk, values_rk.view(torch.bfloat16) if bits else values_rk.to(x_rs.dtype)
 
 
 def largest_of_all(x_rs: Tensor, m: int) -> tuple[Tensor, Tensor]:
@@ -79,45 +95,44 @@ def places_above(x_rs: Tensor, edge: Tensor | float) -> tuple[Tensor, Tensor]:
         found = np.flatnonzero(rows > over)
         return found + start * s, rows.reshape(-1)[found]
 
-    found = _in_parts(find, r, s)
+    found = _in_parts(find, r, s, HELD)
     places_e, values_e = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*found, strict=True))
     return places_e, values_e.to(x_rs.dtype)
 
 
-def _indices(x_rs: Tensor, k: int) -> Tensor:
-    """Return the indices [r, k] of the k largest of each row, in any order."""
-    r, s = x_rs.shape
-    if x_rs.device.type != "cpu" or not 0 < k < s:
-        return x_rs.topk(k, dim=1, sorted=False).indices
-    numbers_rs = _bits(x_rs) if x_rs.dtype == torch.bfloat16 else _numbers(x_rs)
+def _indices(rows: Array, k: int) -> Array | None:
+    """Return the indices [r, k] of the k largest of each row, rising; of equal ones the first.
 
-    def find(start: int, stop: int) -> Array:
-        rows = numbers_rs[start:stop]
-        if rows.dtype == np.int16:
-            rows = rows ^ (rows >> 15 & 0x7FFF)
-        kth = np.partition(rows, s - k, axis=1)[:, s - k, None]
-        found = rows >= kth
+    None, where some are no numbers.
+    """
+    r, s = rows.shape
+    kth = np.partition(rows, s - k, axis=1)[:, s - k, None]
+    found = rows >= kth
+    places = np.flatnonzero(found)
+    if len(places) > r * k:
+        # Of what is equal to the k-th, the first.
+        tied = np.flatnonzero(np.count_nonzero(found, axis=1) > k)
+        equal, above = rows[tied] == kth[tied], rows[tied] > kth[tied]
+        wanted = k - np.count_nonzero(above, axis=1)
+        found[tied] = above | equal & (equal.cumsum(axis=1, dtype=np.int32) <= wanted[:, None])
         places = np.flatnonzero(found)
-        if len(places) > len(rows) * k:
-            # Of what is equal to the k-th, the first.
-            tied = np.flatnonzero(np.count_nonzero(found, axis=1) > k)
-            equal, above = rows[tied] == kth[tied], rows[tied] > kth[tied]
-            wanted = k - np.count_nonzero(above, axis=1)
-            found[tied] = above | equal & (equal.cumsum(axis=1, dtype=np.int32) <= wanted[:, None])
-            places = np.flatnonzero(found)
-        if len(places) == len(rows) * k:
-            indices = places.reshape(-1, k) - np.arange(0, rows.size, s)[:, None]
-            if (indices[:, 0] >= 0).all() and (indices[:, -1] < s).all():
-                return indices
-        return torch.from_numpy(rows).topk(k, dim=1, sorted=False).indices.numpy()  # where some are no numbers
-
-    return torch.from_numpy(np.concatenate(_in_parts(find, r, s)))
+    if len(places) == r * k:
+        indices: Array = places.reshape(-1, k) - np.arange(0, rows.size, s)[:, None]
+        if (indices[:, 0] >= 0).all() and (indices[:, -1] < s).all():
+            return indices
+    return None
 
 
 def _bits(x: Tensor) -> Array:
-    """Return bfloat16 as the integers that its bits are; with those below zero turned round they have its order."""
+    """Return bfloat16 as the integers that its bits are."""
     bits: Array = x.detach().view(torch.int16).numpy()
     return bits
+
+
+def _ordered(bits: Array) -> Array:
+    """Return bits of bfloat16 as integers in the order of what they stand for: those below zero are turned round."""
+    turned: Array = bits ^ (bits >> 15 & 0x7FFF)
+    return turned
 
 
 def _numbers(x: Tensor) -> Array:
@@ -126,10 +141,10 @@ def _numbers(x: Tensor) -> Array:
     return numbers
 
 
-def _in_parts(find: Callable[[int, int], T], r: int, s: int) -> list[T]:
+def _in_parts(find: Callable[[int, int], T], r: int, s: int, at_most: int) -> list[T]:
     """Return what is found in the rows from one to another, few at a time, and on all cores."""
     n_threads = torch.get_num_threads()
-    n_parts = r * s // HELD + 1
+    n_parts = r * s // at_most + 1
     at_once = max(1, -(-r // (-(-n_parts // n_threads) * n_threads if n_parts > 1 else 1)))
     starts = range(0, r, at_once) or range(1)
     if len(starts) == 1:
