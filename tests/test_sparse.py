@@ -107,10 +107,12 @@ def test_the_largest_are_those_of_a_sort(s: int, tied: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("held", [1, 100, 10**6])
+@pytest.mark.parametrize("apart", [1, 4, 64])
 def test_the_largest_are_found_whatever_is_looked_at_at_once(
-    held: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    apart: int, held: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where few are tied, many, or all; a row without numbers still has k."""
+    monkeypatch.setattr(of_rows, "APART", apart)
     monkeypatch.setattr(of_rows, "HELD", held)
     monkeypatch.setattr(of_rows, "PIECE", held)
     dead, k = torch.tensor([1, 5, 6, 30, 41, 90]), 3

@@ -20,8 +20,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 T = TypeVar("T")
 
-BLOCK = 16
-"""Of how many entries, far apart in a row, the maximum is taken before the largest are looked for."""
+BLOCK, APART = 16, 64
+"""Of how many entries the maximum is taken before the largest are looked for, and how far apart they lie in a row,
+where that divides it: near enough to be read together, and with as many others between as are compared at once."""
 
 SAMPLED, SPARE = 64, 1.5
 """How many rows tell where the largest of a matrix begin, and how many times as many are then looked at."""
@@ -40,8 +41,11 @@ def largest_of_rows(x_rs: Tensor, k: int) -> tuple[Tensor, Tensor]:
     x_rs, bits = x_rs.contiguous(), x_rs.dtype == torch.bfloat16
     numbers, in_order = (_bits, _ordered) if bits else (_numbers, np.asarray)
     n_blocks = s // BLOCK if not s % BLOCK and 2 * k * BLOCK <= s else 0
+    apart = n_blocks if n_blocks % APART else APART
     numbers_rs = numbers(x_rs)
-    maxima_rb = numbers(x_rs.view(r, BLOCK, n_blocks).amax(dim=1)) if n_blocks else numbers_rs
+    maxima_rb = numbers_rs
+    if n_blocks:
+        maxima_rb = numbers(x_rs.view(r, n_blocks // apart, BLOCK, apart).amax(dim=2).view(r, n_blocks))
 
     def find(start: int, stop: int) -> tuple[Array, Array]:
         rows = numbers_rs[start:stop]
@@ -49,9 +53,10 @@ def largest_of_rows(x_rs: Tensor, k: int) -> tuple[Tensor, Tensor]:
         found = _indices(in_order(maxima_rb[start:stop]), k)
         if found is not None and n_blocks:
             # The k blocks with the largest maxima hold the k largest: what lies elsewhere has k at least as large.
-            places = found[:, None] + (firsts[:, None] + np.arange(0, s, n_blocks)[:, None])
+            begins = found // apart * (BLOCK * apart) + found % apart
+            places = begins[:, None] + (firsts[:, None] + np.arange(0, BLOCK * apart, apart)[:, None])
             among = _indices(in_order(rows.reshape(-1).take(places.reshape(len(rows), -1))), k)
-            found = None if among is None else among // k * n_blocks + np.take_along_axis(found, among % k, axis=1)
+            found = None if among is None else among // k * apart + np.take_along_axis(begins, among % k, axis=1)
         if found is None:  # some are no numbers
             found = x_rs[start:stop].topk(k, dim=1, sorted=False).indices.numpy()
         return found, rows.reshape(-1).take(found + firsts)
