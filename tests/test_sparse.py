@@ -124,9 +124,10 @@ def test_the_largest_are_found_whatever_is_looked_at_at_once(
         assert sorted(of_batch.of(pre_ns).tolist()) == sorted(pre_ns.flatten().tolist())[-k * N :]
         assert len({*zip(of_batch.rows().tolist(), of_batch.features_e.tolist(), strict=True)}) == k * N
         for among in (dead, dead[:k]):
-            found, allowed = largest_above_zero(pre_ns, among, k), set(among.tolist())
+            found, allowed = largest_above_zero(pre_ns[:, among], among, k), set(among.tolist())
+            assert found.known_e is not None
             kept_ns = found.dense(torch.ones(len(found.features_e)), pre_ns.shape[1])
-            for row, kept, dense in zip(pre_ns, kept_ns, found.dense(found.of(pre_ns), 8 * BLOCK), strict=True):
+            for row, kept, dense in zip(pre_ns, kept_ns, found.dense(found.known_e, 8 * BLOCK), strict=True):
                 assert {*kept.nonzero().flatten().tolist()} <= allowed
                 wanted = sorted(x for x in row[among].tolist() if x > 0)[-k:]
                 assert sorted(dense[kept > 0].tolist()) == wanted
@@ -181,8 +182,8 @@ def test_a_device_without_compressed_matrices_gathers(at_once: int, monkeypatch:
     monkeypatch.setattr(sparse, "GATHERED", at_once)
     entries, x_nd, W_sd = ragged(), normal(N, D), normal(S, D, seed=1)
     given = x_nd, W_sd, entries.starts_r, entries.features_e
-    torch.testing.assert_close(sparse._gathered(*given), sparse._dots(*given))
-    torch.testing.assert_close(sparse._dots(*given), entries.of(x_nd @ W_sd.T))
+    torch.testing.assert_close(sparse._gathered(*given), sparse.dots(*given))
+    torch.testing.assert_close(sparse.dots(*given), entries.of(x_nd @ W_sd.T))
 
 
 class Nested(SaeConfig):

@@ -38,20 +38,16 @@ def largest_of_rows(x_rs: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if x_rs.device.type != "cpu" or not 0 < k < s:
         values_rk, indices_rk = x_rs.topk(k, dim=1, sorted=False)
         return indices_rk, values_rk
-    x_rs, bits = x_rs.contiguous(), x_rs.dtype == torch.bfloat16
-    numbers, in_order = (_bits, _ordered) if bits else (_numbers, np.asarray)
-    n_blocks = s // BLOCK if not s % BLOCK and 2 * k * BLOCK <= s else 0
-    apart = n_blocks if n_blocks % APART else APART
-    numbers_rs = numbers(x_rs)
-    maxima_rb = numbers_rs
-    if n_blocks:
-        maxima_rb = numbers(x_rs.view(r, n_blocks // apart, BLOCK, apart).amax(dim=2).view(r, n_blocks))
+    x_rs, halved = x_rs.contiguous(), x_rs.dtype == torch.bfloat16
+    numbers, in_order = (bits, ordered) if halved else (_numbers, np.asarray)
+    numbers_rs, apart = numbers(x_rs), _apart(s, k)
+    maxima_rb = numbers(_maxima(x_rs, apart)) if apart else numbers_rs
 
     def find(start: int, stop: int) -> tuple[Array, Array]:
         rows = numbers_rs[start:stop]
         firsts = np.arange(0, rows.size, s)[:, None]
         found = _indices(in_order(maxima_rb[start:stop]), k)
-        if found is not None and n_blocks:
+        if found is not None and apart:
             # The k blocks with the largest maxima hold the k largest: what lies elsewhere has k at least as large.
             begins = found // apart * (BLOCK * apart) + found % apart
             places = begins[:, None] + (firsts[:, None] + np.arange(0, BLOCK * apart, apart)[:, None])
@@ -61,9 +57,34 @@ def largest_of_rows(x_rs: Tensor, k: int) -> tuple[Tensor, Tensor]:
             found = x_rs[start:stop].topk(k, dim=1, sorted=False).indices.numpy()
         return found, rows.reshape(-1).take(found + firsts)
 
-    parts = _in_parts(find, r, s, PIECE)
+    parts = in_parts(find, r, s, PIECE)
     indices_rk, values_rk = (torch.from_numpy(np.concatenate(each)) for each in zip(*parts, strict=True))
-    return indices_rk, values_rk.view(torch.bfloat16) if bits else values_rk.to(x_rs.dtype)
+    return indices_rk, values_rk.view(torch.bfloat16) if halved else values_rk.to(x_rs.dtype)
+
+
+def kth_of_maxima(x_rs: Tensor, k: int) -> Tensor:
+    """Return for each row a number [r] that k of its entries reach, about as many; on the CPU, of bfloat16."""
+    r, s = x_rs.shape
+    apart = _apart(s, k)
+    maxima_rb = bits(_maxima(x_rs, apart) if apart else x_rs)
+
+    def find(start: int, stop: int) -> Array:
+        found: Array = np.partition(ordered(maxima_rb[start:stop]), -k, axis=1)[:, -k]
+        return found
+
+    return torch.from_numpy(ordered(np.concatenate(in_parts(find, r, s, PIECE)))).view(torch.bfloat16).float()
+
+
+def _apart(s: int, k: int) -> int:
+    """Return how far apart the entries of a block lie in rows of s; 0, where blocks are not worth while."""
+    n_blocks = s // BLOCK if not s % BLOCK and 2 * k * BLOCK <= s else 0
+    return n_blocks if n_blocks % APART else min(n_blocks, APART)
+
+
+def _maxima(x_rs: Tensor, apart: int) -> Tensor:
+    """Return the maxima of the blocks of each row."""
+    r, s = x_rs.shape
+    return x_rs.view(r, s // (BLOCK * apart), BLOCK, apart).amax(dim=2).view(r, s // BLOCK)
 
 
 def largest_of_all(x_rs: Tensor, m: int) -> tuple[Tensor, Tensor]:
@@ -72,16 +93,20 @@ def largest_of_all(x_rs: Tensor, m: int) -> tuple[Tensor, Tensor]:
     The places are those in the flattened matrix.
     """
     if x_rs.device.type == "cpu" and 0 < m < x_rs.numel():
-        # Few rows tell above which edge there are a little more than m: then few are left to choose from.
-        sample = x_rs[:: max(1, len(x_rs) // SAMPLED)].flatten()
-        wanted = min(len(sample), math.ceil(SPARE * m * len(sample) / x_rs.numel()))
-        places_e, values_e = places_above(x_rs, float(-np.partition(-_numbers(sample), wanted - 1)[wanted - 1]))
+        places_e, values_e = places_above(x_rs, sampled(x_rs, m))
         if len(values_e) >= m:
             kept = largest_of_rows(values_e[None], m)[0].flatten().sort().values
             return places_e[kept], values_e[kept]
     found, values = largest_of_rows(x_rs.reshape(1, -1), m)
     places_e, order_e = found.flatten().sort()
     return places_e, values.flatten()[order_e]
+
+
+def sampled(x_rs: Tensor, m: int) -> float:
+    """Return an edge above which a little more than m of a matrix are, probably: so few rows tell."""
+    sample = x_rs[:: max(1, len(x_rs) // SAMPLED)].flatten()
+    wanted = min(len(sample), math.ceil(SPARE * m * len(sample) / x_rs.numel()))
+    return float(-np.partition(-_numbers(sample), wanted - 1)[wanted - 1])
 
 
 def places_above(x_rs: Tensor, edge: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -100,7 +125,7 @@ def places_above(x_rs: Tensor, edge: Tensor | float) -> tuple[Tensor, Tensor]:
         found = np.flatnonzero(rows > over)
         return found + start * s, rows.reshape(-1)[found]
 
-    found = _in_parts(find, r, s, HELD)
+    found = in_parts(find, r, s, HELD)
     places_e, values_e = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*found, strict=True))
     return places_e, values_e.to(x_rs.dtype)
 
@@ -128,13 +153,13 @@ def _indices(rows: Array, k: int) -> Array | None:
     return None
 
 
-def _bits(x: Tensor) -> Array:
+def bits(x: Tensor) -> Array:
     """Return bfloat16 as the integers that its bits are."""
     bits: Array = x.detach().view(torch.int16).numpy()
     return bits
 
 
-def _ordered(bits: Array) -> Array:
+def ordered(bits: Array) -> Array:
     """Return bits of bfloat16 as integers in the order of what they stand for: those below zero are turned round."""
     turned: Array = bits ^ (bits >> 15 & 0x7FFF)
     return turned
@@ -146,7 +171,7 @@ def _numbers(x: Tensor) -> Array:
     return numbers
 
 
-def _in_parts(find: Callable[[int, int], T], r: int, s: int, at_most: int) -> list[T]:
+def in_parts(find: Callable[[int, int], T], r: int, s: int, at_most: int) -> list[T]:
     """Return what is found in the rows from one to another, few at a time, and on all cores."""
     n_threads = torch.get_num_threads()
     n_parts = r * s // at_most + 1

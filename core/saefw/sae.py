@@ -4,9 +4,9 @@ Shapes: n tokens, d d_model, s d_sae, e active entries, g prefixes, a dead featu
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn.functional import embedding_bag, mse_loss
 
 from saefw.errors import UserError
 from saefw.largest import largest_of_rows
+from saefw.near import WORTH, Near, Rounded, TooMany, has_bfloat16, rounded
 from saefw.origin import whose
 from saefw.sparse import (
     Entries,
@@ -135,6 +136,10 @@ class Sae(nn.Module):
 
     by_token: bool = False
     """Whether a `select` of its own looks at each token by itself in training, too: a batch then takes less memory."""
+
+    nearly: bool = False
+    """Whether a `select` of its own asks of pre-activations nothing but what is `largest` or `largest_of_batch`: in
+    training it may then be given ones that are known nearly."""
 
     precision: torch.dtype = torch.float32
     """Of the product with W_enc while training; sums and all else are in the type of the weights."""
@@ -312,18 +317,48 @@ class Sae(nn.Module):
         """
         if type(self).activate is not Sae.activate:
             return None
-        by_edge, encoder = type(self).select is Sae.select, self._encoder(z_nd)
-        parts: list[Entries] = []
+        by_edge = type(self).select is Sae.select
+        parts = torch.split(z_nd, PART if by_edge or self.by_token else max(1, len(z_nd)))
+        near = (by_edge or self.nearly) and self.precision == z_nd.dtype == torch.float32 and z_nd.device.type == "cpu"
+        if near and self.W_enc.numel() >= WORTH and has_bfloat16():
+            encoder = rounded(self.W_enc, self.b_enc)
+            try:
+                return self._selected((self._near(part_nd, encoder) for part_nd in parts), z_nd, dead, n_aux)
+            except TooMany:
+                pass
+        exact = self._encoder(z_nd)
+        return self._selected((self._product(part_nd, *exact) for part_nd in parts), z_nd, dead, n_aux)
+
+    def _near(self, z_nd: Tensor, encoder: Rounded) -> Near:
+        """Return z W_enc + b_enc [n, s], known nearly, in memory that the next call uses again."""
+        into_ns = self.scratch.empty(len(z_nd), self.d_sae, torch.bfloat16, z_nd.device)
+        return Near(z_nd, self.W_enc, self.b_enc, encoder, into_ns)
+
+    def _selected(
+        self, parts: Iterable[Tensor | Near], z_nd: Tensor, dead: Tensor, n_aux: int
+    ) -> tuple[Entries, Entries | None] | None:
+        """Return the same as `_found`, of the pre-activations of some tokens after the other."""
+        by_edge = type(self).select is Sae.select
+        found: list[Entries] = []
         aux: list[Entries] = []
-        for first, part_nd in enumerate(torch.split(z_nd, PART if by_edge or self.by_token else max(1, len(z_nd)))):
-            pre_ns = self._product(part_nd, *encoder)
-            if by_edge and not parts and (pre_ns[:PROBED] > self.edge()).float().mean() > DENSE:
+        done = 0
+        for pre in parts:
+            near_ns = pre.near_ns if isinstance(pre, Near) else pre
+            if by_edge and not found and (near_ns[:PROBED] > self.edge()).float().mean() > DENSE:
                 return None
-            parts.append(self.select(pre_ns).read(pre_ns))
-            if n_aux > first * PART:
-                among_ns = pre_ns[: n_aux - first * PART]
-                aux.append(largest_above_zero(among_ns, dead, self.k_aux).read(among_ns))
-        return stacked(parts, len(z_nd)), stacked(aux, n_aux) if aux else None
+            # What is known nearly answers to all that those ask who are given it.
+            found.append(self.select(cast(Tensor, pre)).read(pre))
+            if n_aux > done:
+                pre_na = self._of_dead(pre, z_nd[done : done + len(near_ns)], dead, n_aux - done)
+                aux.append(largest_above_zero(pre_na, dead, self.k_aux))
+            done += len(near_ns)
+        return stacked(found, len(z_nd)), stacked(aux, n_aux) if aux else None
+
+    def _of_dead(self, pre: Tensor | Near, z_nd: Tensor, dead: Tensor, n: int) -> Tensor:
+        """Return the pre-activations [n, a] of the dead features on the first few tokens."""
+        if isinstance(pre, Tensor):
+            return pre[:n].gather(1, dead.expand(min(n, len(pre)), -1))
+        return torch.addmm(self.b_enc[dead], z_nd[:n], self.W_enc.T[dead].T)
 
     def _sparse(
         self, x_nd: Tensor, z_nd: Tensor, ends: Sequence[int], entries: Entries, aux: Entries | None

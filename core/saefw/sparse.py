@@ -9,7 +9,7 @@ Shapes: n tokens, d d_model, s d_sae, k a token's entries, e entries, r rows of 
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,19 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
 from saefw.largest import largest_of_all, largest_of_rows, places_above
+
+
+class Known(Protocol):
+    """Pre-activations [n, s] that need not all be known exactly, as `near.Near`: what is asked of them is."""
+
+    def above(self, edge: Tensor | float) -> "Entries":
+        """Return the entries that are larger than an edge: a number, or one of each feature [s]."""
+
+    def largest(self, k: int) -> "Entries":
+        """Return each token's k largest; of equal ones no more than that."""
+
+    def largest_of_batch(self, k: int) -> "Entries":
+        """Return the k n largest of all n tokens together; of equal ones no more than that."""
 
 
 class Entries(NamedTuple):
@@ -35,7 +48,7 @@ class Entries(NamedTuple):
     k: int | None = None
     """How many entries each row has, if it is the same number."""
 
-    source: Tensor | None = None
+    source: Tensor | Known | None = None
     """The matrix [n, s] that they were chosen from, if its values at them were kept; it must not change any more."""
 
     known_e: Tensor | None = None
@@ -45,13 +58,14 @@ class Entries(NamedTuple):
         """Return the row of each entry, int32 [e]."""
         return torch.repeat_interleave(self.starts_r.diff(), output_size=len(self.features_e))
 
-    def of(self, x_ns: Tensor) -> Tensor:
+    def of(self, x_ns: Tensor | Known) -> Tensor:
         """Return the values [e] of a dense matrix [n, s] at the entries."""
         if x_ns is self.source and self.known_e is not None:
             return self.known_e
+        assert isinstance(x_ns, Tensor)  # of what is not, all entries have known values
         return x_ns.reshape(-1)[self.rows().long() % self.n * x_ns.shape[1] + self.features_e]
 
-    def read(self, x_ns: Tensor) -> "Entries":
+    def read(self, x_ns: Tensor | Known) -> "Entries":
         """Return the same with their values, which no longer need the matrix."""
         return self._replace(known_e=self.of(x_ns), source=None)
 
@@ -73,43 +87,48 @@ def chosen(indices_nk: Tensor, kept_nk: Tensor | None = None) -> Entries:
 
 def where(mask_ns: Tensor) -> Entries:
     """Return the entries where a mask [n, s] holds."""
-    return _at(mask_ns.flatten().nonzero().flatten(), *mask_ns.shape)
+    return entries_at(mask_ns.flatten().nonzero().flatten(), *mask_ns.shape)
 
 
-def above(pre_ns: Tensor, edge: Tensor | float) -> Entries:
+def above(pre_ns: Tensor | Known, edge: Tensor | float) -> Entries:
     """Return the entries that are larger than an edge: a number, or one of each feature [s]."""
+    if not isinstance(pre_ns, Tensor):
+        return pre_ns.above(edge)
     places_e, known_e = places_above(pre_ns, edge)
-    return _at(places_e, *pre_ns.shape)._replace(source=pre_ns, known_e=known_e)
+    return entries_at(places_e, *pre_ns.shape)._replace(source=pre_ns, known_e=known_e)
 
 
-def largest(pre_ns: Tensor, k: int) -> Entries:
+def largest(pre_ns: Tensor | Known, k: int) -> Entries:
     """Return each token's k largest; of equal ones no more than that."""
+    if not isinstance(pre_ns, Tensor):
+        return pre_ns.largest(k)
     indices_nk, known_nk = largest_of_rows(pre_ns, k)
     return chosen(indices_nk)._replace(source=pre_ns, known_e=known_nk.flatten())
 
 
-def largest_of_batch(pre_ns: Tensor, k: int) -> Entries:
+def largest_of_batch(pre_ns: Tensor | Known, k: int) -> Entries:
     """Return the k n largest of all n tokens together; of equal ones no more than that."""
+    if not isinstance(pre_ns, Tensor):
+        return pre_ns.largest_of_batch(k)
     places_e, known_e = largest_of_all(pre_ns, k * len(pre_ns))
-    return _at(places_e, *pre_ns.shape)._replace(source=pre_ns, known_e=known_e)
+    return entries_at(places_e, *pre_ns.shape)._replace(source=pre_ns, known_e=known_e)
 
 
-def largest_above_zero(pre_ns: Tensor, features_a: Tensor, k: int) -> Entries:
-    """Return, of some features [a], each token's k largest that are above zero; of equal ones no more than k."""
-    pre_na = pre_ns.gather(1, features_a.expand(len(pre_ns), -1))
+def largest_above_zero(pre_na: Tensor, features_a: Tensor, k: int) -> Entries:
+    """Return, of pre-activations [n, a] of some features, each token's k largest above zero; of equal ones no more."""
     if len(features_a) <= k:
         found = above(pre_na, 0.0)
-        return found._replace(features_e=features_a.int()[found.features_e], source=pre_ns)
+        return found._replace(features_e=features_a.int()[found.features_e], source=None)
     indices_nk, known_nk = largest_of_rows(pre_na, k)
     kept_nk = known_nk > 0
-    return chosen(features_a[indices_nk], kept_nk)._replace(source=pre_ns, known_e=known_nk[kept_nk])
+    return chosen(features_a[indices_nk], kept_nk)._replace(known_e=known_nk[kept_nk])
 
 
 GATHERED = 1 << 16
 """Of how many entries the vectors lie side by side in memory, where there is no other way."""
 
 
-def _at(places_e: Tensor, n: int, s: int) -> Entries:
+def entries_at(places_e: Tensor, n: int, s: int) -> Entries:
     """Return the entries at ascending places, int64, of the flattened [n, s]."""
     firsts_n = torch.arange(0, (n + 1) * s, s, device=places_e.device)
     starts_n = torch.searchsorted(places_e, firsts_n, out_int32=True)
@@ -236,9 +255,9 @@ class _Decode(Function):
         if ctx.needs_input_grad[0] and turned:
             # Feature by feature: the gradient fits the processor's cache, W_dec does not, and is read once so.
             order_e, starts_s, rows_e, _ = turned
-            code_e = torch.empty_like(codes_e).index_put_((order_e,), _dots(W_sd, gradient_rd, starts_s, rows_e))
+            code_e = torch.empty_like(codes_e).index_put_((order_e,), dots(W_sd, gradient_rd, starts_s, rows_e))
         elif ctx.needs_input_grad[0]:
-            code_e = _dots(gradient_rd, W_sd, starts_r, features_e)
+            code_e = dots(gradient_rd, W_sd, starts_r, features_e)
         if ctx.needs_input_grad[1]:
             order_e, starts_s, rows_e, _ = turned
             W = _sums(codes_e[order_e], gradient_rd, rows_e, starts_s)
@@ -271,7 +290,7 @@ def _sums(weights_e: Tensor, x_nd: Tensor, indices_e: Tensor, starts_r: Tensor) 
     return embedding_bag(indices_e, x_nd, starts_r, mode="sum", per_sample_weights=weights_e, include_last_offset=True)
 
 
-def _dots(x_rd: Tensor, W_sd: Tensor, starts_r: Tensor, features_e: Tensor) -> Tensor:
+def dots(x_rd: Tensor, W_sd: Tensor, starts_r: Tensor, features_e: Tensor) -> Tensor:
     """Return x_r . W_s for each entry, [e]; rows and columns may as well be exchanged."""
     if not len(features_e) or x_rd.device.type == "mps":  # which has no compressed matrices
         return _gathered(x_rd, W_sd, starts_r, features_e)

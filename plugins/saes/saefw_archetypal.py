@@ -48,6 +48,8 @@ class ArchetypalSae(Sae):
     W_dec: Tensor  # type: ignore[assignment]
     points: Tensor
 
+    by_token = nearly = True
+
     def __init__(self, d_model: int, d_sae: int, config: Archetypal) -> None:
         """Start from mixtures of two candidates each."""
         super().__init__(d_model, d_sae)

@@ -33,6 +33,8 @@ class BatchTopK(KeptConfig):
 class BatchTopKSae(Sae):
     """W_enc, the k n largest of n tokens if above zero, W_dec; once trained, what is above a learnt threshold."""
 
+    nearly = True
+
     def __init__(self, d_model: int, d_sae: int, k: int) -> None:
         """Start from tied weights; `k` features fire on a token, on average."""
         super().__init__(d_model, d_sae)

@@ -57,6 +57,7 @@ class MatryoshkaSae(Sae):
         self.k, self.sampled, self.ends = config.k, config.sampled, ends
         self.threshold = Threshold(config.k) if config.keep == "batchtopk" else None
         self.by_token = self.threshold is None
+        self.nearly = True
 
     def select(self, pre_ns: Tensor) -> Entries:
         """Return which features of the whole are active."""

@@ -5,7 +5,6 @@ Weights stay as they are while it is measured, so that as many features are acti
 
 import ctypes
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from saefw import heap
 from saefw.acts import Stats
 from saefw.bench.frame import Bench, Bound, at_most, memory, peak_memory
 from saefw.catalog import Catalog
+from saefw.near import has_bfloat16
 from saefw.plugin import SaeConfig, Unit
 from saefw.sparse import Scratch
 from saefw.training import Training
@@ -150,12 +150,3 @@ def _memory(training: Training, x_nd: Tensor) -> int:
         _step(training, x_nd, 0.0)()
     # The gradients of the step before are held until the next begins, so those of this one are no more than before.
     return peak.bytes
-
-
-def has_bfloat16() -> bool:
-    """Whether the processor multiplies in bfloat16 itself."""
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return False
-    return bool(flags & {"avx512_bf16", "amx_bf16"})

@@ -1,0 +1,186 @@
+"""Finds the large among pre-activations by a product in bfloat16, and reckons those exactly.
+
+Processors that multiply in bfloat16 do so three to six times as fast as in float32, and how far such a product can be
+off is known: so whatever might be above an edge is looked at again, with one dot product each in float32. What is found
+is what a float32 product gives, up to the order of its sums; most of that product is never reckoned.
+
+Shapes: n tokens, d d_model, s d_sae, e entries.
+"""
+
+import math
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from saefw.largest import PIECE, bits, in_parts, kth_of_maxima, largest_of_rows, ordered, sampled
+from saefw.sparse import Entries, chosen, dots, entries_at
+
+WORTH = 1 << 20
+"""How many numbers W_enc has at least: by a smaller one a product in float32 takes no longer than looking twice."""
+
+ROUNDING = 1.01 * 2.0**-7
+"""How far off a number is at most that was rounded to bfloat16 twice, relative to itself."""
+
+SUMMING = 2.0**-22
+"""The same for each summand of a product that is added up in float32, in any order and with some to spare."""
+
+SLACK = 1.001
+"""For what rounding does to the norms by which all this is reckoned."""
+
+MANY = 1 / 32
+"""Which share of all is looked at again, at most: with more, a product in float32 is quicker."""
+
+ROWS = 256
+"""Features whose weights are compared with the rounded ones at a time, in the processor's cache."""
+
+
+class TooMany(Exception):
+    """So many may be large that all had better be reckoned in float32."""
+
+
+class Rounded(NamedTuple):
+    """An encoder in bfloat16, and how far it is off."""
+
+    W_enc: Tensor
+    """[d, s]."""
+
+    b_enc: Tensor
+    """[s]."""
+
+    norm: Tensor
+    """The largest L2 norm of a feature's weights, a scalar."""
+
+    off: Tensor
+    """The largest L2 distance of a feature's weights from the rounded ones, a scalar."""
+
+    b_off: Tensor
+    """The same of a bias, and twice what adding it may be off by rounding, a scalar."""
+
+
+class Near:
+    """Pre-activations [n, s] that are known nearly; `largest`, `largest_of_batch` and `above` find what is exact."""
+
+    def __init__(self, z_nd: Tensor, W_enc: Tensor, b_enc: Tensor, rounded: Rounded, into_ns: Tensor) -> None:
+        """Multiply.
+
+        Args:
+            z_nd: what the encoder sees, float32.
+            W_enc: float32 [d, s].
+            b_enc: float32 [s].
+            rounded: the two, rounded.
+            into_ns: memory for the product, bfloat16.
+
+        """
+        self.z_nd, self.W_enc, self.b_enc = z_nd, W_enc, b_enc
+        near_nd = z_nd.bfloat16()
+        self.near_ns = torch.addmm(rounded.b_enc, near_nd, rounded.W_enc, out=into_ns)
+        norm_n, off_n = near_nd.float().norm(dim=1), (z_nd - near_nd).norm(dim=1)
+        summed_n = SUMMING * z_nd.shape[1] * norm_n * rounded.norm
+        self.off_n = SLACK * (off_n * rounded.norm + norm_n * rounded.off + summed_n + rounded.b_off)
+        """How far each token's may be off, beside ROUNDING of themselves."""
+
+    def above(self, edge: Tensor | float) -> Entries:
+        """Return the entries larger than an edge: a number, or one of each feature [s].
+
+        Raises:
+            TooMany: see there; this and the others.
+
+        """
+        edge_1s = torch.as_tensor(edge, dtype=torch.float32).expand(1, self.near_ns.shape[1])
+        places_e, known_e = self._above(edge_1s, self.off_n.max())
+        return self._entries(places_e, known_e)
+
+    def largest(self, k: int) -> Entries:
+        """Return each token's k largest; of equal ones no more than that."""
+        n, s = self.near_ns.shape
+        kth_n = kth_of_maxima(self.near_ns, k)
+        # As many as k are at least so large, and so larger than the next number below.
+        edge_n = kth_n - self.off_n - ROUNDING * kth_n.abs()
+        edge_n = torch.nextafter(edge_n, torch.full_like(edge_n, -math.inf))
+        places_e, known_e = self._above(edge_n[:, None], self.off_n[:, None])
+        starts_n = entries_at(places_e, n, s).starts_r.long()
+        counts_n, rows_e = starts_n.diff(), places_e // s
+        if int(counts_n.min()) < k:
+            raise TooMany  # of numbers that are none
+        among_nm = known_e.new_full((n, int(counts_n.max())), -math.inf)
+        among_nm[rows_e, torch.arange(len(rows_e)) - starts_n[rows_e]] = known_e
+        found_nk, known_nk = largest_of_rows(among_nm, k)
+        indices_nk = places_e[starts_n[:-1, None] + found_nk] % s
+        return chosen(indices_nk)._replace(source=self, known_e=known_nk.flatten())
+
+    def largest_of_batch(self, k: int) -> Entries:
+        """Return the k n largest of all n tokens together; of equal ones no more than that."""
+        m = k * len(self.near_ns)
+        places_e, known_e = self._above(torch.full((1, 1), sampled(self.near_ns, m)), self.off_n.max())
+        if len(known_e) < m:
+            raise TooMany  # few rows told too high an edge
+        kept_e = largest_of_rows(known_e[None], m)[0].flatten().sort().values
+        return self._entries(places_e[kept_e], known_e[kept_e])
+
+    def _entries(self, places_e: Tensor, known_e: Tensor) -> Entries:
+        return entries_at(places_e, *self.near_ns.shape)._replace(source=self, known_e=known_e)
+
+    def _above(self, edge: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where what is larger than an edge lies, in the flattened [n, s], rising, and the exact values.
+
+        Args:
+            edge: [n, 1], [1, s] or [1, 1].
+            off: how far off the product may be, beside ROUNDING of itself; as `edge`, or a scalar.
+
+        """
+        n, s = self.near_ns.shape
+        least = edge - off
+        if not bool(least.isfinite().all()):
+            raise TooMany
+        # What is off by ROUNDING of itself at most reaches `least` from here on.
+        floor = _floor(least / torch.where(least < 0, 1 - ROUNDING, 1 + ROUNDING))
+        near_ns = bits(self.near_ns)
+
+        def find(start: int, stop: int) -> NDArray[np.int64]:
+            rows, over = near_ns[start:stop], floor[start:stop] if len(floor) > 1 else floor
+            # The bits of positive numbers are in their order, and those of negative ones below them all.
+            return np.flatnonzero((rows if (over > 0).all() else ordered(rows)) >= over) + start * s
+
+        places_e = torch.from_numpy(np.concatenate(in_parts(find, n, s, PIECE)))
+        if len(places_e) > MANY * n * s:
+            raise TooMany
+        found = entries_at(places_e, n, s)
+        features_e = found.features_e.long()
+        known_e = dots(self.z_nd, self.W_enc.T, found.starts_r, found.features_e) + self.b_enc[features_e]
+        kept_e = known_e > (edge[:, 0][places_e // s] if len(edge) > 1 else edge.expand(1, s)[0, features_e])
+        return places_e[kept_e], known_e[kept_e]
+
+
+def rounded(W_enc: Tensor, b_enc: Tensor) -> Rounded:
+    """Round an encoder [d, s] and [s]; it is read fastest where it lies feature by feature."""
+    W_sd = W_enc.T
+    near_sd, norm, off = W_sd.bfloat16(), W_sd.new_zeros(()), W_sd.new_zeros(())
+    for rows, near in zip(torch.split(W_sd, ROWS), torch.split(near_sd, ROWS), strict=True):
+        norm = torch.maximum(norm, torch.linalg.vector_norm(rows, dim=1).max())
+        off = torch.maximum(off, torch.linalg.vector_norm(rows - near, dim=1).max())
+    b_near = b_enc.bfloat16()
+    b_off = (b_enc - b_near).abs().max() + ROUNDING * b_enc.abs().max()
+    return Rounded(near_sd.T, b_near, norm + off, off, b_off)
+
+
+def _floor(x: Tensor) -> NDArray[np.int16]:
+    """Return the largest bfloat16 that are no larger, as integers in their order."""
+    # Cut off, a number below zero becomes larger.
+    cut = (x.view(torch.int32) >> 16).short().numpy()
+    found: NDArray[np.int16] = ordered(cut) - (x < 0).numpy()
+    return found
+
+
+@cache
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies in bfloat16 itself."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return bool(flags & {"avx512_bf16", "amx_bf16"})
