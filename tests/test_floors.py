@@ -43,7 +43,7 @@ FLOORS = (
         "style",
         "wording",
     ),
-    ("threshold",),
+    ("near", "threshold"),
     ("detection", "index", "sae", "shards", "sweep"),
     ("store",),
     ("acts", "firing", "metric", "pace", "run"),
