@@ -38,22 +38,24 @@ def largest_of_rows(x_rs: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if x_rs.device.type != "cpu" or not 0 < k < s:
         values_rk, indices_rk = x_rs.topk(k, dim=1, sorted=False)
         return indices_rk, values_rk
-    x_rs, halved = x_rs.contiguous(), x_rs.dtype == torch.bfloat16
+    x_rs, halved = x_rs.detach().contiguous(), x_rs.dtype == torch.bfloat16
     numbers, in_order = (bits, ordered) if halved else (_numbers, np.asarray)
     numbers_rs, apart = numbers(x_rs), _apart(s, k)
-    maxima_rb = numbers(_maxima(x_rs, apart)) if apart else numbers_rs
+    maxima_rb = _numbers(_maxima(x_rs, apart)) if apart else in_order(numbers_rs)
 
     def find(start: int, stop: int) -> tuple[Array, Array]:
         rows = numbers_rs[start:stop]
         firsts = np.arange(0, rows.size, s)[:, None]
-        found = _indices(in_order(maxima_rb[start:stop]), k)
+        found = _indices(maxima_rb[start:stop], k)
+        if halved and found is not None and apart:
+            found = found if (np.take_along_axis(maxima_rb[start:stop], found, axis=1) >= 0).all() else None
         if found is not None and apart:
             # The k blocks with the largest maxima hold the k largest: what lies elsewhere has k at least as large.
             begins = found // apart * (BLOCK * apart) + found % apart
             places = begins[:, None] + (firsts[:, None] + np.arange(0, BLOCK * apart, apart)[:, None])
             among = _indices(in_order(rows.reshape(-1).take(places.reshape(len(rows), -1))), k)
             found = None if among is None else among // k * apart + np.take_along_axis(begins, among % k, axis=1)
-        if found is None:  # some are no numbers
+        if found is None:  # some are no numbers, or few of bfloat16 above zero
             found = x_rs[start:stop].topk(k, dim=1, sorted=False).indices.numpy()
         return found, rows.reshape(-1).take(found + firsts)
 
@@ -63,16 +65,18 @@ def largest_of_rows(x_rs: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def kth_of_maxima(x_rs: Tensor, k: int) -> Tensor:
-    """Return for each row a number [r] that k of its entries reach, about as many; on the CPU, of bfloat16."""
+    """Return for each row of bfloat16 a number [r] that k of its entries reach, and few others; NaN: none was found."""
     r, s = x_rs.shape
     apart = _apart(s, k)
-    maxima_rb = bits(_maxima(x_rs, apart) if apart else x_rs)
+    maxima_rb = _maxima(x_rs, apart).numpy() if apart else ordered(bits(x_rs))
 
     def find(start: int, stop: int) -> Array:
-        found: Array = np.partition(ordered(maxima_rb[start:stop]), -k, axis=1)[:, -k]
+        found: Array = np.partition(maxima_rb[start:stop], -k, axis=1)[:, -k]
         return found
 
-    return torch.from_numpy(ordered(np.concatenate(in_parts(find, r, s, PIECE)))).view(torch.bfloat16).float()
+    kth_r = np.concatenate(in_parts(find, r, s, PIECE))
+    found_r = torch.from_numpy(kth_r if apart else ordered(kth_r)).view(torch.bfloat16).float()
+    return torch.where(torch.from_numpy(kth_r) < 0, torch.nan, found_r) if apart else found_r
 
 
 def _apart(s: int, k: int) -> int:
@@ -82,8 +86,12 @@ def _apart(s: int, k: int) -> int:
 
 
 def _maxima(x_rs: Tensor, apart: int) -> Tensor:
-    """Return the maxima of the blocks of each row."""
+    """Return the maxima of the blocks of each row; of bfloat16 their bits, below zero those of any entry.
+
+    As integers they are compared three times as fast, and above zero in the same order.
+    """
     r, s = x_rs.shape
+    x_rs = x_rs.view(torch.int16) if x_rs.dtype == torch.bfloat16 else x_rs
     return x_rs.view(r, s // (BLOCK * apart), BLOCK, apart).amax(dim=2).view(r, s // BLOCK)
 
 
@@ -131,11 +139,13 @@ def places_above(x_rs: Tensor, edge: Tensor | float) -> tuple[Tensor, Tensor]:
 
 
 def _indices(rows: Array, k: int) -> Array | None:
-    """Return the indices [r, k] of the k largest of each row, rising; of equal ones the first.
-
-    None, where some are no numbers.
-    """
+    """Return the indices [r, k] of the k largest of each row; of equal ones the first. None: some are no numbers."""
     r, s = rows.shape
+    if rows.dtype == np.int16 and s < 1 << 16:
+        # Of bfloat16 many are equal: with their places in the lower half, none are.
+        keys = (rows.astype(np.int32) << 16) | np.arange(s, 0, -1, dtype=np.int32)
+        places: Array = s - (np.partition(keys, s - k, axis=1)[:, s - k :] & 0xFFFF).astype(np.int64)
+        return places
     kth = np.partition(rows, s - k, axis=1)[:, s - k, None]
     found = rows >= kth
     places = np.flatnonzero(found)
@@ -167,7 +177,7 @@ def ordered(bits: Array) -> Array:
 
 def _numbers(x: Tensor) -> Array:
     """Return what NumPy computes with: it has no type for bfloat16."""
-    numbers: Array = (x if x.dtype in (torch.float32, torch.float64) else x.float()).detach().numpy()
+    numbers: Array = (x if x.dtype in (torch.float32, torch.float64, torch.int16) else x.float()).detach().numpy()
     return numbers
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saefw.largest import PIECE, bits, in_parts, kth_of_maxima, largest_of_rows, ordered, sampled
-from saefw.sparse import Entries, chosen, dots, entries_at
+from saefw.sparse import Entries, chosen, dots, entries_at, turned
 
 WORTH = 1 << 20
 """How many numbers W_enc has at least: by a smaller one a product in float32 takes no longer than looking twice."""
@@ -143,15 +143,22 @@ class Near:
 
         def find(start: int, stop: int) -> NDArray[np.int64]:
             rows, over = near_ns[start:stop], floor[start:stop] if len(floor) > 1 else floor
-            # The bits of positive numbers are in their order, and those of negative ones below them all.
-            return np.flatnonzero((rows if (over > 0).all() else ordered(rows)) >= over) + start * s
+            if (over >= 0).all():  # the bits of positive numbers are in their order, and those of negative ones below
+                found = rows >= over
+            elif (over < 0).all():  # unsigned, those of negative ones are above, the nearer to zero the lower
+                found = rows.view(np.uint16) <= ordered(over).view(np.uint16)
+            else:
+                found = ordered(rows) >= over
+            return np.flatnonzero(found) + start * s
 
         places_e = torch.from_numpy(np.concatenate(in_parts(find, n, s, PIECE)))
         if len(places_e) > MANY * n * s:
             raise TooMany
-        found = entries_at(places_e, n, s)
-        features_e = found.features_e.long()
-        known_e = dots(self.z_nd, self.W_enc.T, found.starts_r, found.features_e) + self.b_enc[features_e]
+        # Feature by feature, as the tokens fit the processor's cache and W_enc does not.
+        order_e, starts_s, rows_e, _ = turned(entries_at(places_e, n, s), s)
+        known_e = torch.empty(len(places_e)).index_put_((order_e,), dots(self.W_enc.T, self.z_nd, starts_s, rows_e))
+        features_e = places_e % s
+        known_e += self.b_enc[features_e]
         kept_e = known_e > (edge[:, 0][places_e // s] if len(edge) > 1 else edge.expand(1, s)[0, features_e])
         return places_e[kept_e], known_e[kept_e]
 
@@ -170,9 +177,9 @@ def rounded(W_enc: Tensor, b_enc: Tensor) -> Rounded:
 
 def _floor(x: Tensor) -> NDArray[np.int16]:
     """Return the largest bfloat16 that are no larger, as integers in their order."""
-    # Cut off, a number below zero becomes larger.
+    # Cut off, a number below zero becomes larger; and there are two zeros.
     cut = (x.view(torch.int32) >> 16).short().numpy()
-    found: NDArray[np.int16] = ordered(cut) - (x < 0).numpy()
+    found: NDArray[np.int16] = ordered(cut) - (x <= 0).numpy()
     return found
 
 

@@ -103,7 +103,8 @@ def largest(pre_ns: Tensor | Known, k: int) -> Entries:
     if not isinstance(pre_ns, Tensor):
         return pre_ns.largest(k)
     indices_nk, known_nk = largest_of_rows(pre_ns, k)
-    return chosen(indices_nk)._replace(source=pre_ns, known_e=known_nk.flatten())
+    found = chosen(indices_nk)
+    return found if pre_ns.requires_grad else found._replace(source=pre_ns, known_e=known_nk.flatten())
 
 
 def largest_of_batch(pre_ns: Tensor | Known, k: int) -> Entries:
