@@ -187,8 +187,8 @@ def in_parts(find: Callable[[int, int], T], r: int, s: int, at_most: int) -> lis
     n_parts = r * s // at_most + 1
     at_once = max(1, -(-r // (-(-n_parts // n_threads) * n_threads if n_parts > 1 else 1)))
     starts = range(0, r, at_once) or range(1)
-    if len(starts) == 1:
-        return [find(0, r)]
+    if len(starts) == 1 or n_threads == 1:
+        return [find(start, start + at_once) for start in starts]
     return list(_pool(n_threads, os.getpid()).map(lambda start: find(start, start + at_once), starts))
 
 
