@@ -14,7 +14,8 @@ from saefw.catalog import Catalog
 from saefw.largest import ordered
 from saefw.near import ROUNDING, Near, TooMany, rounded
 from saefw.sae import Loss
-from saefw.sparse import Entries
+from saefw.sparse import Entries, chosen, where
+from saefw_topk import TopKSae
 
 VARIANTS = ["topk", "batchtopk", "matryoshka", "archetypal", "relu", "jumprelu", "gated"]
 
@@ -95,6 +96,40 @@ def test_numbers_that_are_none_are_left_to_float32(broken: float) -> None:
             find(2)
 
 
+def test_other_entries_are_known_too() -> None:
+    pre, exact_ns = made(0, 4, 8, 64, 0.3, 0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(near, "MANY", 1.0)
+        found = pre.largest(4)
+    assert found.of(pre) is found.known_e
+    others = chosen(found.features_e.long().view(4, 4)[:, ::2])
+    torch.testing.assert_close(
+        others.of(pre), exact_ns.gather(1, others.features_e.view(4, 2).long()).flatten().float()
+    )
+
+
+def test_a_select_that_says_nothing_gets_exact_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it overrides one that can do with less."""
+
+    class Half(TopKSae):
+        def select(self, pre_ns: Tensor) -> Entries:
+            assert isinstance(pre_ns, Tensor)
+            return where(pre_ns > 0.5)
+
+    monkeypatch.setattr(sae, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(sae, "WORTH", 0)
+    x_nd, none = torch.randn(9, 8), torch.zeros(64, dtype=torch.bool)
+    asked: list[int] = []
+
+    def largest(self: Near, k: int) -> Entries:
+        asked.append(k)
+        raise TooMany
+
+    monkeypatch.setattr(Near, "largest", largest)
+    assert TopKSae(8, 64, 2).loss(x_nd, none).fired_s.any() and asked == [2]
+    assert Half(8, 64, 2).loss(x_nd, none).fired_s.any() and asked == [2]
+
+
 @given(st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=1))
 def test_a_number_a_step_below_at_most(values: list[float]) -> None:
     x = torch.tensor(values)
@@ -142,7 +177,8 @@ def test_a_step_is_that_in_float32(use: str, many: float, monkeypatch: pytest.Mo
         monkeypatch.setattr(Near, name, noted)
     monkeypatch.setattr(sae, "has_bfloat16", lambda: True)
     monkeypatch.setattr(sae, "WORTH", 0)
-    monkeypatch.setattr(near, "MANY", many)
+    for place in (near, sae):
+        monkeypatch.setattr(place, "MANY", many)
     found, gradients = step(config, x_nd, dead_s)
     assert bool(asked) == bool(many)
     assert torch.equal(found.fired_s, wanted.fired_s)

@@ -371,3 +371,11 @@ def test_a_step_in_bfloat16_is_nearly_the_same(name: str) -> None:
         near = found[1][key]
         assert near.dtype == torch.float32 and not torch.equal(near, exact)
         assert torch.nn.functional.cosine_similarity(near.flatten(), exact.flatten(), dim=0) > 0.98
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_no_tokens_nothing_is_active(dtype: torch.dtype) -> None:
+    indices_nk, known_nk = of_rows.largest_of_rows(torch.zeros(0, 64 * BLOCK, dtype=dtype), 3)
+    assert indices_nk.shape == known_nk.shape == (0, 3)
+    sae = TopK(d_sae=64 * BLOCK, k=4).build(8).eval()
+    assert sae(torch.zeros(0, 8)).shape == (0, 8)

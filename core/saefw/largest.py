@@ -47,15 +47,17 @@ def largest_of_rows(x_rs: Tensor, k: int) -> tuple[Tensor, Tensor]:
         rows = numbers_rs[start:stop]
         firsts = np.arange(0, rows.size, s)[:, None]
         found = _indices(maxima_rb[start:stop], k)
-        if halved and found is not None and apart:
-            found = found if (np.take_along_axis(maxima_rb[start:stop], found, axis=1) >= 0).all() else None
         if found is not None and apart:
+            few = (np.take_along_axis(maxima_rb[start:stop], found, axis=1) < 0).any(axis=1) if halved else None
             # The k blocks with the largest maxima hold the k largest: what lies elsewhere has k at least as large.
             begins = found // apart * (BLOCK * apart) + found % apart
             places = begins[:, None] + (firsts[:, None] + np.arange(0, BLOCK * apart, apart)[:, None])
-            among = _indices(in_order(rows.reshape(-1).take(places.reshape(len(rows), -1))), k)
+            among = _indices(in_order(rows.reshape(-1).take(places.reshape(len(rows), BLOCK * k))), k)
             found = None if among is None else among // k * apart + np.take_along_axis(begins, among % k, axis=1)
-        if found is None:  # some are no numbers, or few of bfloat16 above zero
+            if found is not None and few is not None and few.any():
+                # Of what is below zero the bits do not tell the largest.
+                found[few] = _indices(in_order(rows[few]), k)
+        if found is None:  # some are no numbers
             found = x_rs[start:stop].topk(k, dim=1, sorted=False).indices.numpy()
         return found, rows.reshape(-1).take(found + firsts)
 
@@ -126,7 +128,7 @@ def places_above(x_rs: Tensor, edge: Tensor | float) -> tuple[Tensor, Tensor]:
         places_e = (x_rs > edge).flatten().nonzero().flatten()
         return places_e, x_rs.reshape(-1)[places_e]
     r, s = x_rs.shape
-    numbers_rs, over = _numbers(x_rs), edge if isinstance(edge, float) else _numbers(edge)
+    numbers_rs, over = _numbers(x_rs), _numbers(edge) if isinstance(edge, Tensor) else edge
 
     def find(start: int, stop: int) -> tuple[Array, Array]:
         rows = numbers_rs[start:stop]

@@ -65,23 +65,23 @@ class Rounded(NamedTuple):
 class Near:
     """Pre-activations [n, s] that are known nearly; `largest`, `largest_of_batch` and `above` find what is exact."""
 
-    def __init__(self, z_nd: Tensor, W_enc: Tensor, b_enc: Tensor, rounded: Rounded, into_ns: Tensor) -> None:
+    def __init__(self, z_nd: Tensor, W_enc: Tensor, b_enc: Tensor, encoder: Rounded, into_ns: Tensor) -> None:
         """Multiply.
 
         Args:
             z_nd: what the encoder sees, float32.
             W_enc: float32 [d, s].
             b_enc: float32 [s].
-            rounded: the two, rounded.
+            encoder: the two, rounded.
             into_ns: memory for the product, bfloat16.
 
         """
         self.z_nd, self.W_enc, self.b_enc = z_nd, W_enc, b_enc
         near_nd = z_nd.bfloat16()
-        self.near_ns = torch.addmm(rounded.b_enc, near_nd, rounded.W_enc, out=into_ns)
+        self.near_ns = torch.addmm(encoder.b_enc, near_nd, encoder.W_enc, out=into_ns)
         norm_n, off_n = near_nd.float().norm(dim=1), (z_nd - near_nd).norm(dim=1)
-        summed_n = SUMMING * z_nd.shape[1] * norm_n * rounded.norm
-        self.off_n = SLACK * (off_n * rounded.norm + norm_n * rounded.off + summed_n + rounded.b_off)
+        summed_n = SUMMING * z_nd.shape[1] * norm_n * encoder.norm
+        self.off_n = SLACK * (off_n * encoder.norm + norm_n * encoder.off + summed_n + encoder.b_off)
         """How far each token's may be off, beside ROUNDING of themselves."""
 
     def above(self, edge: Tensor | float) -> Entries:
@@ -91,9 +91,10 @@ class Near:
             TooMany: see there; this and the others.
 
         """
-        edge_1s = torch.as_tensor(edge, dtype=torch.float32).expand(1, self.near_ns.shape[1])
-        places_e, known_e = self._above(edge_1s, self.off_n.max())
-        return self._entries(places_e, known_e)
+        edge_1s = torch.as_tensor(edge, dtype=torch.float32).view(1, -1)
+        if edge_1s.numel() == 1:
+            return self._entries(*self._above(edge_1s.expand(len(self.off_n), 1), self.off_n[:, None]))
+        return self._entries(*self._above(edge_1s, self.off_n.max()))
 
     def largest(self, k: int) -> Entries:
         """Return each token's k largest; of equal ones no more than that."""
@@ -105,8 +106,8 @@ class Near:
         places_e, known_e = self._above(edge_n[:, None], self.off_n[:, None])
         starts_n = entries_at(places_e, n, s).starts_r.long()
         counts_n, rows_e = starts_n.diff(), places_e // s
-        if int(counts_n.min()) < k:
-            raise TooMany  # of numbers that are none
+        if int(counts_n.min()) < k or int(counts_n.max()) > max(k, MANY * s):
+            raise TooMany  # of numbers that are none, or of one token
         among_nm = known_e.new_full((n, int(counts_n.max())), -math.inf)
         among_nm[rows_e, torch.arange(len(rows_e)) - starts_n[rows_e]] = known_e
         found_nk, known_nk = largest_of_rows(among_nm, k)
@@ -116,11 +117,17 @@ class Near:
     def largest_of_batch(self, k: int) -> Entries:
         """Return the k n largest of all n tokens together; of equal ones no more than that."""
         m = k * len(self.near_ns)
-        places_e, known_e = self._above(torch.full((1, 1), sampled(self.near_ns, m)), self.off_n.max())
+        edge_n1 = torch.full((len(self.near_ns), 1), sampled(self.near_ns, m))
+        places_e, known_e = self._above(edge_n1, self.off_n[:, None])
         if len(known_e) < m:
             raise TooMany  # few rows told too high an edge
         kept_e = largest_of_rows(known_e[None], m)[0].flatten().sort().values
         return self._entries(places_e[kept_e], known_e[kept_e])
+
+    def at(self, entries: Entries) -> Tensor:
+        """Return the exact values [e] at any entries."""
+        features_e = entries.features_e
+        return dots(self.z_nd, self.W_enc.T, entries.starts_r, features_e) + self.b_enc[features_e.long()]
 
     def _entries(self, places_e: Tensor, known_e: Tensor) -> Entries:
         return entries_at(places_e, *self.near_ns.shape)._replace(source=self, known_e=known_e)
@@ -129,7 +136,7 @@ class Near:
         """Return where what is larger than an edge lies, in the flattened [n, s], rising, and the exact values.
 
         Args:
-            edge: [n, 1], [1, s] or [1, 1].
+            edge: [n, 1] or [1, s].
             off: how far off the product may be, beside ROUNDING of itself; as `edge`, or a scalar.
 
         """
@@ -139,10 +146,10 @@ class Near:
             raise TooMany
         # What is off by ROUNDING of itself at most reaches `least` from here on.
         floor = _floor(least / torch.where(least < 0, 1 - ROUNDING, 1 + ROUNDING))
-        near_ns = bits(self.near_ns)
+        near_ns, by_feature = bits(self.near_ns), edge.shape[1] > 1
 
         def find(start: int, stop: int) -> NDArray[np.int64]:
-            rows, over = near_ns[start:stop], floor[start:stop] if len(floor) > 1 else floor
+            rows, over = near_ns[start:stop], floor if by_feature else floor[start:stop]
             if (over >= 0).all():  # the bits of positive numbers are in their order, and those of negative ones below
                 found = rows >= over
             elif (over < 0).all():  # unsigned, those of negative ones are above, the nearer to zero the lower
@@ -159,7 +166,7 @@ class Near:
         known_e = torch.empty(len(places_e)).index_put_((order_e,), dots(self.W_enc.T, self.z_nd, starts_s, rows_e))
         features_e = places_e % s
         known_e += self.b_enc[features_e]
-        kept_e = known_e > (edge[:, 0][places_e // s] if len(edge) > 1 else edge.expand(1, s)[0, features_e])
+        kept_e = known_e > (edge[0, features_e] if by_feature else edge[places_e // s, 0])
         return places_e[kept_e], known_e[kept_e]
 
 

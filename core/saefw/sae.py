@@ -14,7 +14,7 @@ from torch.nn.functional import embedding_bag, mse_loss
 
 from saefw.errors import UserError
 from saefw.largest import largest_of_rows
-from saefw.near import WORTH, Near, Rounded, TooMany, has_bfloat16, rounded
+from saefw.near import MANY, WORTH, Near, Rounded, TooMany, has_bfloat16, rounded
 from saefw.origin import whose
 from saefw.sparse import (
     Entries,
@@ -139,7 +139,8 @@ class Sae(nn.Module):
 
     nearly: bool = False
     """Whether a `select` of its own asks of pre-activations nothing but what is `largest` or `largest_of_batch`: in
-    training it may then be given ones that are known nearly."""
+    training it may then be given ones that are known nearly, and, if these do not tell, be asked again with exact ones.
+    Both hold for the `select` of the same class."""
 
     precision: torch.dtype = torch.float32
     """Of the product with W_enc while training; sums and all else are in the type of the weights."""
@@ -318,9 +319,9 @@ class Sae(nn.Module):
         if type(self).activate is not Sae.activate:
             return None
         by_edge = type(self).select is Sae.select
-        parts = torch.split(z_nd, PART if by_edge or self.by_token else max(1, len(z_nd)))
-        near = (by_edge or self.nearly) and self.precision == z_nd.dtype == torch.float32 and z_nd.device.type == "cpu"
-        if near and self.W_enc.numel() >= WORTH and has_bfloat16():
+        parts = torch.split(z_nd, PART if by_edge or self._says("by_token") else max(1, len(z_nd)))
+        near = (by_edge or self._says("nearly")) and self.W_enc.numel() >= WORTH and has_bfloat16()
+        if near and self.precision == z_nd.dtype == torch.float32 and z_nd.device.type == "cpu":
             encoder = rounded(self.W_enc, self.b_enc)
             try:
                 return self._selected((self._near(part_nd, encoder) for part_nd in parts), z_nd, dead, n_aux)
@@ -328,6 +329,11 @@ class Sae(nn.Module):
                 pass
         exact = self._encoder(z_nd)
         return self._selected((self._product(part_nd, *exact) for part_nd in parts), z_nd, dead, n_aux)
+
+    def _says(self, what: str) -> bool:
+        """Whether an attribute is set beside the `select` that is used, or on this SAE: one may have overridden it."""
+        owner = next(cls for cls in type(self).__mro__ if "select" in vars(cls))
+        return bool(vars(self).get(what, vars(owner).get(what)))
 
     def _near(self, z_nd: Tensor, encoder: Rounded) -> Near:
         """Return z W_enc + b_enc [n, s], known nearly, in memory that the next call uses again."""
@@ -344,8 +350,11 @@ class Sae(nn.Module):
         done = 0
         for pre in parts:
             near_ns = pre.near_ns if isinstance(pre, Near) else pre
-            if by_edge and not found and (near_ns[:PROBED] > self.edge()).float().mean() > DENSE:
+            share = (near_ns[:PROBED] > self.edge()).float().mean() if by_edge and not found else 0
+            if share > DENSE:
                 return None
+            if share > MANY and isinstance(pre, Near):
+                raise TooMany
             # What is known nearly answers to all that those ask who are given it.
             found.append(self.select(cast(Tensor, pre)).read(pre))
             if n_aux > done:

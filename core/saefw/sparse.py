@@ -32,6 +32,9 @@ class Known(Protocol):
     def largest_of_batch(self, k: int) -> "Entries":
         """Return the k n largest of all n tokens together; of equal ones no more than that."""
 
+    def at(self, entries: "Entries") -> Tensor:
+        """Return the exact values [e] at any entries."""
+
 
 class Entries(NamedTuple):
     """Which features are active on which token: row by row, as in a compressed sparse matrix [r, s]."""
@@ -62,7 +65,8 @@ class Entries(NamedTuple):
         """Return the values [e] of a dense matrix [n, s] at the entries."""
         if x_ns is self.source and self.known_e is not None:
             return self.known_e
-        assert isinstance(x_ns, Tensor)  # of what is not, all entries have known values
+        if not isinstance(x_ns, Tensor):
+            return x_ns.at(self)
         return x_ns.reshape(-1)[self.rows().long() % self.n * x_ns.shape[1] + self.features_e]
 
     def read(self, x_ns: Tensor | Known) -> "Entries":
@@ -321,7 +325,7 @@ class Scratch:
 
     def empty(self, n: int, s: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return [n, s] with anything in it."""
-        held = self._held
-        if held is None or held.numel() < n * s or held.dtype != dtype or held.device != device:
-            held = self._held = torch.empty(n * s, dtype=dtype, device=device)
-        return held[: n * s].view(n, s)
+        held, n_bytes = self._held, n * s * dtype.itemsize
+        if held is None or len(held) < n_bytes or held.device != device:
+            held = self._held = torch.empty(n_bytes, dtype=torch.uint8, device=device)
+        return held[:n_bytes].view(dtype).view(n, s)

@@ -312,6 +312,7 @@ class Stream:
                     return
                 _, block = self._blocks.popleft()
             self._put(reading, block, self._buffer())
+            self._hire()
 
     def _put(self, reading: _Reading, block: Block, buffer_nb: Bytes) -> None:
         """Read a block into its place, unless it is no longer wanted."""

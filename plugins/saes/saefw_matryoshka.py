@@ -51,13 +51,14 @@ class Matryoshka(KeptConfig):
 class MatryoshkaSae(Sae):
     """W_enc, the largest, W_dec; trained on the whole and on its prefixes."""
 
+    nearly = True
+
     def __init__(self, d_model: int, d_sae: int, config: Matryoshka, ends: list[int]) -> None:
         """Start from tied weights; `ends` says where each prefix ends, and d_sae."""
         super().__init__(d_model, d_sae)
         self.k, self.sampled, self.ends = config.k, config.sampled, ends
         self.threshold = Threshold(config.k) if config.keep == "batchtopk" else None
         self.by_token = self.threshold is None
-        self.nearly = True
 
     def select(self, pre_ns: Tensor) -> Entries:
         """Return which features of the whole are active."""
