@@ -35,6 +35,9 @@ SLACK = 1.001
 MANY = 1 / 32
 """Which share of all is looked at again, at most: with more, a product in float32 is quicker."""
 
+LARGE = 1 << 22
+"""How many numbers W_enc has at least for the processor's cache not to hold it, about."""
+
 ROWS = 256
 """Features whose weights are compared with the rounded ones at a time, in the processor's cache."""
 
@@ -92,61 +95,64 @@ class Near:
 
         """
         edge_1s = torch.as_tensor(edge, dtype=torch.float32).view(1, -1)
-        if edge_1s.numel() == 1:
-            return self._entries(*self._above(edge_1s.expand(len(self.off_n), 1), self.off_n[:, None]))
-        return self._entries(*self._above(edge_1s, self.off_n.max()))
+        alike = edge_1s.numel() == 1
+        found = self._candidates(edge_1s.expand(len(self.off_n), 1) if alike else edge_1s)
+        assert found.known_e is not None
+        return self._only(found, found.known_e > (float(edge) if alike else edge_1s[0, found.features_e.long()]))
 
     def largest(self, k: int) -> Entries:
         """Return each token's k largest; of equal ones no more than that."""
-        n, s = self.near_ns.shape
         kth_n = kth_of_maxima(self.near_ns, k)
-        # As many as k are at least so large, and so larger than the next number below.
-        edge_n = kth_n - self.off_n - ROUNDING * kth_n.abs()
-        edge_n = torch.nextafter(edge_n, torch.full_like(edge_n, -math.inf))
-        places_e, known_e = self._above(edge_n[:, None], self.off_n[:, None])
-        starts_n = entries_at(places_e, n, s).starts_r.long()
-        counts_n, rows_e = starts_n.diff(), places_e // s
-        if int(counts_n.min()) < k or int(counts_n.max()) > max(k, MANY * s):
+        # As many as k are at least so large.
+        found = self._candidates((kth_n - self.off_n - ROUNDING * kth_n.abs())[:, None])
+        assert found.known_e is not None
+        starts_n, rows_e = found.starts_r.long(), found.rows().long()
+        counts_n = starts_n.diff()
+        most = int(counts_n.max())
+        if int(counts_n.min()) < k or most > max(k, MANY * self.near_ns.shape[1]):
             raise TooMany  # of numbers that are none, or of one token
-        among_nm = known_e.new_full((n, int(counts_n.max())), -math.inf)
-        among_nm[rows_e, torch.arange(len(rows_e)) - starts_n[rows_e]] = known_e
+        among_nm = found.known_e.new_full((len(counts_n), most), -math.inf)
+        among_nm[rows_e, torch.arange(len(rows_e)) - starts_n[rows_e]] = found.known_e
         found_nk, known_nk = largest_of_rows(among_nm, k)
-        indices_nk = places_e[starts_n[:-1, None] + found_nk] % s
+        indices_nk = found.features_e.long()[starts_n[:-1, None] + found_nk]
         return chosen(indices_nk)._replace(source=self, known_e=known_nk.flatten())
 
     def largest_of_batch(self, k: int) -> Entries:
         """Return the k n largest of all n tokens together; of equal ones no more than that."""
-        m = k * len(self.near_ns)
-        edge_n1 = torch.full((len(self.near_ns), 1), sampled(self.near_ns, m))
-        places_e, known_e = self._above(edge_n1, self.off_n[:, None])
-        if len(known_e) < m:
+        m, edge = k * len(self.near_ns), sampled(self.near_ns, k * len(self.near_ns))
+        found = self._candidates(torch.full((len(self.near_ns), 1), edge))
+        assert found.known_e is not None
+        if int((found.known_e > edge).sum()) < m:
             raise TooMany  # few rows told too high an edge
-        kept_e = largest_of_rows(known_e[None], m)[0].flatten().sort().values
-        return self._entries(places_e[kept_e], known_e[kept_e])
+        kept_e = torch.zeros(len(found.known_e), dtype=torch.bool)
+        return self._only(found, kept_e.index_fill_(0, largest_of_rows(found.known_e[None], m)[0].flatten(), True))
 
     def at(self, entries: Entries) -> Tensor:
         """Return the exact values [e] at any entries."""
-        features_e = entries.features_e
-        return dots(self.z_nd, self.W_enc.T, entries.starts_r, features_e) + self.b_enc[features_e.long()]
+        W_sd, features_e = self.W_enc.T, entries.features_e
+        if W_sd.numel() < LARGE:
+            return dots(self.z_nd, W_sd, entries.starts_r, features_e) + self.b_enc[features_e.long()]
+        # Feature by feature, as the tokens fit the processor's cache and W_enc does not.
+        order_e, starts_s, rows_e, _ = turned(entries, len(W_sd))
+        known_e = torch.empty(len(features_e)).index_put_((order_e,), dots(W_sd, self.z_nd, starts_s, rows_e))
+        return known_e.add_(self.b_enc[features_e.long()])
 
-    def _entries(self, places_e: Tensor, known_e: Tensor) -> Entries:
-        return entries_at(places_e, *self.near_ns.shape)._replace(source=self, known_e=known_e)
+    def _only(self, found: Entries, kept_e: Tensor) -> Entries:
+        """Return some of the entries."""
+        assert found.known_e is not None
+        before_e = torch.nn.functional.pad(kept_e.cumsum(dim=0, dtype=torch.int32), (1, 0))
+        starts_r = before_e[found.starts_r.long()]
+        return found._replace(starts_r=starts_r, features_e=found.features_e[kept_e], known_e=found.known_e[kept_e])
 
-    def _above(self, edge: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
-        """Return where what is larger than an edge lies, in the flattened [n, s], rising, and the exact values.
-
-        Args:
-            edge: [n, 1] or [1, s].
-            off: how far off the product may be, beside ROUNDING of itself; as `edge`, or a scalar.
-
-        """
+    def _candidates(self, edge: Tensor) -> Entries:
+        """Return the entries that may reach an edge, [n, 1] or [1, s], and all that do, with their exact values."""
         n, s = self.near_ns.shape
-        least = edge - off
+        by_feature, near_ns = len(edge) == 1, bits(self.near_ns)
+        least = edge - (self.off_n.max() if by_feature else self.off_n[:, None])
         if not bool(least.isfinite().all()):
             raise TooMany
         # What is off by ROUNDING of itself at most reaches `least` from here on.
         floor = _floor(least / torch.where(least < 0, 1 - ROUNDING, 1 + ROUNDING))
-        near_ns, by_feature = bits(self.near_ns), edge.shape[1] > 1
 
         def find(start: int, stop: int) -> NDArray[np.int64]:
             rows, over = near_ns[start:stop], floor if by_feature else floor[start:stop]
@@ -161,13 +167,8 @@ class Near:
         places_e = torch.from_numpy(np.concatenate(in_parts(find, n, s, PIECE)))
         if len(places_e) > MANY * n * s:
             raise TooMany
-        # Feature by feature, as the tokens fit the processor's cache and W_enc does not.
-        order_e, starts_s, rows_e, _ = turned(entries_at(places_e, n, s), s)
-        known_e = torch.empty(len(places_e)).index_put_((order_e,), dots(self.W_enc.T, self.z_nd, starts_s, rows_e))
-        features_e = places_e % s
-        known_e += self.b_enc[features_e]
-        kept_e = known_e > (edge[0, features_e] if by_feature else edge[places_e // s, 0])
-        return places_e[kept_e], known_e[kept_e]
+        found = entries_at(places_e, n, s)
+        return found._replace(source=self, known_e=self.at(found))
 
 
 def rounded(W_enc: Tensor, b_enc: Tensor) -> Rounded:

@@ -137,7 +137,9 @@ def entries_at(places_e: Tensor, n: int, s: int) -> Entries:
     """Return the entries at ascending places, int64, of the flattened [n, s]."""
     firsts_n = torch.arange(0, (n + 1) * s, s, device=places_e.device)
     starts_n = torch.searchsorted(places_e, firsts_n, out_int32=True)
-    return Entries(starts_n, (places_e % s).int(), n)
+    # Of which row each is, is known by now; a division for each takes longer.
+    rows_e = torch.repeat_interleave(starts_n.diff(), output_size=len(places_e))
+    return Entries(starts_n, (places_e - firsts_n[rows_e]).int(), n)
 
 
 def stacked(parts: Sequence[Entries], n: int) -> Entries:
