@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from saefw import near, sae
 from saefw.acts import Acts, Stats
 from saefw.chance import seeded
 from saefw.errors import UserError
@@ -334,10 +335,16 @@ def test_killed_in_any_step_it_goes_on_to_the_same_bytes(
     ],
     ids=lambda config: config.use,
 )  # fmt: skip
+@pytest.mark.parametrize("nearly", [False, True])
 def test_every_variant_goes_on_to_the_same_bytes(
-    config: SaeConfig, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nearly: bool, config: SaeConfig, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where what is active is found by a product in bfloat16."""
     monkeypatch.setattr(module, "WORTH", 0)
+    monkeypatch.setattr(sae, "WORTH", 0)
+    monkeypatch.setattr(sae, "has_bfloat16", lambda: nearly)
+    for place in (near, sae):
+        monkeypatch.setattr(place, "MANY", 1.0)
     stage = STAGE.model_copy(update={"saes": ["one"], "checkpoint_every": 0.0})
     whole = fresh(tmp_path / "whole", store, saes={"one": config})
     stopped = fresh(tmp_path / "stopped", store, saes={"one": config}, watcher=Killer(3))

@@ -19,8 +19,8 @@ def kept() -> Iterator[None]:
     """Let the C library keep what is freed, and give it back at the end; where it is not glibc, nothing happens.
 
     Else every step's gradients and codes are given back to the system and asked for anew, page by page: with 24,576
-    features on two cores a step of BatchTopK took 1.9 s then, 1.25 s so; a forward pass of
-    ViT-Tiny over 256 images 3.6 s, and 3.0 s so.
+    features on two cores a step of BatchTopK took 1.9 s then, 1.25 s so; a forward pass of ViT-Tiny over 256 images
+    3.6 s, and 3.0 s so.
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     mallopt, trim = getattr(library, "mallopt", None), getattr(library, "malloc_trim", None)
