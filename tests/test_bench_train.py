@@ -1,11 +1,13 @@
 """`saefw bench train` on numbers so small that it takes no time; no time is asserted."""
 
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 
 import pytest
 import torch
 
+from saefw.abreast import Abreast
 from saefw.bench import train as module
 from saefw.bench.frame import Bench, memory
 from saefw_relu import Relu
@@ -42,10 +44,11 @@ def test_a_step_that_is_measured_changes_no_weight(cls: type, small: None) -> No
     x_nd = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
     training = module._training(cls, {"k": 4} if cls is TopK else {"aux": 0.1}, x_nd)
     before = {name: x.clone() for name, x in training.sae.state_dict().items()}
-    for dead in (0.0, 0.1):
-        module._step(training, x_nd, dead)()
-        assert training.values["train_dead"].item() == pytest.approx(dead, abs=0.002)
-        assert training.values["train_l0"].item() == pytest.approx(4 if cls is TopK else 5.1, rel=0.05)
-        assert (training.values["train_aux"].item() > 0) == (dead > 0)
+    with Abreast((), 64) as abreast:
+        for dead in (0.0, 0.1):
+            module._step(abreast, cycle([training]), x_nd.half(), dead)()
+            assert training.values["train_dead"].item() == pytest.approx(dead, abs=0.002)
+            assert training.values["train_l0"].item() == pytest.approx(4 if cls is TopK else 5.1, rel=0.05)
+            assert (training.values["train_aux"].item() > 0) == (dead > 0)
     for name, x in training.sae.state_dict().items():
         torch.testing.assert_close(x, before[name], rtol=0, atol=1e-6)

@@ -41,6 +41,7 @@ FLOORS = (
         "spill",
         "stream",
         "style",
+        "sums",
         "wording",
     ),
     ("near", "threshold"),
@@ -63,7 +64,7 @@ FLOORS = (
         "training",
         "views",
     ),
-    ("new", "recording", "testing.entry"),
+    ("abreast", "new", "recording", "testing.entry"),
     (
         "live",
         "samples",

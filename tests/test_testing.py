@@ -55,6 +55,7 @@ class VariantSae(Sae):
         super().__init__(d_model, d_sae)
         self.fault = fault
         self.calls = 0
+        self.draws = fault != "draws"
 
     def select(self, pre_ns: Tensor) -> Entries:
         return largest(pre_ns, min(4, len(pre_ns)) if self.fault == "batch" else 4)
@@ -69,6 +70,8 @@ class VariantSae(Sae):
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         if self.fault == "idle":
             return {"mass": batch.codes.sum()}
+        if self.fault == "draws":
+            torch.rand(())
         factor = 2 if self.fault == "oracle" and batch.codes.ndim == 1 else 1
         return {name: factor * term for name, term in super().terms(batch).items()}
 
@@ -122,7 +125,9 @@ class AboveSae(Sae):
 def test_sae() -> None:
     check_sae(Variant())
     check_sae(Above())
-    assert {fault: broken(check_sae, Variant(fault=fault)) for fault in ("loss", "gradient", "root", "negative")} == {
+    assert {
+        fault: broken(check_sae, Variant(fault=fault)) for fault in ("loss", "gradient", "root", "negative", "draws")
+    } == {
         "loss": "sae.terms, each term of the loss is one finite number: the term 'nan': "
         "expected a finite number, got nan",
         "gradient": "sae.gradient, the loss has a gradient, and it is finite: expected some that is not 0, got none",
@@ -130,6 +135,8 @@ def test_sae() -> None:
         "zeros: expected finite numbers, got NaN or infinity",
         "negative": "sae.codes, codes are int64 indices in 0..d_sae-1 and values of one shape, zero or larger: values: "
         "expected zero or larger, got -0.1",
+        "draws": "sae.draws, a step draws from torch's generator only where `draws` does not say that it does not: "
+        "expected no draw, got one",
     }
     numbers = {
         "twin": r"sae\.sparse, encode\(\) scattered is activate\(\), each feature once: "

@@ -1,9 +1,11 @@
-"""Seeds torch's generators, so that chance is each SAE's own."""
+"""Torch's generators, of which a process has one a device: seeded, so that chance is each SAE's own, or untouched."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from saefw.errors import UserError
 
 
 @contextmanager
@@ -22,3 +24,17 @@ def seeded(seed: int, step: int, device: str = "cpu") -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(before)
+
+
+@contextmanager
+def untouched(who: str) -> Iterator[None]:
+    """See that nobody draws from the CPU's generator, as others may be at work at the same time.
+
+    Raises:
+        UserError: somebody did; `who` is said to have.
+
+    """
+    before = torch.get_rng_state()
+    yield
+    if not torch.equal(torch.get_rng_state(), before):
+        raise UserError(f"{who}: a training step draws from torch's generator, though `draws` is False; say True")

@@ -10,7 +10,7 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding_bag, mse_loss
+from torch.nn.functional import embedding_bag
 
 from saefw.errors import UserError
 from saefw.largest import largest_of_rows
@@ -32,6 +32,7 @@ from saefw.sparse import (
     turned,
     where,
 )
+from saefw.sums import at, mean_square, total
 from saefw.threshold import Threshold
 
 __all__ = [
@@ -41,9 +42,11 @@ __all__ = [
     "Loss",
     "Sae",
     "Threshold",
+    "at",
     "chosen",
     "largest",
     "largest_of_batch",
+    "mean_square",
     "where",
 ]
 
@@ -85,7 +88,7 @@ class Batch(NamedTuple):
     """What a variant's `terms` are made of: a batch at its active entries, or dense where very many are active.
 
     `pre`, `codes` and whatever is made of them have one value an entry, [e] or [n, s], and `features` says of which
-    feature: of a bias [s], `bias[features]` fits them.
+    feature: of a bias [s], `at(bias, features)` fits them.
     """
 
     x_nd: Tensor
@@ -108,7 +111,7 @@ class Batch(NamedTuple):
 
     def per_token(self, values: Tensor) -> Tensor:
         """Return the sum over features of what there is at the entries, averaged over tokens, a scalar."""
-        return values.sum() / len(self.x_nd)
+        return total(values) / len(self.x_nd)
 
 
 class Sae(nn.Module):
@@ -141,6 +144,10 @@ class Sae(nn.Module):
     """Whether a `select` of its own asks of pre-activations nothing but what is `largest` or `largest_of_batch`: in
     training it may then be given ones that are known nearly, and, if these do not tell, be asked again with exact ones.
     Both hold for the `select` of the same class."""
+
+    draws: bool = True
+    """Whether a training step may draw from torch's generator, of which there is but one: SAEs whose steps do not are
+    trained several at a time. Whatever a class says here holds for itself, not for those derived from it."""
 
     precision: torch.dtype = torch.float32
     """Of the product with W_enc while training; sums and all else are in the type of the weights."""
@@ -178,7 +185,7 @@ class Sae(nn.Module):
 
         Args:
             pre: of active entries [e], or all [n, s].
-            features: of which features they are; `bias[features]` fits, of a bias [s].
+            features: of which features they are; `at(bias, features)` fits, of a bias [s].
 
         """
         return pre.relu()
@@ -206,8 +213,7 @@ class Sae(nn.Module):
 
         It is the mean over tokens and dimensions, and over the prefixes where there are several.
         """
-        # In one pass each, forward and back; a square and its mean take five.
-        return {"mse": mse_loss(batch.error_gnd, batch.error_gnd.new_zeros(()).expand_as(batch.error_gnd))}
+        return {"mse": mean_square(batch.error_gnd)}
 
     def prepare(self, x_nd: Tensor) -> None:
         """Take in a sample of normalised training tokens, once, before the first step; by default nothing.
@@ -245,6 +251,10 @@ class Sae(nn.Module):
         return Loss(terms, fired_s)
 
     # What everybody uses.
+
+    def may_draw(self) -> bool:
+        """Whether a training step may draw from torch's generator: unless it is said that it does not."""
+        return bool(vars(self).get("draws", vars(type(self)).get("draws", True)))
 
     def normalise(self, x_nd: Tensor) -> Tensor:
         """Map recorded activations to SAE units: mean 0, mean square 1 over the training tokens."""
@@ -433,7 +443,7 @@ def auxk(error_nd: Tensor, x_hat_nd: Tensor) -> Tensor:
 
     """
     target_nd = error_nd.detach()
-    rest = mse_loss(x_hat_nd, target_nd)
-    variance = mse_loss(target_nd, target_nd.mean(dim=0).expand_as(target_nd))
+    rest = mean_square(x_hat_nd - target_nd)
+    variance = mean_square(target_nd - target_nd.mean(dim=0))
     # A batch whose tokens all leave the same error has no variance to compare with.
     return torch.where(variance > 0, rest / torch.where(variance > 0, variance, 1), 0)

@@ -301,12 +301,7 @@ def dots(x_rd: Tensor, W_sd: Tensor, starts_r: Tensor, features_e: Tensor) -> Te
     """Return x_r . W_s for each entry, [e]; rows and columns may as well be exchanged."""
     if not len(features_e) or x_rd.device.type == "mps":  # which has no compressed matrices
         return _gathered(x_rd, W_sd, starts_r, features_e)
-    with warnings.catch_warnings():
-        # That compressed matrices are new in torch, and that nobody looks whether they are well formed.
-        warnings.filterwarnings("ignore", "Sparse")
-        at_rs = torch.sparse_csr_tensor(
-            starts_r, features_e, x_rd.new_zeros(len(features_e)), (len(x_rd), len(W_sd)), check_invariants=False
-        )
+    at_rs = _compressed(starts_r, features_e, x_rd.new_zeros(len(features_e)), (len(x_rd), len(W_sd)))
     found: Tensor = torch.sparse.sampled_addmm(at_rs, x_rd.contiguous(), W_sd.T, beta=0).values()
     return found
 
@@ -316,6 +311,17 @@ def _gathered(x_rd: Tensor, W_sd: Tensor, starts_r: Tensor, features_e: Tensor) 
     rows_e = Entries(starts_r, features_e, len(x_rd)).rows()
     parts = zip(torch.split(rows_e, GATHERED), torch.split(features_e, GATHERED), strict=True)
     return torch.cat([(x_rd[rows.long()] * W_sd[features.long()]).sum(dim=1) for rows, features in parts])
+
+
+def _compressed(starts_r: Tensor, features_e: Tensor, values_e: Tensor, size: tuple[int, int]) -> Tensor:
+    return torch.sparse_csr_tensor(starts_r, features_e, values_e, size, check_invariants=False)
+
+
+with warnings.catch_warnings():
+    # Torch says once that such matrices are new in it. Later several threads may be at work, and these have all their
+    # warnings in common.
+    warnings.filterwarnings("ignore", "Sparse")
+    _compressed(torch.zeros(2, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0), (1, 1))
 
 
 class Scratch:

@@ -5,6 +5,7 @@ Shapes: n tokens, d d_model, s d_sae.
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch.nn import Parameter
 from saefw import sealed
 from saefw import tensors as files
 from saefw.acts import Stats
-from saefw.chance import seeded
+from saefw.chance import seeded, untouched
 from saefw.metrics import measure
+from saefw.origin import whose
 from saefw.plugin import PenalisedConfig, Run, SaeConfig, Unit
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -53,11 +55,10 @@ class Training:
         and were the gradient clipped before its useless part is taken out, the useful part would be clipped too.
         """
         self.whole = False
-        self.sae.zero_grad()
         lr, dead_s = learning_rate(self.config, self.step, self.n_steps), self.since_s >= dead_after
         for group in self.adam.param_groups:
             group["lr"] = lr
-        with seeded(self.config.seed, self.step + 1, self.device):
+        with self._chance():
             loss = self.sae.loss(x_nd, dead_s)
         if isinstance(self.config, PenalisedConfig) and "penalty" in loss.terms:
             loss.terms["penalty"] = loss.terms["penalty"] * risen(self.step, self.config.sparsity_warmup)
@@ -71,7 +72,9 @@ class Training:
         for mine, parameter in zip(self.adam.param_groups[0]["params"], self.sae.parameters(), strict=True):
             mine.grad = None if parameter.grad is None else inline(parameter.grad)
         self.adam.step()
+        # Gradients are not kept until the next step: those of a sweep would take as much memory as its weights.
         self.adam.zero_grad()
+        self.sae.zero_grad()
         if self.config.unit_norm:
             renormalise(self.sae.W_dec)
         self.sae.settle()
@@ -81,6 +84,11 @@ class Training:
         self.values = {**terms, **seen}
         self.step += 1
         self.whole = True
+
+    def _chance(self) -> AbstractContextManager[None]:
+        """Give a step torch's generator, seeded by its SAE and number, or see that it needs none."""
+        sae = self.sae
+        return seeded(self.config.seed, self.step + 1, self.device) if sae.may_draw() else untouched(whose(type(sae)))
 
     def log(self, run: Run) -> None:
         """Note what the last step measured."""

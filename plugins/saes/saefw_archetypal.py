@@ -49,6 +49,7 @@ class ArchetypalSae(Sae):
     points: Tensor
 
     by_token = nearly = True
+    draws = False
 
     def __init__(self, d_model: int, d_sae: int, config: Archetypal) -> None:
         """Start from mixtures of two candidates each."""

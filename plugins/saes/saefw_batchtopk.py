@@ -34,6 +34,7 @@ class BatchTopKSae(Sae):
     """W_enc, the k n largest of n tokens if above zero, W_dec; once trained, what is above a learnt threshold."""
 
     nearly = True
+    draws = False
 
     def __init__(self, d_model: int, d_sae: int, k: int) -> None:
         """Start from tied weights; `k` features fire on a token, on average."""

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from saefw.plugin import PenalisedConfig, SaeConfig, hookimpl
-from saefw.sae import Batch, Sae
+from saefw.sae import Batch, Sae, at, mean_square
 
 
 class Gated(PenalisedConfig):
@@ -38,6 +38,8 @@ class GatedSae(Sae):
     `W_enc` and `b_enc` are the paper's W_gate and b_gate; its W_mag is exp(r_mag) W_gate, row by row.
     """
 
+    draws = False
+
     def __init__(self, d_model: int, d_sae: int, l1: float, unit_norm: bool) -> None:
         """Start from tied weights and magnitudes equal to gates; `l1` weighs the penalty on gates."""
         super().__init__(d_model, d_sae)
@@ -47,7 +49,7 @@ class GatedSae(Sae):
 
     def fire(self, pre: Tensor, features: Tensor | slice) -> Tensor:
         """Return the magnitudes where the gate's pre-activations are above zero; they teach the gate's bias nothing."""
-        magnitude = (pre - self.b_enc[features]) * self.r_mag.exp()[features] + self.b_mag[features]
+        magnitude = (pre - at(self.b_enc, features)) * at(self.r_mag.exp(), features) + at(self.b_mag, features)
         return magnitude.relu() * (pre > 0)
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
@@ -58,10 +60,10 @@ class GatedSae(Sae):
         gate counts by the norm of its row.
         """
         gates = batch.pre.relu()
-        weighed = gates if self.unit_norm else gates * self.W_dec.norm(dim=1)[batch.features]
+        weighed = gates if self.unit_norm else gates * at(self.W_dec.norm(dim=1), batch.features)
         gate_error_nd = batch.x_nd - batch.rebuild(gates)
         penalty = self.l1 * batch.per_token(weighed)
-        return {**super().terms(batch), "penalty": penalty, "gate": gate_error_nd.square().mean()}
+        return {**super().terms(batch), "penalty": penalty, "gate": mean_square(gate_error_nd)}
 
 
 @hookimpl

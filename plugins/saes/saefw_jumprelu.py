@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from saefw.plugin import PenalisedConfig, SaeConfig, hookimpl
-from saefw.sae import Batch, Sae
+from saefw.sae import Batch, Sae, at
 
 
 class JumpRelu(PenalisedConfig):
@@ -51,6 +51,8 @@ class JumpRelu(PenalisedConfig):
 class JumpReluSae(Sae):
     """W_enc, what is above its feature's threshold, W_dec."""
 
+    draws = False
+
     def __init__(self, d_model: int, d_sae: int, config: JumpRelu) -> None:
         """Start from tied weights and equal thresholds."""
         super().__init__(d_model, d_sae)
@@ -72,7 +74,7 @@ class JumpReluSae(Sae):
         Where decoder rows are free, a code counts by the norm of its row: else rows could grow and codes shrink.
         """
         terms, threshold = super().terms(batch), self._thresholds(batch.pre, batch.features)
-        norm = self.W_dec.norm(dim=1)[batch.features]
+        norm = at(self.W_dec.norm(dim=1), batch.features)
         if self.config.penalty == "l0":
             sparsity: Tensor = _Step.apply(batch.pre, threshold, self.config.bandwidth)  # type: ignore[no-untyped-call]
         else:
@@ -83,7 +85,7 @@ class JumpReluSae(Sae):
         return terms
 
     def _thresholds(self, pre: Tensor, features: Tensor | slice) -> Tensor:
-        return self.log_threshold.exp()[features].expand_as(pre)
+        return at(self.log_threshold.exp(), features).expand_as(pre)
 
 
 # A step has no gradient, so a threshold learns by that of the step averaged over a window of width e: with K(u) = 1

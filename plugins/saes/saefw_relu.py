@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from saefw.plugin import PenalisedConfig, SaeConfig, hookimpl
-from saefw.sae import Batch, Sae
+from saefw.sae import Batch, Sae, at
 
 
 class Relu(PenalisedConfig):
@@ -35,6 +35,8 @@ class Relu(PenalisedConfig):
 class ReluSae(Sae):
     """W_enc, ReLU, W_dec."""
 
+    draws = False
+
     def __init__(self, d_model: int, d_sae: int, l1: float, unit_norm: bool) -> None:
         """Start from tied weights; `l1` weighs the penalty, `unit_norm` says that decoder rows stay at norm 1."""
         super().__init__(d_model, d_sae)
@@ -45,7 +47,7 @@ class ReluSae(Sae):
 
         Free decoder rows could grow and let the codes shrink; each code then counts by the norm of its row.
         """
-        codes = batch.codes if self.unit_norm else batch.codes * self.W_dec.norm(dim=1)[batch.features]
+        codes = batch.codes if self.unit_norm else batch.codes * at(self.W_dec.norm(dim=1), batch.features)
         return {**super().terms(batch), "penalty": self.l1 * batch.per_token(codes)}
 
 

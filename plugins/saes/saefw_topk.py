@@ -30,6 +30,7 @@ class TopKSae(Sae):
     """W_enc, the k largest if above zero, W_dec."""
 
     by_token = nearly = True
+    draws = False
 
     def __init__(self, d_model: int, d_sae: int, k: int) -> None:
         """Start from tied weights; `k` features fire on a token."""

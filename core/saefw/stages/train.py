@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from saefw import peers, samples
+from saefw.abreast import Abreast
 from saefw.acts import Acts, Stats
 from saefw.blocks import resolve
 from saefw.live import Live, acts_of
@@ -211,7 +212,6 @@ class Train(StageConfig):
         trainings = [Training(unit, acts.d_model, stats, n_steps, run.device) for unit in units]
         valid_nd = next(acts.shuffled(self.tokens, acts.of_split("valid"), VALID, self.seed)).to(run.device).float()
         for training in trainings:
-            training.sae.scratch = trainings[0].sae.scratch
             training.resume(run)
             if not training.step:
                 sample = lru_cache(maxsize=1)(lambda: self._sample(acts, stats))
@@ -235,7 +235,8 @@ class Train(StageConfig):
         stream = acts.shuffled(self.tokens, train, self.batch_size, self.seed)
         stream.seek(first)
         try:
-            self._steps(run, trainings, stream, range(first, n_steps), valid_nd, dead_after, part, failed)
+            with Abreast(trainings, self.batch_size) as abreast:
+                self._steps(run, trainings, abreast, stream, range(first, n_steps), valid_nd, dead_after, part, failed)
         except BaseException:
             # Told to stop, or broken: what is whole goes on from here, whatever was in the middle of a step from its
             # last checkpoint. Its last step may not be logged yet; logged twice, it counts once.
@@ -269,6 +270,7 @@ class Train(StageConfig):
         self,
         run: Run,
         trainings: list[Training],
+        abreast: Abreast,
         stream: Stream,
         steps: range,
         valid_nd: Tensor,
@@ -280,13 +282,12 @@ class Train(StageConfig):
         n_steps = steps.stop
         saving, telling = Clock(self.checkpoint_every), Clock(PAUSE)
         for step in steps:
-            x_nd = trainings[0].sae.normalise(next(stream).to(run.device).float())
+            x_nd = next(stream)
             logging, checkpointing = self._logs(step, n_steps), saving.due()
             validating = self._validates(step + 1, n_steps)
-            for training in list(trainings):
-                if training.step > step:
-                    continue
-                training.advance(x_nd, dead_after)
+            stepping = [training for training in trainings if training.step <= step]
+            abreast.step(stepping, x_nd, dead_after)
+            for training in stepping:
                 if (logging or checkpointing or validating) and not training.healthy():
                     failed.append(training.excuse())
                     trainings.remove(training)

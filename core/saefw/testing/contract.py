@@ -59,6 +59,7 @@ CONTRACT = {
     "sae.empty": "no tokens have no codes",
     "sae.stored": "stored and loaded, it gives the same codes and the same reconstruction",
     "sae.still": "in eval mode nothing changes its state",
+    "sae.draws": "a step draws from torch's generator only where `draws` does not say that it does not",
     "sae.stacked": "trained beside others on one stream, it is the one trained alone",
     "sae.planted": "trained on sums of about three planted directions, it has a row near each of them",
     "probe.type": "build() and fit() return a Probe",

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saefw.abreast import Abreast
 from saefw.acts import Stats
 from saefw.plugin import SaeConfig, Unit
 from saefw.sae import Sae
@@ -79,13 +80,11 @@ def trained(configs: list[SaeConfig], n_steps: int = N_STEPS) -> list[Sae]:
     trainings = [Training(Unit("train", {}, given={"sae": config}), D, stats, n_steps, "cpu") for config in configs]
     z_nd = trainings[0].sae.normalise(x_nd)
     for training in trainings:
-        training.sae.scratch = trainings[0].sae.scratch
         training.sae.prepare(z_nd)
     generator = torch.Generator().manual_seed(1)
-    for _ in range(n_steps):
-        batch_nd = z_nd[torch.randint(N, (BATCH,), generator=generator)]
-        for training in trainings:
-            training.advance(batch_nd, N)
+    with Abreast(trainings, BATCH) as abreast:
+        for _ in range(n_steps):
+            abreast.step(trainings, x_nd[torch.randint(N, (BATCH,), generator=generator)], N)
     return [training.sae.eval().requires_grad_(False) for training in trainings]
 
 

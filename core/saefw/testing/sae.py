@@ -59,11 +59,14 @@ def _check_loss(sae: Sae, z_nd: Tensor) -> None:
     """Check the loss on normalised tokens, with no feature dead and with all."""
     for dead_s in (_no(sae.d_sae), ~_no(sae.d_sae)):
         sae.zero_grad()
+        chance = torch.get_rng_state()
         try:
             loss = sae.loss(z_nd, dead_s)
         except UserError as error:
             expect("sae.terms", False, "codes [n, s] and scalars by name", str(error))
             raise
+        drew = not torch.equal(torch.get_rng_state(), chance)
+        expect("sae.draws", sae.may_draw() or not drew, "no draw", "one")
         for name, term in loss.terms.items():
             good = term.shape == () and bool(term.isfinite())
             expect("sae.terms", good, "a finite number", term.tolist(), f"the term '{name}'")
