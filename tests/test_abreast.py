@@ -1,6 +1,7 @@
 """Steps of several SAEs at once: each is what it would be alone, and a stop leaves none in the middle of one."""
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -33,10 +34,13 @@ CONFIGS: dict[str, SaeConfig] = {
 
 
 @pytest.fixture
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take even the smallest two at a time, on a machine of two cores."""
+def at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Take even the smallest two at a time, as on a machine of two cores."""
     monkeypatch.setattr(module, "MANY", 0)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def trainings(*configs: SaeConfig) -> list[Training]:
@@ -65,6 +69,7 @@ def test_two_are_in_a_step_at_the_same_time(at_once: None, monkeypatch: pytest.M
     def waiting(self: Training, x_nd: Tensor, dead_after: int) -> None:
         both.wait()
         used.add(id(self.sae.scratch))
+        assert torch.get_num_threads() == 1
         advance(self, x_nd, dead_after)
 
     monkeypatch.setattr(Training, "advance", waiting)
@@ -72,7 +77,7 @@ def test_two_are_in_a_step_at_the_same_time(at_once: None, monkeypatch: pytest.M
     with Abreast(made, 50) as abreast:
         for _ in range(3):
             abreast.step(made, x_nd(), 10**9)
-    assert [training.step for training in made] == [3] * 4 and len(used) == 2
+    assert [training.step for training in made] == [3] * 4 and len(used) == 2 == torch.get_num_threads()
 
 
 @pytest.mark.parametrize("configs", [[TopK(expansion=3, k=3)], [TopK(expansion=3, k=3), of_train.Noisy(expansion=2)]])
@@ -161,7 +166,7 @@ class HastySae(Sae):
 def test_who_draws_though_it_says_it_does_not_is_told() -> None:
     (made,) = trainings(Hasty(expansion=2))
     with pytest.raises(
-        UserError, match="plugin 'test_abreast' of .*: a training step draws from torch's generator, though"
+        UserError, match=r"plugin 'test_abreast' of .*: a training step draws from torch's generator, though"
     ):
         made.advance(x_nd().float(), 10**9)
 

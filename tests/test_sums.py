@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -28,6 +28,7 @@ PLAIN: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] 
 
 
 @pytest.mark.parametrize("name", PLAIN)
+@settings(deadline=None)
 @given(n=st.sampled_from([1, 2, 63, PIECE // 8, 3001]), d=st.integers(1, 9), g=st.integers(1, 3))
 def test_it_is_the_plain_sum_with_its_gradient(name: str, n: int, d: int, g: int) -> None:
     ours, plain = PLAIN[name]

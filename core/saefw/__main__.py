@@ -10,6 +10,9 @@ def main() -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)
     # Only now, since it takes a while.
+    from saefw import heap
+
+    heap.shared()
     from saefw import cli
 
     cli.main()

@@ -1,19 +1,20 @@
-"""A step of each SAE of a sweep, on the same tokens, two SAEs at a time where that is quicker.
+"""A step of each SAE of a sweep, on the same tokens, several SAEs at a time where that is quicker.
 
-The step of one small SAE does not keep all cores busy: between its products lie sums and searches that are short, or
-that one thread does. Two at a time fill them. Each has all threads of torch, as it would have alone, and so the same
-sums in the same order.
+The step of one SAE does not keep all cores busy: between its products lie sums and searches that are short, or that one
+thread does. Several at a time, each on its share of the threads, fill them. What comes out is what each would give
+alone, as no sum of a step hangs on the number of threads (see `saefw.sums`; in the libraries that torch uses, those of
+a product do not either). And a sweep that is gone on with has the same shares again.
 """
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
+from threading import Barrier
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from saefw.near import LARGE
 from saefw.sparse import Scratch
 from saefw.training import Training
 
@@ -26,11 +27,17 @@ class Abreast:
     """Takes steps of some SAEs; to be closed, as it has threads."""
 
     def __init__(self, trainings: Sequence[Training], batch_size: int) -> None:
-        """Choose who is taken two at a time, for batches of so many tokens."""
+        """Choose who is taken together with others, for batches of so many tokens."""
+        n_threads = torch.get_num_threads()
         able = [training for training in trainings if _fits(training, batch_size)]
-        self._able = {id(training) for training in able} if len(able) > 1 else set()
-        self._spare = [Scratch(), Scratch()]
-        self._pool = ThreadPoolExecutor(len(self._spare), "saefw-step")
+        n = max(1, min(n_threads, len(able)))
+        self._able = {id(training) for training in able} if n > 1 else set()
+        self._spare = [Scratch() for _ in range(n)]
+        self._pool = ThreadPoolExecutor(n, "saefw-step", _begin, (n_threads // n,))
+        if n > 1:
+            all_begun = Barrier(n)
+            list(self._pool.map(lambda _: all_begun.wait(), range(n)))
+            torch.set_num_threads(n_threads)
 
     def __enter__(self) -> Self:
         return self
@@ -59,7 +66,7 @@ class Abreast:
                 advance(training)
 
     def _all(self, calls: Sequence[Callable[[], None]]) -> None:
-        """Make all calls, two at a time; who is told to stop comes back when none is in the middle of one."""
+        """Make all calls, several at a time; who is told to stop comes back when none is in the middle of one."""
         futures = [self._pool.submit(call) for call in calls]
         try:
             for future in futures:
@@ -70,8 +77,14 @@ class Abreast:
             wait(futures)
 
 
+def _begin(n_threads: int) -> None:
+    """Give the calling thread so many of torch's threads."""
+    torch.set_num_threads(n_threads)
+    # When first asked, a thread takes what was set last, in whichever thread that was.
+    torch.get_num_threads()
+
+
 def _fits(training: Training, batch_size: int) -> bool:
-    """Whether a step is quicker beside another: it is not if both do not fit the processor's cache, or either draws."""
-    sae = training.sae
-    small = sae.W_enc.numel() < LARGE and batch_size * sae.d_sae >= MANY
-    return small and training.device == "cpu" and torch.get_num_threads() > 1 and not sae.may_draw()
+    """Whether a step is quicker beside another, and does not draw what the other should."""
+    worth = batch_size * training.sae.d_sae >= MANY
+    return worth and training.device == "cpu" and not training.sae.may_draw()
