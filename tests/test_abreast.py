@@ -20,7 +20,7 @@ from saefw.training import Training
 from saefw_batchtopk import BatchTopK
 from saefw_gated import Gated
 from saefw_jumprelu import JumpRelu
-from saefw_matryoshka import Matryoshka
+from saefw_matryoshka import Matryoshka, MatryoshkaSae
 from saefw_relu import Relu
 from saefw_topk import TopK
 
@@ -121,6 +121,27 @@ def test_a_stop_comes_back_when_no_step_is_half_done(at_once: None, monkeypatch:
     assert len(abreast._spare) == 2
 
 
+def test_a_stop_does_not_wait_for_a_step_that_takes_long(at_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is in the middle of one is not whole; what goes on does so unseen."""
+    monkeypatch.setattr(module, "PATIENCE", 0.01)
+    begun, end = threading.Event(), threading.Event()
+
+    def slow(self: Training, x_nd: Tensor, dead_after: int) -> None:
+        if self is made[0]:
+            assert begun.wait(30)
+            raise of_train.Stop
+        self.whole = False
+        begun.set()
+        end.wait(30)
+
+    monkeypatch.setattr(Training, "advance", slow)
+    made = trainings(*(TopK(expansion=3, k=3, seed=seed) for seed in range(2)))
+    with pytest.raises(of_train.Stop), Abreast(made, 50) as abreast:
+        abreast.step(made, x_nd(), 10**9)
+    assert not end.is_set() and not made[1].whole
+    end.set()
+
+
 @pytest.mark.parametrize("after", [1, 4, 7])
 def test_stopped_it_goes_on_to_the_same_bytes(
     at_once: None, after: int, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -131,9 +152,10 @@ def test_stopped_it_goes_on_to_the_same_bytes(
 
     def stopping(self: Training, x_nd: Tensor, dead_after: int) -> None:
         nonlocal left
-        left -= self.unit.given["sae"] == CONFIGS["other"]
-        if not left:
-            raise of_train.Stop
+        if self.unit.given["sae"] == CONFIGS["other"]:
+            left -= 1
+            if not left:
+                raise of_train.Stop
         advance(self, x_nd, dead_after)
 
     with monkeypatch.context() as patch, pytest.raises(of_train.Stop):
@@ -166,7 +188,7 @@ class HastySae(Sae):
 def test_who_draws_though_it_says_it_does_not_is_told() -> None:
     (made,) = trainings(Hasty(expansion=2))
     with pytest.raises(
-        UserError, match=r"plugin 'test_abreast' of .*: a training step draws from torch's generator, though"
+        UserError, match=r"plugin 'test_abreast' of .*: torch's generator was drawn from during a training step"
     ):
         made.advance(x_nd().float(), 10**9)
 
@@ -178,6 +200,12 @@ def test_a_derived_class_says_for_itself_whether_it_draws() -> None:
     assert Sae(4, 8).may_draw() and Derived(4, 8).may_draw() and not HastySae(4, 8).may_draw()
     assert not of_train.training(Matryoshka(expansion=2, k=3, prefixes=[0.5])).sae.may_draw()
     assert of_train.training(CONFIGS["sampled"].model_copy()).sae.may_draw()
+
+    class Further(MatryoshkaSae):
+        pass
+
+    config = Matryoshka(expansion=2, k=3, prefixes=[0.5])
+    assert Further(6, 12, config, [6, 12]).may_draw() and not MatryoshkaSae(6, 12, config, [6, 12]).may_draw()
 
 
 def test_gradients_and_memory_are_not_held_between_steps() -> None:

@@ -3,7 +3,7 @@
 The step of one SAE does not keep all cores busy: between its products lie sums and searches that are short, or that one
 thread does. Several at a time, each on its share of the threads, fill them. What comes out is what each would give
 alone, as no sum of a step hangs on the number of threads (see `saefw.sums`; in the libraries that torch uses, those of
-a product do not either). And a sweep that is gone on with has the same shares again.
+a product were not seen to either). And the same sweep on the same machine, gone on with, has the same shares again.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +22,9 @@ MANY = 1 << 22
 """How many pre-activations a batch has at least: with fewer a step is mostly Python, and of that one thread runs at a
 time."""
 
+PATIENCE = 1.0
+"""Seconds that a stop waits for steps that have begun: what is whole by then must be saved before the process ends."""
+
 
 class Abreast:
     """Takes steps of some SAEs; to be closed, as it has threads."""
@@ -36,14 +39,17 @@ class Abreast:
         self._pool = ThreadPoolExecutor(n, "saefw-step", _begin, (n_threads // n,))
         if n > 1:
             all_begun = Barrier(n)
-            list(self._pool.map(lambda _: all_begun.wait(), range(n)))
-            torch.set_num_threads(n_threads)
+            try:
+                list(self._pool.map(lambda _: all_begun.wait(), range(n)))
+            finally:
+                all_begun.abort()
+                torch.set_num_threads(n_threads)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._pool.shutdown()
+        self._pool.shutdown(wait=False)
 
     def step(self, trainings: Sequence[Training], x_nd: Tensor, dead_after: int) -> None:
         """Take one step of each of the SAEs, or of some, on tokens as they were recorded."""
@@ -66,7 +72,7 @@ class Abreast:
                 advance(training)
 
     def _all(self, calls: Sequence[Callable[[], None]]) -> None:
-        """Make all calls, several at a time; who is told to stop comes back when none is in the middle of one."""
+        """Make all calls, several at a time; who is told to stop comes back soon, and when no further one can begin."""
         futures = [self._pool.submit(call) for call in calls]
         try:
             for future in futures:
@@ -74,7 +80,7 @@ class Abreast:
         finally:
             for future in futures:
                 future.cancel()
-            wait(futures)
+            wait(futures, PATIENCE)
 
 
 def _begin(n_threads: int) -> None:

@@ -37,4 +37,6 @@ def untouched(who: str) -> Iterator[None]:
     before = torch.get_rng_state()
     yield
     if not torch.equal(torch.get_rng_state(), before):
-        raise UserError(f"{who}: a training step draws from torch's generator, though `draws` is False; say True")
+        raise UserError(
+            f"{who}: torch's generator was drawn from during a training step; if by the step, say `draws = True`"
+        )

@@ -191,10 +191,10 @@ def in_parts(find: Callable[[int, int], T], r: int, s: int, at_most: int) -> lis
     starts = range(0, r, at_once) or range(1)
     if len(starts) == 1 or n_threads == 1:
         return [find(start, start + at_once) for start in starts]
-    return list(_pool(os.getpid()).map(lambda start: find(start, start + at_once), starts))
+    return list(_pool(n_threads, os.getpid()).map(lambda start: find(start, start + at_once), starts))
 
 
 @cache
-def _pool(process: int) -> ThreadPoolExecutor:
+def _pool(n_threads: int, process: int) -> ThreadPoolExecutor:
     """Return the same threads each time, but for a process that was forked: to start them takes a millisecond."""
-    return ThreadPoolExecutor(os.cpu_count(), "saefw-largest")
+    return ThreadPoolExecutor(n_threads, "saefw-largest")

@@ -31,7 +31,9 @@ def mean_square(x: Tensor) -> Tensor:
 
 def at(x_s: Tensor, features: Tensor | slice) -> Tensor:
     """Return x[features], of what there is for each feature what fits some entries: [e], or all of [s]."""
-    return x_s[features] if isinstance(features, slice) else x_s.index_select(0, features)
+    if isinstance(features, slice) or x_s.device.type != "cpu":  # on a GPU it is the gradient of this that is the same
+        return x_s[features]
+    return x_s.index_select(0, features)
 
 
 class _Total(Function):
@@ -58,7 +60,7 @@ class _MeanSquare(Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        found: Tensor = x * (2 / x.numel() * gradient)
+        found: Tensor = x * (2 * gradient / x.numel())
         return found
 
 

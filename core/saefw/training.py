@@ -55,6 +55,7 @@ class Training:
         and were the gradient clipped before its useless part is taken out, the useful part would be clipped too.
         """
         self.whole = False
+        self.sae.zero_grad()
         lr, dead_s = learning_rate(self.config, self.step, self.n_steps), self.since_s >= dead_after
         for group in self.adam.param_groups:
             group["lr"] = lr
@@ -87,8 +88,9 @@ class Training:
 
     def _chance(self) -> AbstractContextManager[None]:
         """Give a step torch's generator, seeded by its SAE and number, or see that it needs none."""
-        sae = self.sae
-        return seeded(self.config.seed, self.step + 1, self.device) if sae.may_draw() else untouched(whose(type(sae)))
+        if self.device == "cpu" and not self.sae.may_draw():
+            return untouched(whose(type(self.sae)))
+        return seeded(self.config.seed, self.step + 1, self.device)
 
     def log(self, run: Run) -> None:
         """Note what the last step measured."""

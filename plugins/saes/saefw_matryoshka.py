@@ -58,7 +58,9 @@ class MatryoshkaSae(Sae):
         super().__init__(d_model, d_sae)
         self.k, self.sampled, self.ends = config.k, config.sampled, ends
         self.threshold = Threshold(config.k) if config.keep == "batchtopk" else None
-        self.by_token, self.draws = self.threshold is None, config.sampled
+        self.by_token = self.threshold is None
+        if type(self) is MatryoshkaSae:
+            self.draws = config.sampled
 
     def select(self, pre_ns: Tensor) -> Entries:
         """Return which features of the whole are active."""
