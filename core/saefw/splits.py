@@ -12,6 +12,7 @@ Split = Literal["train", "valid", "test"]
 def stratified(keys: Sequence[str], strata: Sequence[Hashable], n: int, seed: int = 0) -> list[int]:
     """Return the indices, ascending, of `n` images chosen so that each stratum gives its share, rounded.
 
+    The share is one for all, near n / all of them, that rounds to `n` images in sum (Webster's method).
     The choice is a function of keys, strata and seed: neither the order of the images nor a library's random numbers
     count. What is chosen for a smaller `n` is also chosen for a larger one.
 
