@@ -22,6 +22,9 @@ MANY = 1 << 22
 """How many pre-activations a batch has at least: with fewer a step is mostly Python, and of that one thread runs at a
 time."""
 
+AT_ONCE = 4
+"""How many take a step at once, at most: what of a step is Python, 3 ms and more, one waits for at a time."""
+
 PATIENCE = 1.0
 """Seconds that a stop waits for steps that have begun: what is whole by then must be saved before the process ends."""
 
@@ -33,7 +36,7 @@ class Abreast:
         """Choose who is taken together with others, for batches of so many tokens."""
         n_threads = torch.get_num_threads()
         able = [training for training in trainings if _fits(training, batch_size)]
-        n = max(1, min(n_threads, len(able)))
+        n = max(1, min(n_threads, len(able), AT_ONCE))
         self._able = {id(training) for training in able} if n > 1 else set()
         self._spare = [Scratch() for _ in range(n)]
         self._pool = ThreadPoolExecutor(n, "saefw-step", _begin, (n_threads // n,))
