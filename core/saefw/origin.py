@@ -1,8 +1,10 @@
 """Says whose a class is: of which plugin, in which version, in which file."""
 
 import ast
+import gc
 import importlib.util
 import sys
+from functools import lru_cache
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
@@ -28,14 +30,37 @@ def code(file: Path) -> str:
     Of one that cannot be read any more, nothing.
     """
     try:
-        tree = ast.parse(file.read_bytes())
+        told = file.stat()
+        return _code(file, told.st_mtime_ns, told.st_size)
     except (OSError, SyntaxError, ValueError):
         return ""
+
+
+@lru_cache(maxsize=256)
+def _code(file: Path, _changed: int, _size: int) -> str:
+    """Return the hash of a file's code; once a version of it, as a page plans again and again."""
+    tree = _parsed(file.read_bytes())
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):  # a text alone in a line is for people
             node.body = [x for x in body if not (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant))]  # type: ignore[attr-defined]
     return sha256(ast.dump(tree).encode()).hexdigest()[:8]
+
+
+def _parsed(text: bytes) -> ast.Module:
+    """Parse Python, also while another thread does.
+
+    CPython 3.11 counts the depth of a tree for all threads at once. Two that take turns in the middle of their trees
+    get a SystemError, and what lets them is the garbage collector. To import torch in a thread is to parse: it asks
+    for the signatures of built-in functions.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return ast.parse(text)
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def whose(cls: type) -> str:
