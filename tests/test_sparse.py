@@ -160,9 +160,14 @@ def test_gradients_by_entries_are_the_numerical_ones() -> None:
     assert torch.autograd.gradcheck(lambda codes, W: decode(codes, W, entries, by_feature), (codes_e, W_sd))
     torch.testing.assert_close(decode(codes_e, W_sd, entries, by_feature), entries.dense(codes_e, S) @ W_sd)
 
-    rows_gnd, taken_nd = normal(3, N, D).requires_grad_(), normal(N, D, seed=1).requires_grad_()
-    assert torch.autograd.gradcheck(left_over, (taken_nd, rows_gnd))
-    torch.testing.assert_close(left_over(taken_nd, rows_gnd), taken_nd - rows_gnd.cumsum(dim=0))
+    rows_gnd, x_nd, b_dec = normal(3, N, D).requires_grad_(), normal(N, D, seed=1), normal(D, seed=2).requires_grad_()
+    # The tokens come without b_dec: that they hang on it is known to the gradient alone.
+    left_gnd = left_over((x_nd - b_dec).detach(), b_dec, rows_gnd)
+    plain_gnd = x_nd - b_dec - rows_gnd.cumsum(dim=0)
+    torch.testing.assert_close(left_gnd, plain_gnd)
+    weights_gnd = normal(3, N, D, seed=3)
+    ours = torch.autograd.grad((left_gnd * weights_gnd).sum(), (b_dec, rows_gnd))
+    torch.testing.assert_close(ours, torch.autograd.grad((plain_gnd * weights_gnd).sum(), (b_dec, rows_gnd)))
 
     x_nd, b_dec = normal(N, D, seed=2), normal(D, seed=4).requires_grad_()
     W_enc, b_enc = normal(D, S, seed=5).requires_grad_(), normal(S, seed=6).requires_grad_()

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from saefw.errors import UserError
+from saefw.origin import whose
 
 
 @contextmanager
@@ -27,16 +28,16 @@ def seeded(seed: int, step: int, device: str = "cpu") -> Iterator[None]:
 
 
 @contextmanager
-def untouched(who: str) -> Iterator[None]:
+def untouched(cls: type) -> Iterator[None]:
     """See that nobody draws from the CPU's generator, as others may be at work at the same time.
 
     Raises:
-        UserError: somebody did; `who` is said to have.
+        UserError: somebody did; the plugin of `cls` is said to have.
 
     """
     before = torch.get_rng_state()
     yield
     if not torch.equal(torch.get_rng_state(), before):
         raise UserError(
-            f"{who}: torch's generator was drawn from during a training step; if by the step, say `draws = True`"
+            f"{whose(cls)}: torch's generator was drawn from during a training step; if by the step, say `draws = True`"
         )

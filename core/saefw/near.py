@@ -8,7 +8,9 @@ Shapes: n tokens, d d_model, s d_sae, e entries.
 """
 
 import math
+from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saefw.largest import PIECE, bits, in_parts, kth_of_maxima, largest_of_rows, ordered, sampled
-from saefw.sparse import Entries, chosen, dots, entries_at, turned
+from saefw.largest import HELD, SAMPLED, bits, in_parts, kth_of_maxima, largest_of_rows, ordered, sampled
+from saefw.sparse import Entries, Scratch, chosen, dots, entries_at, turned
 
 WORTH = 1 << 20
 """How many numbers W_enc has at least: by a smaller one a product in float32 takes no longer than looking twice."""
@@ -32,14 +34,21 @@ SUMMING = 2.0**-22
 SLACK = 1.001
 """For what rounding does to the norms by which all this is reckoned."""
 
+HOT = 3 << 19
+"""How many numbers of a product a thread makes at a time, so that they are still in the processor's cache when they are
+looked at."""
+
+LEAST = 1024
+"""Of how many tokens that product is at least, where W_enc is LARGE: it is read for each."""
+
+AT_ONCE = 1 << 20
+"""How many of them a thread compares at a time, for the same reason."""
+
 MANY = 1 / 32
 """Which share of all is looked at again, at most: with more, a product in float32 is quicker."""
 
 LARGE = 1 << 22
 """How many numbers W_enc has at least for the processor's cache not to hold it, about."""
-
-ROWS = 256
-"""Features whose weights are compared with the rounded ones at a time, in the processor's cache."""
 
 
 class TooMany(Exception):
@@ -66,26 +75,36 @@ class Rounded(NamedTuple):
 
 
 class Near:
-    """Pre-activations [n, s] that are known nearly; `largest`, `largest_of_batch` and `above` find what is exact."""
+    """Pre-activations [n, s] that are known nearly; `largest`, `largest_of_batch` and `above` find what is exact.
 
-    def __init__(self, z_nd: Tensor, W_enc: Tensor, b_enc: Tensor, encoder: Rounded, into_ns: Tensor) -> None:
-        """Multiply.
+    The product is made a few tokens at a time, each time something is looked for, and stays in the processor's cache.
+    """
+
+    def __init__(self, z_nd: Tensor, W_enc: Tensor, b_enc: Tensor, encoder: Rounded, scratch: Scratch) -> None:
+        """Reckon how far off a product will be.
 
         Args:
             z_nd: what the encoder sees, float32.
             W_enc: float32 [d, s].
             b_enc: float32 [s].
             encoder: the two, rounded.
-            into_ns: memory for the product, bfloat16.
+            scratch: memory for a product of some tokens.
 
         """
-        self.z_nd, self.W_enc, self.b_enc = z_nd, W_enc, b_enc
-        near_nd = z_nd.bfloat16()
-        self.near_ns = torch.addmm(encoder.b_enc, near_nd, encoder.W_enc, out=into_ns)
-        norm_n, off_n = near_nd.float().norm(dim=1), (z_nd - near_nd).norm(dim=1)
+        self.z_nd, self.W_enc, self.b_enc, self._encoder, self._scratch = z_nd, W_enc, b_enc, encoder, scratch
+        self._near_nd = z_nd.bfloat16()
+        norm_n, off_n = self._near_nd.float().norm(dim=1), (z_nd - self._near_nd).norm(dim=1)
         summed_n = SUMMING * z_nd.shape[1] * norm_n * encoder.norm
         self.off_n = SLACK * (off_n * encoder.norm + norm_n * encoder.off + summed_n + encoder.b_off)
         """How far each token's may be off, beside ROUNDING of themselves."""
+
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+        return len(self.z_nd)
+
+    def first(self, n: int) -> Tensor:
+        """Return those of the first n tokens, in bfloat16."""
+        return self.product(self._near_nd[:n])
 
     def above(self, edge: Tensor | float) -> Entries:
         """Return the entries larger than an edge: a number, or one of each feature [s].
@@ -96,31 +115,37 @@ class Near:
         """
         edge_1s = torch.as_tensor(edge, dtype=torch.float32).view(1, -1)
         alike = edge_1s.numel() == 1
-        found = self._candidates(edge_1s.expand(len(self.off_n), 1) if alike else edge_1s)
+        found = self._candidates(lambda near_ns, _: edge_1s.expand(len(near_ns), 1) if alike else edge_1s)
         assert found.known_e is not None
         return self._only(found, found.known_e > (float(edge) if alike else edge_1s[0, found.features_e.long()]))
 
     def largest(self, k: int) -> Entries:
         """Return each token's k largest; of equal ones no more than that."""
-        kth_n = kth_of_maxima(self.near_ns, k)
-        # As many as k are at least so large.
-        found = self._candidates((kth_n - self.off_n - ROUNDING * kth_n.abs())[:, None])
+
+        def least(near_ns: Tensor, off_n: Tensor) -> Tensor:
+            kth_n = kth_of_maxima(near_ns, k)
+            # As many as k are at least so large.
+            return (kth_n - off_n - ROUNDING * kth_n.abs())[:, None]
+
+        found = self._candidates(least)
         assert found.known_e is not None
         starts_n, rows_e = found.starts_r.long(), found.rows().long()
         counts_n = starts_n.diff()
         most = int(counts_n.max())
-        if int(counts_n.min()) < k or most > max(k, MANY * self.near_ns.shape[1]):
+        if int(counts_n.min()) < k or most > max(k, MANY * self.W_enc.shape[1]):
             raise TooMany  # of numbers that are none, or of one token
         among_nm = found.known_e.new_full((len(counts_n), most), -math.inf)
-        among_nm[rows_e, torch.arange(len(rows_e)) - starts_n[rows_e]] = found.known_e
+        firsts_n = torch.arange(0, among_nm.numel(), most) - starts_n[:-1]
+        among_nm.view(-1).index_put_((firsts_n[rows_e] + torch.arange(len(rows_e)),), found.known_e)
         found_nk, known_nk = largest_of_rows(among_nm, k)
         indices_nk = found.features_e.long()[starts_n[:-1, None] + found_nk]
         return chosen(indices_nk)._replace(source=self, known_e=known_nk.flatten())
 
     def largest_of_batch(self, k: int) -> Entries:
         """Return the k n largest of all n tokens together; of equal ones no more than that."""
-        m, edge = k * len(self.near_ns), sampled(self.near_ns, k * len(self.near_ns))
-        found = self._candidates(torch.full((len(self.near_ns), 1), edge))
+        few_nd = self._near_nd[:: max(1, len(self) // SAMPLED)]
+        m, edge = k * len(self), sampled(self.product(few_nd), k * len(few_nd))
+        found = self._candidates(lambda near_ns, _: torch.full((len(near_ns), 1), edge))
         assert found.known_e is not None
         if int((found.known_e > edge).sum()) < m:
             raise TooMany  # few rows told too high an edge
@@ -144,38 +169,61 @@ class Near:
         starts_r = before_e[found.starts_r.long()]
         return found._replace(starts_r=starts_r, features_e=found.features_e[kept_e], known_e=found.known_e[kept_e])
 
-    def _candidates(self, edge: Tensor) -> Entries:
-        """Return the entries that may reach an edge, [n, 1] or [1, s], and all that do, with their exact values."""
-        n, s = self.near_ns.shape
-        by_feature, near_ns = len(edge) == 1, bits(self.near_ns)
-        least = edge - (self.off_n.max() if by_feature else self.off_n[:, None])
-        if not bool(least.isfinite().all()):
-            raise TooMany
-        # What is off by ROUNDING of itself at most reaches `least` from here on.
-        floor = _floor(least / torch.where(least < 0, 1 - ROUNDING, 1 + ROUNDING))
+    def product(self, near_nd: Tensor) -> Tensor:
+        """Return pre-activations in bfloat16 of rounded tokens, in memory that the next call uses again."""
+        into_ns = self._scratch.empty(len(near_nd), self.W_enc.shape[1], torch.bfloat16, near_nd.device)
+        return torch.addmm(self._encoder.b_enc, near_nd, self._encoder.W_enc, out=into_ns)
 
-        def find(start: int, stop: int) -> NDArray[np.int64]:
-            rows, over = near_ns[start:stop], floor if by_feature else floor[start:stop]
-            if (over >= 0).all():  # the bits of positive numbers are in their order, and those of negative ones below
-                found = rows >= over
-            elif (over < 0).all():  # unsigned, those of negative ones are above, the nearer to zero the lower
-                found = rows.view(np.uint16) <= ordered(over).view(np.uint16)
-            else:
-                found = ordered(rows) >= over
-            return np.flatnonzero(found) + start * s
+    def _candidates(self, edge: Callable[[Tensor, Tensor], Tensor]) -> Entries:
+        """Return the entries that may reach an edge, and all that do, with their exact values.
 
-        places_e = torch.from_numpy(np.concatenate(in_parts(find, n, s, PIECE)))
-        if len(places_e) > MANY * n * s:
-            raise TooMany
-        found = entries_at(places_e, n, s)
-        return found._replace(source=self, known_e=self.at(found))
+        Args:
+            edge: gives it, [n, 1] or [1, s], for some tokens: of their product, and of how far off each may be.
+
+        """
+        n, s = len(self), self.W_enc.shape[1]
+        found: list[NDArray[np.int64]] = []
+        least = LEAST if self.W_enc.numel() >= LARGE else 1
+        n_parts = math.ceil(n / max(least, HOT * torch.get_num_threads() // s))
+        for start, stop in pairwise(n * part // n_parts for part in range(n_parts + 1)):
+            near_ns, off_n = self.product(self._near_nd[start:stop]), self.off_n[start:stop]
+            found.extend(places + start * s for places in _reaching(near_ns, off_n, edge(near_ns, off_n)))
+            if sum(map(len, found)) > MANY * n * s:
+                raise TooMany
+        places_e = entries_at(torch.from_numpy(np.concatenate(found)), n, s)
+        return places_e._replace(source=self, known_e=self.at(places_e))
+
+
+def _reaching(near_ns: Tensor, off_n: Tensor, edge: Tensor) -> list[NDArray[np.int64]]:
+    """Return, part by part, the places among [n, s] of what may reach an edge, [n, 1] or [1, s]."""
+    n, s = near_ns.shape
+    by_feature, bits_ns = len(edge) == 1, bits(near_ns)
+    least = edge - (off_n.max() if by_feature else off_n[:, None])
+    if not bool(least.isfinite().all()):
+        raise TooMany
+    # What is off by ROUNDING of itself at most reaches `least` from here on.
+    floor = _floor(least / torch.where(least < 0, 1 - ROUNDING, 1 + ROUNDING))
+
+    def find(start: int, stop: int) -> NDArray[np.int64]:
+        rows, over = bits_ns[start:stop], floor if by_feature else floor[start:stop]
+        if (over >= 0).all():  # the bits of positive numbers are in their order, and those of negative ones below
+            found = rows >= over
+        elif (over < 0).all():  # unsigned, those of negative ones are above, the nearer to zero the lower
+            found = rows.view(np.uint16) <= ordered(over).view(np.uint16)
+        else:
+            found = ordered(rows) >= over
+        return np.flatnonzero(found) + start * s
+
+    return in_parts(find, n, s, AT_ONCE)
 
 
 def rounded(W_enc: Tensor, b_enc: Tensor) -> Rounded:
     """Round an encoder [d, s] and [s]; it is read fastest where it lies feature by feature."""
     W_sd = W_enc.T
     near_sd, norm, off = W_sd.bfloat16(), W_sd.new_zeros(()), W_sd.new_zeros(())
-    for rows, near in zip(torch.split(W_sd, ROWS), torch.split(near_sd, ROWS), strict=True):
+    # Few at a time, so that they are read from memory once.
+    n_rows = max(1, HELD // W_sd.shape[1])
+    for rows, near in zip(torch.split(W_sd, n_rows), torch.split(near_sd, n_rows), strict=True):
         norm = torch.maximum(norm, torch.linalg.vector_norm(rows, dim=1).max())
         off = torch.maximum(off, torch.linalg.vector_norm(rows - near, dim=1).max())
     b_near = b_enc.bfloat16()

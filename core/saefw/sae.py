@@ -14,7 +14,7 @@ from torch.nn.functional import embedding_bag
 
 from saefw.errors import UserError
 from saefw.largest import largest_of_rows
-from saefw.near import MANY, WORTH, Near, Rounded, TooMany, has_bfloat16, rounded
+from saefw.near import MANY, WORTH, Near, TooMany, has_bfloat16, rounded
 from saefw.origin import whose
 from saefw.sparse import (
     Entries,
@@ -330,11 +330,12 @@ class Sae(nn.Module):
             return None
         by_edge = type(self).select is Sae.select
         parts = torch.split(z_nd, PART if by_edge or self._says("by_token") else max(1, len(z_nd)))
-        near = (by_edge or self._says("nearly")) and self.W_enc.numel() >= WORTH and has_bfloat16()
-        if near and self.precision == z_nd.dtype == torch.float32 and z_nd.device.type == "cpu":
-            encoder = rounded(self.W_enc, self.b_enc)
+        worth = (by_edge or self._says("nearly")) and self.W_enc.numel() >= WORTH and has_bfloat16()
+        if worth and self.precision == z_nd.dtype == torch.float32 and z_nd.device.type == "cpu":
+            W_enc, b_enc = self.W_enc, self.b_enc
             try:
-                return self._selected((self._near(part_nd, encoder) for part_nd in parts), z_nd, dead, n_aux)
+                near = Near(z_nd, W_enc, b_enc, rounded(W_enc, b_enc), self.scratch)
+                return self._selected([near], z_nd, dead, n_aux)
             except TooMany:
                 pass
         exact = self._encoder(z_nd)
@@ -345,11 +346,6 @@ class Sae(nn.Module):
         owner = next(cls for cls in type(self).__mro__ if "select" in vars(cls))
         return bool(vars(self).get(what, vars(owner).get(what)))
 
-    def _near(self, z_nd: Tensor, encoder: Rounded) -> Near:
-        """Return z W_enc + b_enc [n, s], known nearly, in memory that the next call uses again."""
-        into_ns = self.scratch.empty(len(z_nd), self.d_sae, torch.bfloat16, z_nd.device)
-        return Near(z_nd, self.W_enc, self.b_enc, encoder, into_ns)
-
     def _selected(
         self, parts: Iterable[Tensor | Near], z_nd: Tensor, dead: Tensor, n_aux: int
     ) -> tuple[Entries, Entries | None] | None:
@@ -359,18 +355,19 @@ class Sae(nn.Module):
         aux: list[Entries] = []
         done = 0
         for pre in parts:
-            near_ns = pre.near_ns if isinstance(pre, Near) else pre
-            share = (near_ns[:PROBED] > self.edge()).float().mean() if by_edge and not found else 0
-            if share > DENSE:
-                return None
-            if share > MANY and isinstance(pre, Near):
-                raise TooMany
+            if by_edge and not found:
+                few_ns = pre.first(PROBED) if isinstance(pre, Near) else pre[:PROBED]
+                share = float((few_ns > self.edge()).float().mean())
+                if share > DENSE:
+                    return None
+                if share > MANY and isinstance(pre, Near):
+                    raise TooMany
             # What is known nearly answers to all that those ask who are given it.
             found.append(self.select(cast(Tensor, pre)).read(pre))
             if n_aux > done:
-                pre_na = self._of_dead(pre, z_nd[done : done + len(near_ns)], dead, n_aux - done)
+                pre_na = self._of_dead(pre, z_nd[done : done + len(pre)], dead, n_aux - done)
                 aux.append(largest_above_zero(pre_na, dead, self.k_aux))
-            done += len(near_ns)
+            done += len(pre)
         return stacked(found, len(z_nd)), stacked(aux, n_aux) if aux else None
 
     def _of_dead(self, pre: Tensor | Near, z_nd: Tensor, dead: Tensor, n: int) -> Tensor:
@@ -396,7 +393,7 @@ class Sae(nn.Module):
         codes_e = self.fire(pre_e, features_e)
         rows_rd = decode(torch.cat([codes_e, aux_e]), W_sd, every, by_feature)
         prefixes_rd, aux_nd = torch.split(rows_rd, [len(ends) * n, len(rows_rd) - len(ends) * n])
-        error_gnd = left_over(x_nd - self.b_dec, prefixes_rd.view(len(ends), n, -1))
+        error_gnd = left_over(z_nd, self.b_dec, prefixes_rd.view(len(ends), n, -1))
 
         def rebuild(values_e: Tensor) -> Tensor:
             rows_rd = decode(values_e, W_sd.detach(), main, None)

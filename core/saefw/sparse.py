@@ -220,9 +220,16 @@ def decode(codes_e: Tensor, W_dec: Tensor, at: Entries, by_feature: Turned | Non
     return found
 
 
-def left_over(x_nd: Tensor, rows_gnd: Tensor) -> Tensor:
-    """Return what is left of x after taking off the first of the rows, after the first two, and so on, [g, n, d]."""
-    found: Tensor = _LeftOver.apply(x_nd, rows_gnd)  # type: ignore[no-untyped-call]
+def left_over(z_nd: Tensor, b_dec: Tensor, rows_gnd: Tensor) -> Tensor:
+    """Return what is left of tokens less b_dec after taking off the first of the rows, the first two, ... [g, n, d].
+
+    Args:
+        z_nd: tokens less b_dec already; they get no gradient.
+        b_dec: gets one.
+        rows_gnd: get one.
+
+    """
+    found: Tensor = _LeftOver.apply(z_nd, b_dec, rows_gnd)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -272,22 +279,22 @@ class _Decode(Function):
 
 
 class _LeftOver(Function):
-    # As -cumsum + x, but along a dimension where torch's is slow.
+    # As -cumsum + z, but along a dimension where torch's is slow.
 
     @staticmethod
-    def forward(ctx: Any, x_nd: Tensor, rows_gnd: Tensor) -> Tensor:
+    def forward(ctx: Any, z_nd: Tensor, b_dec: Tensor, rows_gnd: Tensor) -> Tensor:
         left_gnd = torch.empty_like(rows_gnd)
         for rows_nd, left_nd in zip(rows_gnd, left_gnd, strict=True):
-            x_nd = torch.sub(x_nd, rows_nd, out=left_nd)
+            z_nd = torch.sub(z_nd, rows_nd, out=left_nd)
         return left_gnd
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_gnd: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient_gnd: Tensor) -> tuple[None, Tensor, Tensor]:
         taken_gnd = -gradient_gnd
         for g in range(len(taken_gnd) - 1, 0, -1):
             taken_gnd[g - 1] += taken_gnd[g]
-        return -taken_gnd[0], taken_gnd
+        return None, taken_gnd[0].sum(dim=0), taken_gnd
 
 
 def _sums(weights_e: Tensor, x_nd: Tensor, indices_e: Tensor, starts_r: Tensor) -> Tensor:
