@@ -1,5 +1,6 @@
 """Steps of several SAEs at once: each is what it would be alone, and a stop leaves none in the middle of one."""
 
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -191,6 +192,20 @@ def test_who_draws_though_it_says_it_does_not_is_told() -> None:
         UserError, match=r"plugin 'test_abreast' of .*: torch's generator was drawn from during a training step"
     ):
         made.advance(x_nd().float(), 10**9)
+
+
+def test_a_step_asks_for_nobodys_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To find it is to read what is told of all installed packages: longer than the rest of a small step."""
+    made = trainings(TopK(expansion=3, k=3), Matryoshka(expansion=3, k=3, prefixes=[0.5]))
+
+    def asked(cls: type) -> str:
+        raise AssertionError(cls)
+
+    for named in [named for name, named in sys.modules.items() if name.startswith("saefw") and hasattr(named, "whose")]:
+        monkeypatch.setattr(named, "whose", asked)
+    with Abreast(made, 50) as abreast:
+        abreast.step(made, x_nd(), 10**9)
+    assert [training.step for training in made] == [1, 1]
 
 
 def test_a_derived_class_says_for_itself_whether_it_draws() -> None:

@@ -1,5 +1,6 @@
 """What is found by way of a product in bfloat16 is what a product in float32, and in float64, gives."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,48 @@ def check(found: Entries, exact_ns: Tensor, edge: Tensor, close: Tensor) -> None
     assert not found_ns[exact_ns < edge - close].any()
 
 
+@pytest.mark.parametrize("hot", [1, 300, 5 * 1024, 1 << 30])
+def test_in_however_many_pieces_the_same_is_found(hot: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    n, s, k = 23, 1024, 5
+    monkeypatch.setattr(near, "MANY", 1.0)
+    wanted, _ = made(3, n, 40, s, 0.3, 1.0)
+    sizes: list[int] = []
+    real = Near.product
+
+    def product(self: Near, near_nd: Tensor) -> Tensor:
+        sizes.append(len(near_nd))
+        return real(self, near_nd)
+
+    ways: dict[str, Callable[[Near], Entries]] = {
+        "above": lambda pre: pre.above(3.0),
+        "by feature": lambda pre: pre.above(torch.linspace(1, 4, s)),
+        "largest": lambda pre: pre.largest(k),
+        "of all": lambda pre: pre.largest_of_batch(k),
+    }
+    for name, find in ways.items():
+        whole = find(wanted)
+        with monkeypatch.context() as patch:
+            patch.setattr(near, "HOT", hot)
+            patch.setattr(near, "AT_ONCE", max(1, hot // 3))
+            patch.setattr(Near, "product", product)
+            sizes.clear()
+            pre, _ = made(3, n, 40, s, 0.3, 1.0)
+            found = find(pre)
+        assert sum(sizes) == n + (n if name == "of all" else 0)
+        assert max(sizes[-1:] if name == "of all" else sizes) <= max(1, hot * torch.get_num_threads() // s)
+        assert torch.equal(found.starts_r, whole.starts_r)
+        assert set(zip(found.rows().tolist(), found.features_e.tolist(), strict=True)) == set(
+            zip(whole.rows().tolist(), whole.features_e.tolist(), strict=True)
+        )
+    # A W_enc that is read from memory for each is not read for a few tokens.
+    monkeypatch.setattr(near, "HOT", 1)
+    monkeypatch.setattr(near, "LARGE", 1)
+    monkeypatch.setattr(Near, "product", product)
+    sizes.clear()
+    wanted.above(3.0)
+    assert sizes == [n]
+
+
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
 def test_numbers_that_are_none_are_left_to_float32(broken: float) -> None:
     pre, _ = made(0, 4, 8, 64, 0.0, 0.0)
@@ -132,9 +175,9 @@ def test_a_select_that_says_nothing_gets_exact_ones(monkeypatch: pytest.MonkeyPa
 @given(st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=1))
 def test_a_number_a_step_below_at_most(values: list[float]) -> None:
     x = torch.tensor(values)
-    floor = torch.from_numpy(ordered(near._floor(x))).view(torch.bfloat16).float()
+    floor = torch.from_numpy(ordered(near._floor(x.numpy()))).view(torch.bfloat16).float()
     assert (floor <= x).all()
-    one_up = torch.from_numpy(ordered(near._floor(x) + np.int16(1))).view(torch.bfloat16).float()
+    one_up = torch.from_numpy(ordered(near._floor(x.numpy()) + np.int16(1))).view(torch.bfloat16).float()
     assert (one_up >= x).all()
 
 

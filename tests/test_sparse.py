@@ -333,6 +333,15 @@ def test_very_many_active_features_are_done_densely(monkeypatch: pytest.MonkeyPa
     assert set(ways) == {"_sparse", "_dense"}
 
 
+@given(st.lists(st.booleans()), st.sampled_from([0.0, 0.01, 0.5, 1.0]), st.integers(0, 400))
+def test_where_a_mask_holds(begin: list[bool], share: float, n: int) -> None:
+    mask = np.array(begin + (np.random.default_rng(n).random(n) < share).tolist(), dtype=bool)
+    found = of_rows.places_of(mask)
+    assert found.dtype == np.int64 and found.tolist() == np.flatnonzero(mask).tolist()
+    square = mask[: len(mask) // 3 * 3].reshape(3, -1)
+    assert of_rows.places_of(square).tolist() == np.flatnonzero(square).tolist()
+
+
 # Memory and precision
 
 
@@ -342,6 +351,8 @@ def test_scratch_memory_is_used_again() -> None:
     first = scratch.empty(4, 6, *kind)
     assert first.shape == (4, 6) and scratch.empty(3, 8, *kind).data_ptr() == first.data_ptr()
     assert scratch.empty(4, 7, *kind).shape == (4, 7)
+    again = scratch.empty(3, 8, *kind)
+    assert scratch.empty(3, 8, *kind) is again
     assert scratch.empty(2, 2, torch.bfloat16, kind[1]).dtype == torch.bfloat16
 
 

@@ -59,13 +59,20 @@ class Abreast:
         if not trainings:
             return
         # Of one recording all have the same mean and scale.
-        x_nd = trainings[0].sae.normalise(x_nd.to(trainings[0].device).float())
+        first = trainings[0]
+
+        def normalised() -> Tensor:
+            normal_nd: Tensor = first.sae.normalise(x_nd.to(first.device).float())
+            return normal_nd
+
+        # Not here: the threads that torch would use for it go on spinning for milliseconds, in the way of what follows.
+        z_nd = self._pool.submit(normalised).result() if self._able else normalised()
 
         def advance(training: Training) -> None:
             # Memory for pre-activations goes with a step, not with an SAE: so there is no more than is used at once.
             scratch = training.sae.scratch = self._spare.pop()
             try:
-                training.advance(x_nd, dead_after)
+                training.advance(z_nd, dead_after)
             finally:
                 self._spare.append(scratch)
 

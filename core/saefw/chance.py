@@ -1,12 +1,11 @@
 """Torch's generators, of which a process has one a device: seeded, so that chance is each SAE's own, or untouched."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 from saefw.errors import UserError
-from saefw.origin import whose
 
 
 @contextmanager
@@ -28,16 +27,16 @@ def seeded(seed: int, step: int, device: str = "cpu") -> Iterator[None]:
 
 
 @contextmanager
-def untouched(cls: type) -> Iterator[None]:
+def untouched(who: Callable[[], str]) -> Iterator[None]:
     """See that nobody draws from the CPU's generator, as others may be at work at the same time.
 
     Raises:
-        UserError: somebody did; the plugin of `cls` is said to have.
+        UserError: somebody did; `who()` is said to have, which is not asked before.
 
     """
     before = torch.get_rng_state()
     yield
     if not torch.equal(torch.get_rng_state(), before):
         raise UserError(
-            f"{whose(cls)}: torch's generator was drawn from during a training step; if by the step, say `draws = True`"
+            f"{who()}: torch's generator was drawn from during a training step; if by the step, say `draws = True`"
         )

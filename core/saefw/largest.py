@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -41,7 +42,7 @@ def largest_of_rows(x_rs: Tensor, k: int) -> tuple[Tensor, Tensor]:
     x_rs, halved = x_rs.detach().contiguous(), x_rs.dtype == torch.bfloat16
     numbers, in_order = (bits, ordered) if halved else (_numbers, np.asarray)
     numbers_rs, apart = numbers(x_rs), _apart(s, k)
-    maxima_rb = _numbers(_maxima(x_rs, apart)) if apart else in_order(numbers_rs)
+    maxima_rb = _maxima(x_rs, apart) if apart else in_order(numbers_rs)
 
     def find(start: int, stop: int) -> tuple[Array, Array]:
         rows = numbers_rs[start:stop]
@@ -66,19 +67,21 @@ def largest_of_rows(x_rs: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return indices_rk, values_rk.view(torch.bfloat16) if halved else values_rk.to(x_rs.dtype)
 
 
-def kth_of_maxima(x_rs: Tensor, k: int) -> Tensor:
+def kth_of_maxima(x_rs: Tensor, k: int) -> NDArray[np.float32]:
     """Return for each row of bfloat16 a number [r] that k of its entries reach, and few others; NaN: none was found."""
     r, s = x_rs.shape
     apart = _apart(s, k)
-    maxima_rb = _maxima(x_rs, apart).numpy() if apart else ordered(bits(x_rs))
+    maxima_rb = _maxima(x_rs, apart) if apart else ordered(bits(x_rs))
 
     def find(start: int, stop: int) -> Array:
         found: Array = np.partition(maxima_rb[start:stop], -k, axis=1)[:, -k]
         return found
 
     kth_r = np.concatenate(in_parts(find, r, s, PIECE))
-    found_r = torch.from_numpy(kth_r if apart else ordered(kth_r)).view(torch.bfloat16).float()
-    return torch.where(torch.from_numpy(kth_r) < 0, torch.nan, found_r) if apart else found_r
+    found_r = ((kth_r if apart else ordered(kth_r)).astype(np.int32) << 16).view(np.float32)
+    if apart:
+        found_r[kth_r < 0] = np.nan
+    return found_r
 
 
 def _apart(s: int, k: int) -> int:
@@ -87,14 +90,14 @@ def _apart(s: int, k: int) -> int:
     return n_blocks if n_blocks % APART else min(n_blocks, APART)
 
 
-def _maxima(x_rs: Tensor, apart: int) -> Tensor:
+def _maxima(x_rs: Tensor, apart: int) -> Array:
     """Return the maxima of the blocks of each row; of bfloat16 their bits, below zero those of any entry.
 
     As integers they are compared three times as fast, and above zero in the same order.
     """
     r, s = x_rs.shape
     x_rs = x_rs.view(torch.int16) if x_rs.dtype == torch.bfloat16 else x_rs
-    return x_rs.view(r, s // (BLOCK * apart), BLOCK, apart).amax(dim=2).view(r, s // BLOCK)
+    return _numbers(x_rs.view(r, s // (BLOCK * apart), BLOCK, apart).amax(dim=2)).reshape(r, s // BLOCK)
 
 
 def largest_of_all(x_rs: Tensor, m: int) -> tuple[Tensor, Tensor]:
@@ -132,12 +135,21 @@ def places_above(x_rs: Tensor, edge: Tensor | float) -> tuple[Tensor, Tensor]:
 
     def find(start: int, stop: int) -> tuple[Array, Array]:
         rows = numbers_rs[start:stop]
-        found = np.flatnonzero(rows > over)
+        found = places_of(rows > over)
         return found + start * s, rows.reshape(-1)[found]
 
     found = in_parts(find, r, s, HELD)
     places_e, values_e = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*found, strict=True))
     return places_e, values_e.to(x_rs.dtype)
+
+
+def places_of(found: Array) -> NDArray[np.int64]:
+    """Return where a flattened mask holds, rising, as `np.flatnonzero`: in half the time where that is seldom."""
+    eights = np.packbits(found)
+    (some,) = (eights != 0).nonzero()
+    (within,) = np.unpackbits(eights.take(some)).view(bool).nonzero()
+    places: NDArray[np.int64] = (some.take(within >> 3) << 3) + (within & 7)
+    return places
 
 
 def _indices(rows: Array, k: int) -> Array | None:
@@ -167,7 +179,7 @@ def _indices(rows: Array, k: int) -> Array | None:
 
 def bits(x: Tensor) -> Array:
     """Return bfloat16 as the integers that its bits are."""
-    bits: Array = x.detach().view(torch.int16).numpy()
+    bits: Array = (x.detach() if x.requires_grad else x).view(torch.int16).numpy()
     return bits
 
 
@@ -179,7 +191,8 @@ def ordered(bits: Array) -> Array:
 
 def _numbers(x: Tensor) -> Array:
     """Return what NumPy computes with: it has no type for bfloat16."""
-    numbers: Array = (x if x.dtype in (torch.float32, torch.float64, torch.int16) else x.float()).detach().numpy()
+    known = x if x.dtype in (torch.float32, torch.float64, torch.int16) else x.float()
+    numbers: Array = (known.detach() if known.requires_grad else known).numpy()
     return numbers
 
 

@@ -10,7 +10,6 @@ Shapes: n tokens, d d_model, s d_sae, e entries.
 import math
 from collections.abc import Callable
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saefw.largest import HELD, SAMPLED, bits, in_parts, kth_of_maxima, largest_of_rows, ordered, sampled
+from saefw.largest import HELD, SAMPLED, bits, in_parts, kth_of_maxima, largest_of_rows, ordered, places_of, sampled
 from saefw.sparse import Entries, Scratch, chosen, dots, entries_at, turned
 
 WORTH = 1 << 20
@@ -41,14 +40,17 @@ looked at."""
 LEAST = 1024
 """Of how many tokens that product is at least, where W_enc is LARGE: it is read for each."""
 
-AT_ONCE = 1 << 20
-"""How many of them a thread compares at a time, for the same reason."""
+AT_ONCE = 1 << 21
+"""How many of them a thread compares at a time, at most; fewer, and threads wait for each other at NumPy's calls."""
 
 MANY = 1 / 32
 """Which share of all is looked at again, at most: with more, a product in float32 is quicker."""
 
 LARGE = 1 << 22
 """How many numbers W_enc has at least for the processor's cache not to hold it, about."""
+
+
+Floats = NDArray[np.float32]
 
 
 class TooMany(Exception):
@@ -113,19 +115,20 @@ class Near:
             TooMany: see there; this and the others.
 
         """
-        edge_1s = torch.as_tensor(edge, dtype=torch.float32).view(1, -1)
-        alike = edge_1s.numel() == 1
-        found = self._candidates(lambda near_ns, _: edge_1s.expand(len(near_ns), 1) if alike else edge_1s)
+        edge_1s = torch.as_tensor(edge, dtype=torch.float32).detach().view(1, -1)
+        alike, over_1s = edge_1s.numel() == 1, edge_1s.numpy()
+        found = self._candidates(lambda near_ns, _: over_1s.repeat(len(near_ns), axis=0) if alike else over_1s)
         assert found.known_e is not None
         return self._only(found, found.known_e > (float(edge) if alike else edge_1s[0, found.features_e.long()]))
 
     def largest(self, k: int) -> Entries:
         """Return each token's k largest; of equal ones no more than that."""
 
-        def least(near_ns: Tensor, off_n: Tensor) -> Tensor:
+        def least(near_ns: Tensor, off_n: Floats) -> Floats:
             kth_n = kth_of_maxima(near_ns, k)
             # As many as k are at least so large.
-            return (kth_n - off_n - ROUNDING * kth_n.abs())[:, None]
+            edge: Floats = np.subtract(kth_n - off_n, np.abs(kth_n) * np.float32(ROUNDING), dtype=np.float32)
+            return edge[:, None]
 
         found = self._candidates(least)
         assert found.known_e is not None
@@ -145,7 +148,7 @@ class Near:
         """Return the k n largest of all n tokens together; of equal ones no more than that."""
         few_nd = self._near_nd[:: max(1, len(self) // SAMPLED)]
         m, edge = k * len(self), sampled(self.product(few_nd), k * len(few_nd))
-        found = self._candidates(lambda near_ns, _: torch.full((len(near_ns), 1), edge))
+        found = self._candidates(lambda near_ns, _: np.full((len(near_ns), 1), edge, dtype=np.float32))
         assert found.known_e is not None
         if int((found.known_e > edge).sum()) < m:
             raise TooMany  # few rows told too high an edge
@@ -174,35 +177,39 @@ class Near:
         into_ns = self._scratch.empty(len(near_nd), self.W_enc.shape[1], torch.bfloat16, near_nd.device)
         return torch.addmm(self._encoder.b_enc, near_nd, self._encoder.W_enc, out=into_ns)
 
-    def _candidates(self, edge: Callable[[Tensor, Tensor], Tensor]) -> Entries:
+    def _candidates(self, edge: Callable[[Tensor, Floats], Floats]) -> Entries:
         """Return the entries that may reach an edge, and all that do, with their exact values.
 
         Args:
             edge: gives it, [n, 1] or [1, s], for some tokens: of their product, and of how far off each may be.
 
         """
-        n, s = len(self), self.W_enc.shape[1]
+        n, s, off_n = len(self), self.W_enc.shape[1], self.off_n.numpy()
         found: list[NDArray[np.int64]] = []
         least = LEAST if self.W_enc.numel() >= LARGE else 1
-        n_parts = math.ceil(n / max(least, HOT * torch.get_num_threads() // s))
-        for start, stop in pairwise(n * part // n_parts for part in range(n_parts + 1)):
-            near_ns, off_n = self.product(self._near_nd[start:stop]), self.off_n[start:stop]
-            found.extend(places + start * s for places in _reaching(near_ns, off_n, edge(near_ns, off_n)))
+        n_parts = max(1, math.ceil(n / max(least, HOT * torch.get_num_threads() // s)))
+        start = 0
+        for near_nd in torch.split(self._near_nd, max(1, math.ceil(n / n_parts))):
+            near_ns, stop = self.product(near_nd), start + near_nd.shape[0]
+            off = off_n[start:stop]
+            with np.errstate(invalid="ignore", over="ignore"):  # of what is no number; see there
+                found.extend(places + start * s for places in _reaching(near_ns, off, edge(near_ns, off)))
             if sum(map(len, found)) > MANY * n * s:
                 raise TooMany
+            start = stop
         places_e = entries_at(torch.from_numpy(np.concatenate(found)), n, s)
         return places_e._replace(source=self, known_e=self.at(places_e))
 
 
-def _reaching(near_ns: Tensor, off_n: Tensor, edge: Tensor) -> list[NDArray[np.int64]]:
+def _reaching(near_ns: Tensor, off_n: Floats, edge: Floats) -> list[NDArray[np.int64]]:
     """Return, part by part, the places among [n, s] of what may reach an edge, [n, 1] or [1, s]."""
-    n, s = near_ns.shape
-    by_feature, bits_ns = len(edge) == 1, bits(near_ns)
+    # A few numbers a token are reckoned by NumPy: of torch, each call gives other threads a turn and waits for one.
+    (n, s), by_feature, bits_ns = near_ns.shape, len(edge) == 1, bits(near_ns)
     least = edge - (off_n.max() if by_feature else off_n[:, None])
-    if not bool(least.isfinite().all()):
+    if not np.isfinite(least).all():
         raise TooMany
     # What is off by ROUNDING of itself at most reaches `least` from here on.
-    floor = _floor(least / torch.where(least < 0, 1 - ROUNDING, 1 + ROUNDING))
+    floor = _floor(least / (1 + np.copysign(np.float32(ROUNDING), least)))
 
     def find(start: int, stop: int) -> NDArray[np.int64]:
         rows, over = bits_ns[start:stop], floor if by_feature else floor[start:stop]
@@ -212,7 +219,7 @@ def _reaching(near_ns: Tensor, off_n: Tensor, edge: Tensor) -> list[NDArray[np.i
             found = rows.view(np.uint16) <= ordered(over).view(np.uint16)
         else:
             found = ordered(rows) >= over
-        return np.flatnonzero(found) + start * s
+        return places_of(found) + start * s
 
     return in_parts(find, n, s, AT_ONCE)
 
@@ -231,11 +238,11 @@ def rounded(W_enc: Tensor, b_enc: Tensor) -> Rounded:
     return Rounded(near_sd.T, b_near, norm + off, off, b_off)
 
 
-def _floor(x: Tensor) -> NDArray[np.int16]:
+def _floor(x: Floats) -> NDArray[np.int16]:
     """Return the largest bfloat16 that are no larger, as integers in their order."""
     # Cut off, a number below zero becomes larger; and there are two zeros.
-    cut = (x.view(torch.int32) >> 16).short().numpy()
-    found: NDArray[np.int16] = ordered(cut) - (x <= 0).numpy()
+    cut = (x.view(np.int32) >> 16).astype(np.int16)
+    found: NDArray[np.int16] = ordered(cut) - (x <= 0)
     return found
 
 

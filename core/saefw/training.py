@@ -6,6 +6,7 @@ Shapes: n tokens, d d_model, s d_sae.
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from saefw import tensors as files
 from saefw.acts import Stats
 from saefw.chance import seeded, untouched
 from saefw.metrics import measure
+from saefw.origin import whose
 from saefw.plugin import PenalisedConfig, Run, SaeConfig, Unit
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -88,7 +90,7 @@ class Training:
     def _chance(self) -> AbstractContextManager[None]:
         """Give a step torch's generator, seeded by its SAE and number, or see that it needs none."""
         if self.device == "cpu" and not self.sae.may_draw():
-            return untouched(type(self.sae))
+            return untouched(partial(whose, type(self.sae)))
         return seeded(self.config.seed, self.step + 1, self.device)
 
     def log(self, run: Run) -> None:
