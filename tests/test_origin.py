@@ -65,8 +65,18 @@ def test_a_thread_that_parses_too_disturbs_nothing() -> None:
         gc.set_threshold(50)
         other = threading.Thread(target=parse)
         other.start()
+        ours = []
+
+        def look():
+            ours.append([ast.dump(origin._parsed(text)) for text in texts])
+
+        us = [threading.Thread(target=look) for _ in range(2)]
         try:
-            assert [ast.dump(origin._parsed(text)) for text in texts] == quiet
+            for thread in us:
+                thread.start()
+            for thread in us:
+                thread.join()
+            assert ours == [quiet, quiet]
         finally:
             stop.set()
             other.join()

@@ -356,6 +356,16 @@ def test_scratch_memory_is_used_again() -> None:
     assert scratch.empty(2, 2, torch.bfloat16, kind[1]).dtype == torch.bfloat16
 
 
+def test_of_another_product_in_the_same_memory_nothing_is_taken_for_known() -> None:
+    sae, z_nd = TopK(k=2, expansion=EXPANSION).fresh(D).double(), normal(N, D, seed=7)
+    with torch.no_grad():
+        first = sae._product(z_nd, sae.W_enc, sae.b_enc)
+        entries = largest(first, 2)
+        again = sae._product(-z_nd, sae.W_enc, sae.b_enc)
+        assert again.data_ptr() == first.data_ptr()
+        assert torch.equal(entries.of(again), entries._replace(source=None).of(again))
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_members_may_share_their_scratch(name: str) -> None:
     x_nd, dead_s = normal(N, D, seed=7).float(), torch.arange(S) < 3

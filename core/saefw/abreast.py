@@ -58,21 +58,21 @@ class Abreast:
         """Take one step of each of the SAEs, or of some, on tokens as they were recorded."""
         if not trainings:
             return
-        # Of one recording all have the same mean and scale.
         first = trainings[0]
 
-        def normalised() -> Tensor:
-            normal_nd: Tensor = first.sae.normalise(x_nd.to(first.device).float())
-            return normal_nd
+        def normalised(recorded_nd: Tensor) -> Tensor:
+            # Of one recording all have the same mean and scale.
+            found_nd: Tensor = first.sae.normalise(recorded_nd.to(first.device).float())
+            return found_nd
 
-        # Not here: the threads that torch would use for it go on spinning for milliseconds, in the way of what follows.
-        z_nd = self._pool.submit(normalised).result() if self._able else normalised()
+        # Not here: the threads that torch would use for it go on spinning a while, in the way of what follows.
+        x_nd = self._pool.submit(normalised, x_nd).result() if self._able else normalised(x_nd)
 
         def advance(training: Training) -> None:
             # Memory for pre-activations goes with a step, not with an SAE: so there is no more than is used at once.
             scratch = training.sae.scratch = self._spare.pop()
             try:
-                training.advance(z_nd, dead_after)
+                training.advance(x_nd, dead_after)
             finally:
                 self._spare.append(scratch)
 

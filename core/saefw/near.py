@@ -18,7 +18,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saefw.largest import HELD, SAMPLED, bits, in_parts, kth_of_maxima, largest_of_rows, ordered, places_of, sampled
+from saefw.largest import (
+    AT_ONCE,
+    HELD,
+    SAMPLED,
+    bits,
+    in_parts,
+    kth_of_maxima,
+    largest_of_rows,
+    ordered,
+    places_of,
+    sampled,
+)
 from saefw.sparse import Entries, Scratch, chosen, dots, entries_at, turned
 
 WORTH = 1 << 20
@@ -39,9 +50,6 @@ looked at."""
 
 LEAST = 1024
 """Of how many tokens that product is at least, where W_enc is LARGE: it is read for each."""
-
-AT_ONCE = 1 << 21
-"""How many of them a thread compares at a time, at most; fewer, and threads wait for each other at NumPy's calls."""
 
 MANY = 1 / 32
 """Which share of all is looked at again, at most: with more, a product in float32 is quicker."""
@@ -79,7 +87,8 @@ class Rounded(NamedTuple):
 class Near:
     """Pre-activations [n, s] that are known nearly; `largest`, `largest_of_batch` and `above` find what is exact.
 
-    The product is made a few tokens at a time, each time something is looked for, and stays in the processor's cache.
+    The product is made for some tokens at a time, each time something is looked for: where W_enc is not LARGE, for so
+    few that what is looked through is still in the processor's cache.
     """
 
     def __init__(self, z_nd: Tensor, W_enc: Tensor, b_enc: Tensor, encoder: Rounded, scratch: Scratch) -> None:
@@ -185,15 +194,18 @@ class Near:
 
         """
         n, s, off_n = len(self), self.W_enc.shape[1], self.off_n.numpy()
+        # Of the whole batch: on how many tokens are looked at together, nothing may hang.
+        most_1 = off_n.max(initial=0, keepdims=True)
         found: list[NDArray[np.int64]] = []
         least = LEAST if self.W_enc.numel() >= LARGE else 1
         n_parts = max(1, math.ceil(n / max(least, HOT * torch.get_num_threads() // s)))
         start = 0
         for near_nd in torch.split(self._near_nd, max(1, math.ceil(n / n_parts))):
             near_ns, stop = self.product(near_nd), start + near_nd.shape[0]
-            off = off_n[start:stop]
-            with np.errstate(invalid="ignore", over="ignore"):  # of what is no number; see there
-                found.extend(places + start * s for places in _reaching(near_ns, off, edge(near_ns, off)))
+            with np.errstate(invalid="ignore", over="ignore"):  # numbers that are none lead to TooMany
+                over = edge(near_ns, off_n[start:stop])
+                off = off_n[start:stop] if over.shape[1] == 1 else most_1
+                found.extend(places + start * s for places in _reaching(near_ns, over - off[:, None]))
             if sum(map(len, found)) > MANY * n * s:
                 raise TooMany
             start = stop
@@ -201,18 +213,17 @@ class Near:
         return places_e._replace(source=self, known_e=self.at(places_e))
 
 
-def _reaching(near_ns: Tensor, off_n: Floats, edge: Floats) -> list[NDArray[np.int64]]:
-    """Return, part by part, the places among [n, s] of what may reach an edge, [n, 1] or [1, s]."""
+def _reaching(near_ns: Tensor, least: Floats) -> list[NDArray[np.int64]]:
+    """Return, part by part, the places among [n, s] of what reaches `least`, [n, 1] or [1, s], or may by rounding."""
     # A few numbers a token are reckoned by NumPy: of torch, each call gives other threads a turn and waits for one.
-    (n, s), by_feature, bits_ns = near_ns.shape, len(edge) == 1, bits(near_ns)
-    least = edge - (off_n.max() if by_feature else off_n[:, None])
+    (n, s), bits_ns = near_ns.shape, bits(near_ns)
     if not np.isfinite(least).all():
         raise TooMany
     # What is off by ROUNDING of itself at most reaches `least` from here on.
     floor = _floor(least / (1 + np.copysign(np.float32(ROUNDING), least)))
 
     def find(start: int, stop: int) -> NDArray[np.int64]:
-        rows, over = bits_ns[start:stop], floor if by_feature else floor[start:stop]
+        rows, over = bits_ns[start:stop], floor if len(floor) == 1 else floor[start:stop]
         if (over >= 0).all():  # the bits of positive numbers are in their order, and those of negative ones below
             found = rows >= over
         elif (over < 0).all():  # unsigned, those of negative ones are above, the nearer to zero the lower

@@ -8,9 +8,13 @@ from functools import lru_cache
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
+from threading import Lock
 
 GROUP = "saefw"
 """The entry-point group in which every plugin is found, built-in or not."""
+
+_PARSING = Lock()
+"""Who holds it decides whether garbage is collected."""
 
 
 def source(point: metadata.EntryPoint) -> str:
@@ -31,13 +35,13 @@ def code(file: Path) -> str:
     """
     try:
         told = file.stat()
-        return _code(file, told.st_mtime_ns, told.st_size)
+        return _code(file, told.st_ino, told.st_size, told.st_mtime_ns, told.st_ctime_ns)
     except (OSError, SyntaxError, ValueError):
         return ""
 
 
 @lru_cache(maxsize=256)
-def _code(file: Path, _changed: int, _size: int) -> str:
+def _code(file: Path, *_version: int) -> str:
     """Return the hash of a file's code; once a version of it, as a page plans again and again."""
     tree = _parsed(file.read_bytes())
     for node in ast.walk(tree):
@@ -54,13 +58,14 @@ def _parsed(text: bytes) -> ast.Module:
     get a SystemError, and what lets them is the garbage collector. To import torch in a thread is to parse: it asks
     for the signatures of built-in functions.
     """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        return ast.parse(text)
-    finally:
-        if enabled:
-            gc.enable()
+    with _PARSING:
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            return ast.parse(text)
+        finally:
+            if enabled:
+                gc.enable()
 
 
 def whose(cls: type) -> str:

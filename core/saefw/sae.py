@@ -4,7 +4,7 @@ Shapes: n tokens, d d_model, s d_sae, e active entries, g prefixes, a dead featu
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple, cast
 
@@ -319,7 +319,8 @@ class Sae(nn.Module):
     def _product(self, z_nd: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
         """Return z W_enc + b_enc [n, s] in their type, in memory that the next call uses again."""
         into_ns = self.scratch.empty(len(z_nd), self.d_sae, W_enc.dtype, z_nd.device)
-        return torch.addmm(b_enc, z_nd.to(W_enc.dtype), W_enc, out=into_ns)
+        # As a matrix of its own: entries that were read from an earlier one are not taken for entries of this.
+        return torch.addmm(b_enc, z_nd.to(W_enc.dtype), W_enc, out=into_ns).view_as(into_ns)
 
     def _found(self, z_nd: Tensor, dead: Tensor, n_aux: int) -> tuple[Entries, Entries | None] | None:
         """Return the active entries of all tokens, and AuxK's of the first few, with their pre-activations.
@@ -334,8 +335,8 @@ class Sae(nn.Module):
         if worth and self.precision == z_nd.dtype == torch.float32 and z_nd.device.type == "cpu":
             W_enc, b_enc = self.W_enc, self.b_enc
             try:
-                near = Near(z_nd, W_enc, b_enc, rounded(W_enc, b_enc), self.scratch)
-                return self._selected([near], z_nd, dead, n_aux)
+                near = [Near(z_nd, W_enc, b_enc, rounded(W_enc, b_enc), self.scratch)]
+                return self._selected(near, z_nd, dead, n_aux)
             except TooMany:
                 pass
         exact = self._encoder(z_nd)
@@ -365,16 +366,19 @@ class Sae(nn.Module):
             # What is known nearly answers to all that those ask who are given it.
             found.append(self.select(cast(Tensor, pre)).read(pre))
             if n_aux > done:
-                pre_na = self._of_dead(pre, z_nd[done : done + len(pre)], dead, n_aux - done)
-                aux.append(largest_above_zero(pre_na, dead, self.k_aux))
+                few_nd = z_nd[done : min(n_aux, done + len(pre))]
+                aux.extend(largest_above_zero(pre_na, dead, self.k_aux) for pre_na in self._of_dead(pre, few_nd, dead))
             done += len(pre)
         return stacked(found, len(z_nd)), stacked(aux, n_aux) if aux else None
 
-    def _of_dead(self, pre: Tensor | Near, z_nd: Tensor, dead: Tensor, n: int) -> Tensor:
-        """Return the pre-activations [n, a] of the dead features on the first few tokens."""
+    def _of_dead(self, pre: Tensor | Near, z_nd: Tensor, dead: Tensor) -> Iterator[Tensor]:
+        """Yield the pre-activations [n, a] of the dead features on the first few tokens, part by part."""
         if isinstance(pre, Tensor):
-            return pre[:n].gather(1, dead.expand(min(n, len(pre)), -1))
-        return torch.addmm(self.b_enc[dead], z_nd[:n], self.W_enc.T[dead].T)
+            yield pre[: len(z_nd)].gather(1, dead.expand(len(z_nd), -1))
+            return
+        W_da, b_a = self.W_enc.T[dead].T, self.b_enc[dead]
+        for part_nd in torch.split(z_nd, PART):
+            yield torch.addmm(b_a, part_nd, W_da)
 
     def _sparse(
         self, x_nd: Tensor, z_nd: Tensor, ends: Sequence[int], entries: Entries, aux: Entries | None
