@@ -32,9 +32,6 @@ HELD, PIECE = 1 << 18, 1 << 22
 """How many numbers fit a core's cache, about; and how many a thread takes at a time where it does much with them: with
 fewer, threads wait for each other at each of NumPy's calls."""
 
-AT_ONCE = 1 << 21
-"""The same where they were made just before, and few."""
-
 
 def largest_of_rows(x_rs: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return indices, int64, and values [r, k] of the k largest of each row, in any order; of equal ones no more."""
@@ -80,7 +77,7 @@ def kth_of_maxima(x_rs: Tensor, k: int) -> NDArray[np.float32]:
         found: Array = np.partition(maxima_rb[start:stop], -k, axis=1)[:, -k]
         return found
 
-    kth_r = np.concatenate(in_parts(find, r, s, AT_ONCE))
+    kth_r = np.concatenate(in_parts(find, r, s, PIECE))
     found_r = ((kth_r if apart else ordered(kth_r)).astype(np.int32) << 16).view(np.float32)
     if apart:
         found_r[kth_r < 0] = np.nan

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saefw.largest import (
-    AT_ONCE,
     HELD,
     SAMPLED,
     bits,
@@ -50,6 +49,9 @@ looked at."""
 
 LEAST = 1024
 """Of how many tokens that product is at least, where W_enc is LARGE: it is read for each."""
+
+AT_ONCE = 1 << 21
+"""How many numbers a thread compares at a time, at most; fewer, and threads wait for each other at NumPy's calls."""
 
 MANY = 1 / 32
 """Which share of all is looked at again, at most: with more, a product in float32 is quicker."""
