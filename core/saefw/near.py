@@ -47,7 +47,7 @@ HOT = 3 << 19
 """How many numbers of a product a thread makes at a time, so that they are still in the processor's cache when they are
 looked at."""
 
-LEAST = 1024
+LEAST = 256
 """Of how many tokens that product is at least, where W_enc is LARGE: it is read for each."""
 
 AT_ONCE = 1 << 21
