@@ -23,7 +23,7 @@ MANY = 1 << 22
 time."""
 
 AT_ONCE = 4
-"""How many take a step at once, at most: what of a step is Python, 3 ms and more, one waits for at a time."""
+"""How many take a step at once, at most: what of a step is Python, 2 ms and more, one waits for at a time."""
 
 PATIENCE = 1.0
 """Seconds that a stop waits for steps that have begun: what is whole by then must be saved before the process ends."""

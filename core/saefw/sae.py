@@ -333,10 +333,9 @@ class Sae(nn.Module):
         parts = torch.split(z_nd, PART if by_edge or self._says("by_token") else max(1, len(z_nd)))
         worth = (by_edge or self._says("nearly")) and self.W_enc.numel() >= WORTH and has_bfloat16()
         if worth and self.precision == z_nd.dtype == torch.float32 and z_nd.device.type == "cpu":
-            W_enc, b_enc = self.W_enc, self.b_enc
+            encoder = rounded(self.W_enc, self.b_enc)
             try:
-                near = [Near(z_nd, W_enc, b_enc, rounded(W_enc, b_enc), self.scratch)]
-                return self._selected(near, z_nd, dead, n_aux)
+                return self._selected([Near(z_nd, self.W_enc, self.b_enc, encoder, self.scratch)], z_nd, dead, n_aux)
             except TooMany:
                 pass
         exact = self._encoder(z_nd)
