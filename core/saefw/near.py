@@ -211,8 +211,8 @@ class Near:
             if sum(map(len, found)) > MANY * n * s:
                 raise TooMany
             start = stop
-        places_e = entries_at(torch.from_numpy(np.concatenate(found)), n, s)
-        return places_e._replace(source=self, known_e=self.at(places_e))
+        entries = entries_at(torch.from_numpy(np.concatenate(found)), n, s)
+        return entries._replace(source=self, known_e=self.at(entries))
 
 
 def _reaching(near_ns: Tensor, least: Floats) -> list[NDArray[np.int64]]:
