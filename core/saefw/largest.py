@@ -21,14 +21,13 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 T = TypeVar("T")
 
-BLOCK, APART = 16, 64
-"""Of how many entries the maximum is taken before the largest are looked for, and how far apart they lie in a row,
-where that divides it: near enough to be read together, and with as many others between as are compared at once."""
+BLOCK = 16
+"""Of how many entries of a row, far apart, the maximum is taken before the largest are looked for."""
 
 SAMPLED, SPARE = 64, 1.5
 """How many rows tell where the largest of a matrix begin, and how many times as many are then looked at."""
 
-HELD, PIECE = 1 << 18, 1 << 22
+HELD, PIECE = 1 << 18, 1 << 21
 """How many numbers fit a core's cache, about; and how many a thread takes at a time where it does much with them: with
 fewer, threads wait for each other at each of NumPy's calls."""
 
@@ -36,31 +35,22 @@ fewer, threads wait for each other at each of NumPy's calls."""
 def largest_of_rows(x_rs: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return indices, int64, and values [r, k] of the k largest of each row, in any order; of equal ones no more."""
     r, s = x_rs.shape
-    if x_rs.device.type != "cpu" or not 0 < k < s:
+    if x_rs.device.type != "cpu" or not (r and 0 < k < s):
         values_rk, indices_rk = x_rs.topk(k, dim=1, sorted=False)
         return indices_rk, values_rk
     x_rs, halved = x_rs.detach().contiguous(), x_rs.dtype == torch.bfloat16
-    numbers, in_order = (bits, ordered) if halved else (_numbers, np.asarray)
-    numbers_rs, apart = numbers(x_rs), _apart(s, k)
-    maxima_rb = _maxima(x_rs, apart) if apart else in_order(numbers_rs)
+    numbers_rs = bits(x_rs) if halved else _numbers(x_rs)
 
     def find(start: int, stop: int) -> tuple[Array, Array]:
         rows = numbers_rs[start:stop]
-        firsts = np.arange(0, rows.size, s)[:, None]
-        found = _indices(maxima_rb[start:stop], k)
-        if found is not None and apart:
-            few = (np.take_along_axis(maxima_rb[start:stop], found, axis=1) < 0).any(axis=1) if halved else None
-            # The k blocks with the largest maxima hold the k largest: what lies elsewhere has k at least as large.
-            begins = found // apart * (BLOCK * apart) + found % apart
-            places = begins[:, None] + (firsts[:, None] + np.arange(0, BLOCK * apart, apart)[:, None])
-            among = _indices(in_order(rows.reshape(-1).take(places.reshape(len(rows), BLOCK * k))), k)
-            found = None if among is None else among // k * apart + np.take_along_axis(begins, among % k, axis=1)
-            if found is not None and few is not None and few.any():
-                # Of what is below zero the bits do not tell the largest.
-                found[few] = _indices(in_order(rows[few]), k)
+        least_r = _kth_of_maxima(rows, k)
+        if halved and (least_r is None or (least_r < 0).any()):
+            rows = ordered(rows)
+            least_r = _kth_of_maxima(rows, k)
+        found = _indices(rows, k) if least_r is None else _reaching(rows, least_r, k)
         if found is None:  # some are no numbers
             found = x_rs[start:stop].topk(k, dim=1, sorted=False).indices.numpy()
-        return found, rows.reshape(-1).take(found + firsts)
+        return found, np.take_along_axis(numbers_rs[start:stop], found, axis=1)
 
     parts = in_parts(find, r, s, PIECE)
     indices_rk, values_rk = (torch.from_numpy(np.concatenate(each)) for each in zip(*parts, strict=True))
@@ -69,35 +59,49 @@ def largest_of_rows(x_rs: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def kth_of_maxima(x_rs: Tensor, k: int) -> NDArray[np.float32]:
     """Return for each row of bfloat16 a number [r] that k of its entries reach, and few others; NaN: none was found."""
+    bits_rs = bits(x_rs)
+
+    def find(start: int, stop: int) -> NDArray[np.float32]:
+        rows = bits_rs[start:stop]
+        kth_r = _kth_of_maxima(rows, k)
+        found_r = ordered(np.partition(ordered(rows), -k, axis=1)[:, -k]) if kth_r is None else kth_r
+        number_r = (found_r.astype(np.int32) << 16).view(np.float32)
+        return number_r if kth_r is None else np.where(kth_r < 0, np.float32(np.nan), number_r)
+
     r, s = x_rs.shape
-    apart = _apart(s, k)
-    maxima_rb = _maxima(x_rs, apart) if apart else ordered(bits(x_rs))
-
-    def find(start: int, stop: int) -> Array:
-        found: Array = np.partition(maxima_rb[start:stop], -k, axis=1)[:, -k]
-        return found
-
-    kth_r = np.concatenate(in_parts(find, r, s, PIECE))
-    found_r = ((kth_r if apart else ordered(kth_r)).astype(np.int32) << 16).view(np.float32)
-    if apart:
-        found_r[kth_r < 0] = np.nan
-    return found_r
+    return np.concatenate(in_parts(find, r, s, PIECE))
 
 
-def _apart(s: int, k: int) -> int:
-    """Return how far apart the entries of a block lie in rows of s; 0, where blocks are not worth while."""
-    n_blocks = s // BLOCK if not s % BLOCK and 2 * k * BLOCK <= s else 0
-    return n_blocks if n_blocks % APART else min(n_blocks, APART)
+def _kth_of_maxima(rows: Array, k: int) -> Array | None:
+    """Return for each row a number [r] that k of its entries reach: that many blocks do. None: it is not worth while.
 
-
-def _maxima(x_rs: Tensor, apart: int) -> Array:
-    """Return the maxima of the blocks of each row; of bfloat16 their bits, below zero those of any entry.
-
-    As integers they are compared three times as fast, and above zero in the same order.
+    Of bfloat16 the bits: as integers they are compared three times as fast, and above zero in the same order; what is
+    below zero says nothing.
     """
-    r, s = x_rs.shape
-    x_rs = x_rs.view(torch.int16) if x_rs.dtype == torch.bfloat16 else x_rs
-    return _numbers(x_rs.view(r, s // (BLOCK * apart), BLOCK, apart).amax(dim=2)).reshape(r, s // BLOCK)
+    n_blocks = rows.shape[1] // BLOCK
+    if n_blocks < 2 * k:
+        return None
+    maxima = rows[:, : BLOCK * n_blocks].reshape(len(rows), BLOCK, n_blocks).max(axis=1)
+    largest = np.partition(maxima, -k, axis=1)[:, -k:]
+    return None if np.isnan(largest).any() else largest[:, 0]
+
+
+def _reaching(rows: Array, least_r: Array, k: int) -> Array | None:
+    """Return the indices [r, k] of the k largest of each row, where so many reach `least_r`; None: as `_indices`."""
+    places = places_of(rows >= least_r[:, None])
+    firsts = np.arange(0, rows.size + 1, rows.shape[1])
+    starts = places.searchsorted(firsts)
+    found = _indices(side_by_side(rows.reshape(-1).take(places), starts), k)
+    return None if found is None else places.take(starts[:-1, None] + found) - firsts[:-1, None]
+
+
+def side_by_side(values_e: Array, starts: Array) -> Array:
+    """Return a matrix of entries, by where those of each row begin, and the end; where there is none, the least."""
+    counts = np.diff(starts)
+    least = -np.inf if values_e.dtype.kind == "f" else np.iinfo(values_e.dtype).min
+    among = np.full((len(counts), counts.max(initial=0)), least, dtype=values_e.dtype)
+    among[np.arange(among.shape[1]) < counts[:, None]] = values_e
+    return among
 
 
 def largest_of_all(x_rs: Tensor, m: int) -> tuple[Tensor, Tensor]:

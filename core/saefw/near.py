@@ -28,6 +28,7 @@ from saefw.largest import (
     ordered,
     places_of,
     sampled,
+    side_by_side,
 )
 from saefw.sparse import Entries, Scratch, chosen, dots, entries_at, turned
 
@@ -143,15 +144,13 @@ class Near:
 
         found = self._candidates(least)
         assert found.known_e is not None
-        starts_n, rows_e = found.starts_r.long(), found.rows().long()
+        starts_n = found.starts_r.long()
         counts_n = starts_n.diff()
         most = int(counts_n.max())
         if int(counts_n.min()) < k or most > max(k, MANY * self.W_enc.shape[1]):
             raise TooMany  # of numbers that are none, or of one token
-        among_nm = found.known_e.new_full((len(counts_n), most), -math.inf)
-        firsts_n = torch.arange(0, among_nm.numel(), most) - starts_n[:-1]
-        among_nm.view(-1).index_put_((firsts_n[rows_e] + torch.arange(len(rows_e)),), found.known_e)
-        found_nk, known_nk = largest_of_rows(among_nm, k)
+        among_nm = side_by_side(found.known_e.numpy(), starts_n.numpy())
+        found_nk, known_nk = largest_of_rows(torch.from_numpy(among_nm), k)
         indices_nk = found.features_e.long()[starts_n[:-1, None] + found_nk]
         return chosen(indices_nk)._replace(source=self, known_e=known_nk.flatten())
 
