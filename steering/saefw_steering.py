@@ -200,7 +200,9 @@ def _served(doc: Document, path: Path) -> None:
 
 
 def serve(
-    registry: Annotated[Path, typer.Argument(help="The registry whose experiment to show.")] = Path("registry.yaml"),
+    registry: Annotated[
+        Path, typer.Argument(metavar="[FILE]", show_default=False, help="Default: registry.yaml.")
+    ] = Path("registry.yaml"),
     port: Annotated[int, typer.Option(min=1, max=65535, help="Where to listen, on this machine only.")] = 5006,
     show: Annotated[bool, typer.Option(help="Open the page in the browser.")] = False,
 ) -> None:

@@ -6,7 +6,6 @@ KEYS = {
     "ArrowLeft": "previous",
     "p": "previous",
     "r": "random",
-    "Escape": "reset-all",
     "0": "reset-all",
     "z": "undo",
     "y": "redo",

@@ -22,8 +22,9 @@ from saefw import __version__
 from saefw.catalog import BASES, Catalog
 from saefw.cli import app
 from saefw.places import load
-from saefw.plugin import SaeConfig
+from saefw.plugin import Pick, SaeConfig
 from saefw.registry import json_schema
+from saefw.stages.steer import SaePick
 from saefw.store import Store
 from saefw.tables import _kind
 
@@ -320,6 +321,14 @@ def test_what_has_no_settings_is_shown_too(saefw: Saefw) -> None:
     assert lines[0] == f"tensorboard, one of the watchers, of saefw {__version__}"
     assert lines[-1].startswith("Is told: saefw_logged")
     assert saefw("plugins", "nmsee", exit_code=1) == "no plugin brings 'nmsee'; did you mean 'nmse'?"
+
+
+def test_below_a_mapping_stand_its_keys(saefw: Saefw) -> None:
+    lines = saefw("plugins", "steer").splitlines()
+    (at,) = [i for i, line in enumerate(lines) if re.match(r"sae +mapping +{} ", line)]
+    keys = [line.split()[0] for line in lines[at + 1 :] if re.match(r"  \w", line)]
+    assert keys[:9] == [*SaePick.model_fields, *Pick.model_fields]
+    assert "    sae: {}" in lines
 
 
 def test_own_settings_come_first_and_items_have_bounds(saefw: Saefw) -> None:

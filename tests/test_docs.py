@@ -75,8 +75,17 @@ def test_commands_exist() -> None:
             assert option in result.output, f"{line}: no {option}"
 
 
+def anchors(page: Path) -> set[str]:
+    """Return what a link to a heading of the page may end in, as GitHub makes it."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_lead_somewhere() -> None:
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text()):
             if "://" not in target:
-                assert (page.parent / target).exists(), f"{page.name}: {target}"
+                there = page.parent / target if target else page
+                assert there.exists(), f"{page.name}: {target}"
+                if there.suffix == ".md" and anchor:
+                    assert anchor in anchors(there), f"{page.name}: {target}#{anchor}"

@@ -213,7 +213,7 @@ def _row(code: str, text: str) -> str:
 def test_the_methods_in_the_docs_are_these() -> None:
     sae = ["edge", "select", "fire", "activate", "dictionary", "prefixes", "terms", "prepare", "settle"]
     assert table_in_docs("| `Sae` | what it is for |") == _about(Sae, *sae)
-    backbone = ["blocks", "prepare", "view", "embed", "tail", "embedding", "text"]
+    backbone = ["blocks", "prepare", "view", "embed", "tail", "cls_after", "embedding", "text"]
     assert table_in_docs("| `Backbone` | what it is for |") == _about(Backbone, *backbone)
 
 

@@ -238,7 +238,11 @@ def schema(registry: With = REGISTRY) -> None:
 
 
 @app.command()
-def init(folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", show_default=False)] = Path()) -> None:
+def init(
+    folder: Annotated[
+        Path, typer.Argument(metavar="[FOLDER]", show_default=False, help="Made if it is not there. Default: this one.")
+    ] = Path(),
+) -> None:
     """Write registry.yaml, an experiment that runs anywhere in minutes, into a folder."""
     from saefw.new import shipped
 
@@ -287,7 +291,7 @@ def get(
     to: Annotated[
         Path | None, typer.Option("--to", metavar="DIR", help="A new or empty folder. Default: data/NAME.")
     ] = None,
-    registry: Of = REGISTRY,
+    registry: With = REGISTRY,
 ) -> None:
     """Download a public dataset; one that broke off goes on from there.
 

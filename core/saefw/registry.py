@@ -431,7 +431,12 @@ def json_schema(catalog: Catalog) -> dict[str, Any]:
             "saefw": {"const": VERSION, "description": "The version of the format."},
             "plugins": {"type": "array", "items": {"type": "string"}, "description": "Plugin files."},
             "store": {"type": "string", "default": "runs", "description": "The folder where everything made is kept."},
-            "device": {"type": "string", "pattern": f"^({DEVICE.pattern})$", "default": "auto"},
+            "device": {
+                "type": "string",
+                "pattern": f"^({DEVICE.pattern})$",
+                "default": "auto",
+                "description": "Where models run: auto (a GPU where there is one), cpu, cuda, cuda:1 or mps.",
+            },
             **blocks,
         },
         "required": ["saefw"],

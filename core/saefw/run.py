@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 class Pick(Entry):
-    """Chooses one unit of a stage by its metrics: `{layer: -2, lowest: nmse, below: {l0: 64}}`."""
+    """Chooses one unit of a stage by its metrics: `{lowest: nmse, below: {l0: 64}}`, at most 64."""
 
     lowest: str | None = None
     """The metric that is to be smallest."""

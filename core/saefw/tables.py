@@ -18,6 +18,7 @@ from rich.text import Text
 from saefw.care import PART, writing
 from saefw.catalog import BASES
 from saefw.errors import UNPRINTED, UserError, escaped
+from saefw.wording import models
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -95,12 +96,18 @@ def sources(datasets: "Mapping[str, type[DatasetConfig]]") -> Table:
 
 
 def settings(cls: "type[Entry]") -> Table:
-    """Return the settings of a config class: name, type, default, docstring; its own before those of its bases."""
+    """Return the settings of a config class: name, type, default, docstring; its own before those of its bases.
+
+    Below a setting that is a mapping stand the keys that it may have.
+    """
     shown = table("setting", "type", "default", "what it is")
     own = [name for parent in cls.__mro__ for name in vars(parent).get("__annotations__", {})]
     for name in dict.fromkeys(own):
         if name != "use" and (info := cls.model_fields.get(name)):
             shown.add_row(Text(name, style="bold"), _kind(info), _default(info), _words(info))
+            for model in models(info.annotation):
+                for key, inner in model.model_fields.items():
+                    shown.add_row(f"  {key}", _kind(inner), _default(inner), _words(inner))
     return shown
 
 
@@ -145,9 +152,11 @@ def _type(annotation: Any) -> str:
     if origin is not None:
         name = getattr(origin, "__name__", str(origin))
         return f"{name}[{', '.join('...' if part is Ellipsis else _type(part) for part in parts)}]"
-    return {"Place": "path", "Any": "anything"}.get(getattr(annotation, "__name__", ""), "") or getattr(
-        annotation, "__name__", str(annotation)
-    )
+    if models(annotation):
+        return "mapping"
+    return {"Place": "path", "Any": "anything", "dict": "mapping"}.get(
+        getattr(annotation, "__name__", ""), ""
+    ) or getattr(annotation, "__name__", str(annotation))
 
 
 def _default(info: "FieldInfo") -> str:
@@ -155,7 +164,7 @@ def _default(info: "FieldInfo") -> str:
         return "required"
     value = info.get_default(call_default_factory=True, validated_data={})
     dump = getattr(value, "model_dump", None)
-    value = dump(mode="json") if dump else value
+    value = dump(mode="json", exclude_defaults=True) if dump else value
     return (
         f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) and value else json.dumps(value)
     )

@@ -55,12 +55,12 @@ def _settings(cls: type[BaseModel], steps: list[str]) -> list[str]:
         return [name for name in cls.model_fields if name != "use"]
     if steps[0] not in cls.model_fields:  # the name that pydantic gives to a member of a union
         return _settings(cls, steps[1:])
-    models = _models(cls.model_fields[steps[0]].annotation)
-    return [name for model in models for name in _settings(model, steps[1:])]
+    inner = models(cls.model_fields[steps[0]].annotation)
+    return [name for model in inner for name in _settings(model, steps[1:])]
 
 
-def _models(annotation: Any) -> list[type[BaseModel]]:
+def models(annotation: Any) -> list[type[BaseModel]]:
     """Return the models in a type such as `list[Pick] | None`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for part in get_args(annotation) for model in _models(part)]
+    return [model for part in get_args(annotation) for model in models(part)]
