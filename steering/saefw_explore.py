@@ -33,25 +33,30 @@ ANY = "any"
 
 
 STAY = """
-let field = document.activeElement
-while (field?.shadowRoot?.activeElement) field = field.shadowRoot.activeElement
-if (field?.tagName != "INPUT" || field.saefw_stays) return
-field.saefw_stays = true
-let left = false
-window.addEventListener("pointerdown", () => { left = true }, true)
-window.addEventListener("keydown", (event) => { left = event.key == "Tab" }, true)
-field.addEventListener("focus", () => { left = false })
-field.addEventListener("blur", () => { if (!left) setTimeout(() => field.focus()) })
+const grid = Bokeh.index.find_one(table)?.grid
+if (grid == null || grid.saefw_waits) return
+grid.saefw_waits = true
+const take = grid.focus.bind(grid)
+grid.focus = () => {
+  let field = document.activeElement
+  while (field?.shadowRoot?.activeElement) field = field.shadowRoot.activeElement
+  if (!["INPUT", "TEXTAREA"].includes(field?.tagName)) take()
+}
 """
-"""A Bokeh table takes the keyboard whenever its rows change and one is chosen, also from who types what they are looked
-for by. Only a click or Tab leaves that field."""
+"""A Bokeh table takes the keyboard whenever its rows change and one is chosen: from now on not from who is typing what
+they are looked for by. Given back after that, keys in between would be lost."""
 
 
 class Explore:
     """What one visitor looks for among the features of an SAE, and the feature that is open."""
 
-    def __init__(self, root: Path, steer: Callable[[str, int], None]) -> None:
-        """Show the first SAE of a store; `steer` is called with an SAE and a feature that somebody wants to edit.
+    def __init__(self, root: Path, steer: Callable[[str, int], None], sae: str = "") -> None:
+        """Show an SAE of a store.
+
+        Args:
+            root: the store.
+            steer: called with an SAE and a feature that somebody wants to edit.
+            sae: the address of the one to begin with; another than was looked at: the first that was.
 
         Raises:
             UserError: nothing was looked at yet, or the index cannot be read.
@@ -62,6 +67,7 @@ class Explore:
         self._quiet = False
         options: list[Any] = [(look.unit, look.label) for look in self.looks]
         self.which = Select(name="explore-sae", title="SAE", options=options, value=self.looks[0].unit, **own.WIDE)
+        self.show(sae)
         self.of_class = Select(name="explore-class", title="Best detected class", options=[], value=ANY, **own.WIDE)
         self.search = TextInput(
             name="explore-search", title="Search", placeholder="number, name, note or class", **own.WIDE
@@ -121,7 +127,7 @@ class Explore:
         self.which.on_change("value", heard(lambda _: self._show_sae()))
         self.of_class.on_change("value", heard(lambda _: self._show()))
         self.search.on_change("value_input", heard(lambda _: self._show()))
-        self.search.js_on_change("value_input", CustomJS(code=STAY))
+        self.search.js_on_change("value_input", CustomJS(args={"table": self.table}, code=STAY))
         self.search.on_change("value", heard(self._entered))
         for slider in self.ranges:
             slider.on_change("value_throttled", heard(lambda _: self._show()))

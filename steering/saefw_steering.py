@@ -70,6 +70,9 @@ class Page:
         self.tabs = Tabs(tabs=panels, name="tabs", sizing_mode="stretch_width", stylesheets=[style.TABS])
         self.tabs.on_change("active", lambda _attr, _old, active: self._build(active))
         self._build(0)
+        if 0 not in self._built:  # nothing is steered; features may be there all the same
+            self._build(1)
+            self.tabs.active = int(1 in self._built)
 
     def say(self, text: str) -> None:
         """Say what a visitor can mend; an empty text: nothing."""
@@ -93,7 +96,8 @@ class Page:
         return self.steer.panel
 
     def _exploring(self) -> Any:
-        self._explore = Explore(store_of(self._path), self._steer_feature)
+        steered = "" if self.steer is None else self.steer.choice.sae.address
+        self._explore = Explore(store_of(self._path), self._steer_feature, steered)
         return self._explore.panel
 
     def _steer_feature(self, sae: str, feature: int) -> None:

@@ -142,7 +142,7 @@ FEATURE = """
   grid-template-columns: minmax(0, 1fr) 74px; position: relative; align-items: center;
   grid-template-areas: "about about" "state state" "slider slider" "mode number"; }
 :host(.feature) { display: grid !important; }
-:host(.edited) { --changed: var(--after); --knob: var(--after); --reset: visible; }
+:host(.edited) { --changed: var(--after); --knob: var(--after); --reset: inline-block; }
 :host(.lit) { --pick: var(--ink); --pick-ink: var(--paper); }
 :host(.own) { border-left-color: var(--own); } :host(.other) { border-left-color: var(--other); }
 :host(.found) { border-left-color: var(--found); }
@@ -175,7 +175,7 @@ ROUND = (
     BUTTON
     + """
 .bk-btn { border-color: transparent !important; background: none !important; font-size: 17px; line-height: 1;
-  padding: 3px 0; color: var(--faint) !important; visibility: var(--reset, hidden); }
+  padding: 3px 0; color: var(--faint) !important; display: var(--reset, none); }
 """
 )
 

@@ -113,7 +113,7 @@ def test_fatal_names_image_and_fault(index: int, tmp_path: Path) -> None:
         record(put(tmp_path, {index: FAULTS[index]}))
     assert str(told.value) == (
         f"image '{index:02d}.png' cannot be read ({FAULTS[index][1]}); mend it, or leave out what cannot be read with "
-        "broken: skip"
+        "broken: skip in the stage that records"
     )
 
 

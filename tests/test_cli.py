@@ -136,14 +136,13 @@ figures  1 made, 0 kept, S s
 
 Made 5 units in S s; 0 were there.
 pictures  runs/draw/{saefw.address("draw")}/dots.png
-tables    saefw sql "FROM pareto"
-page      saefw serve"""
+tables    saefw sql "FROM pareto\""""
     )
     assert (
         saefw("run")
         == """\
 Nothing to make: 5 units kept in runs.
-Pictures: runs/draw. Tables: saefw sql "FROM pareto". Page: saefw serve"""
+Pictures: runs/draw. Tables: saefw sql "FROM pareto\""""
     )
 
 
@@ -151,8 +150,7 @@ def test_run_of_another_file(saefw: Saefw) -> None:
     (saefw.base / "registry.yaml").rename(saefw.base / "other.yaml")
     assert saefw("run", "other.yaml", "--stage", "numbers").endswith(
         """
-tables  saefw sql "FROM pareto" --registry other.yaml
-page    saefw serve other.yaml"""
+tables  saefw sql "FROM pareto" --registry other.yaml"""
     )
     assert saefw("run", exit_code=1) == "registry.yaml: no such file"
 

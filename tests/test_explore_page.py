@@ -351,6 +351,19 @@ def test_in_a_browser_a_note_is_saved_found_and_still_there_after_a_reload(
         assert seen.locator(".slick-row").count() == 1
 
 
+def test_in_a_browser_no_key_is_lost_while_the_table_changes(chromium: "Browser", address: str) -> None:
+    with looking(chromium, address) as seen:
+        field, head = seen.get_by_label("Search"), seen.locator("h1", has_text="Feature")
+        for number in ("13", "12"):
+            field.click()
+            for key in ("Control+a", "Delete", *number):
+                seen.keyboard.press(key)
+                seen.wait_for_timeout(150)  # as one types; the table has changed by then
+            assert field.input_value() == number
+            seen.keyboard.press("Enter")
+            head.filter(has_text=re.compile(rf"^Feature {number}\b")).wait_for()
+
+
 def test_in_a_browser_a_box_over_the_points_and_a_row_of_the_table_choose(chromium: "Browser", address: str) -> None:
     with looking(chromium, address) as seen:
         count = seen.locator(".count h2")

@@ -362,7 +362,7 @@ def test_which_saes_are_shown(run: Run) -> None:
     assert chosen([]) == [unit.label for unit in label]
     with pytest.raises(UserError) as caught:
         chosen(Pick(lowest="nmsee"))
-    assert str(caught.value).startswith("gallery: nothing measured 'nmsee' (there are: ")
+    assert str(caught.value) == "gallery: nothing measured 'nmsee'; did you mean 'nmse'?"
     unmade = Unit("visuals", {}, label[0].needs, "unmade")
     run.listed("not yet", [unmade])
     with pytest.raises(NotYet) as late:

@@ -63,12 +63,12 @@ stage unit what disk age
 draw ff9597ad216b dots N kB T s
 numbers a6e71fee52b1 number 3 N kB T s
 sums 222a64fe6360 sum of numbers N kB T s"""
-    assert plain(saefw("gc", "--dry")) == f"{head}\n3 units, N kB, can go; 4 kept and needed."
+    assert plain(saefw("gc", "--dry")) == f"{head}\n3 units, N kB, can go; 4 kept and needed by registry.yaml."
     assert folders(saefw.base) == before
     assert plain(saefw("gc", "--yes")) == f"{head}\nDeleted 3 units, N kB."
     assert len(folders(saefw.base)) == len(before) - 3
     assert labels(saefw.base) == ["dots", "number 1", "number 2", "sum of numbers"]
-    assert saefw("gc") == "Nothing to delete in runs: 4 kept and needed."
+    assert saefw("gc") == "Nothing to delete in runs: 4 kept and needed by registry.yaml."
     assert saefw("run").startswith("Nothing to make: 4 units kept in runs.")
 
 
@@ -110,7 +110,10 @@ def test_it_asks(saefw: Saefw, answer: str, said: str) -> None:
 
 def test_several_registries_share_a_store(saefw: Saefw) -> None:
     (saefw.base / "more.yaml").write_text(FILE)
-    assert saefw("gc", "registry.yaml", "more.yaml") == "Nothing to delete in runs: 5 kept and needed."
+    assert (
+        saefw("gc", "registry.yaml", "more.yaml")
+        == "Nothing to delete in runs: 5 kept and needed by registry.yaml, more.yaml."
+    )
     (saefw.base / "other.yaml").write_text("store: elsewhere\n" + FILE.lstrip())
     assert saefw("gc", "registry.yaml", "other.yaml", exit_code=1) == (
         "other.yaml: its store is elsewhere, that of registry.yaml is runs; name registries of one store"
@@ -213,7 +216,7 @@ def test_a_unit_that_is_a_link_stays(saefw: Saefw) -> None:
         "Deleted 2 units, N kB."
     )
     assert labels(saefw.base) == ["number 1", "number 2", "number 3"]
-    assert saefw("gc") == f"{stays}\nNothing to delete in runs: 3 kept and needed."
+    assert saefw("gc") == f"{stays}\nNothing to delete in runs: 3 kept and needed by registry.yaml."
 
 
 def test_a_unit_that_cannot_be_deleted(saefw: Saefw, mounted: Callable[..., None]) -> None:

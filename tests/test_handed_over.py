@@ -34,6 +34,12 @@ SLIPS = {
         "    def activate(self, pre_ns: Tensor) -> Tensor:\n        return pre_ns[:, :5]\n\n    def select(",
         "activate() must give codes [n, s], here [1024, 256] (got [1024, 5])",
     ),
+    "a mask in place of entries": (
+        "sae",
+        "        return where(",
+        "        return (",
+        "select() must return Entries, as where(mask) and largest() do (got a Tensor)",
+    ),
     "a term that is no number": (
         "sae",
         "    def select(",

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from saefw.pipeline import StagePlan
 from saefw.printer import Bar, Printer, brief, size, span
+from saefw.store import Store
 from saefw.unit import Unit
 
 UNITS = [Unit("train", {"k": k}, label=f"topk k={k}, a backbone of some name on a dataset, layer {k}") for k in (8, 16)]
@@ -118,6 +119,27 @@ def test_span(seconds: float, text: str) -> None:
 )
 def test_size(n_bytes: int, text: str) -> None:
     assert size(n_bytes) == text
+
+
+def test_the_rate_is_that_of_lately(clock: list[float]) -> None:
+    """What was read again up to where a run had stopped went quicker."""
+    bar = Bar("sweep", 0, 40_000, "tokens")
+    clock[0] += 1
+    bar.move(10_000)
+    for _ in range(30):
+        clock[0] += 1
+        bar.move(bar.done + 100)
+    assert bar.times() == "100/s, 4 min 30 s left"
+
+
+@pytest.mark.parametrize("made", [True, False])
+@pytest.mark.parametrize(("stage", "shown"), [("train", False), ("visuals", True), ("steer", True)])
+def test_the_page_is_named_where_it_has_something_to_show(stage: str, shown: bool, made: bool, tmp_path: Path) -> None:
+    told, file = printer(terminal=False)
+    units = [Unit(stage, {})]
+    told.made = int(made)
+    told.summary([StagePlan("some", units, [], units)], Store(tmp_path), Path("registry.yaml"))
+    assert ("saefw serve" in file.getvalue()) == shown and "FROM pareto" in file.getvalue()
 
 
 def test_a_bar_without_a_total(clock: list[float]) -> None:

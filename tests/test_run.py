@@ -203,7 +203,7 @@ def test_the_documented_queries_find_something(made: Path) -> None:
             here = (
                 query.replace("a1b2c3d4e5f6", sae)
                 .replace("= '3'", f"= '{name}'")
-                .replace("digit-0007", key)
+                .replace("digit-0000", key)
                 .replace("n >= 12", "n >= 1")
                 .replace("f.label != predicted", "true")  # a probe that makes no mistake
             )

@@ -106,7 +106,7 @@ def test_one_of_the_saes_can_be_picked(looked: tuple[Run, list[Unit]], tmp_path:
     assert unit.needs == (tables[0],)
     with pytest.raises(UserError) as caught:
         drawn(run, sae=Pick(highest="n_imagse"))
-    assert str(caught.value).startswith("looks: nothing measured 'n_imagse' (there are: ")
+    assert str(caught.value) == "looks: nothing measured 'n_imagse'; did you mean 'n_images'?"
     fresh = trained(tmp_path)
     fresh.listed("looks", list(Visuals(saes="sweep", acts="acts", top=TOP).units(fresh)))
     with pytest.raises(NotYet, match="decided once looks is made"):

@@ -72,6 +72,10 @@ def test_an_edit_is_made_and_its_link_shows_it_to_another(visit: Any) -> None:
     assert two.locator(number).input_value() == amount
     # What is edited stands out, and its reset can be pressed.
     assert two.locator(".edited .reset button").is_visible() and two.locator(".reset button:visible").count() == 1
+    two.get_by_text("Compare", exact=True).click()
+    assert two.locator(".reset button:visible").count() == 0
+    two.get_by_text("Steer", exact=True).click()
+    two.locator(".edited .reset button").wait_for()
     two.keyboard.press("0")
     two.wait_for_selector("text=1 feature edited", state="detached")
     assert two.locator(".reset button:visible").count() == 0

@@ -423,17 +423,18 @@ def gc(
     from saefw.printer import Printer, short, size
     from saefw.tables import console
 
-    found = find(files or [REGISTRY])
+    files = files or [REGISTRY]
+    found, needed = find(files), f"kept and needed by {', '.join(escaped(str(file)) for file in files)}"
     for reason, n in found.held.items():
         print(f"{n} unit{'' if n == 1 else 's'} stay{'s' if n == 1 else ''}: {reason}")
     if not found.spare:
-        print(f"Nothing to delete in {short(found.store.root)}: {found.kept} kept and needed.")
+        print(f"Nothing to delete in {short(found.store.root)}: {found.kept} {needed}.")
         return
     Printer(console()).spare(found.spare)
     n, total = len(found.spare), size(sum(spare.bytes for spare in found.spare)) or "nothing on disk"
     what = f"{n} unit{'' if n == 1 else 's'}, {total}"
     if dry:
-        print(f"{what}, can go; {found.kept} kept and needed.")
+        print(f"{what}, can go; {found.kept} {needed}.")
         return
     if not yes and not sys.stdin.isatty():
         raise UserError(f"{what}, can go; nothing was deleted, since nobody is there to be asked (--yes: do not ask)")

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +33,12 @@ EVERY = 10.0
 
 FEW = 12
 """Up to so many units of a stage are named when they are kept; of more only the bar tells."""
+
+LATELY = 20.0
+"""Of how many seconds the rate is that a bar tells: what was done before may have been quicker, or read again alone."""
+
+PAGED = ("visuals", "steer")
+"""What the page shows."""
 
 MINUTE = "< 1 min"
 """A short time, where no more is known than a guess."""
@@ -159,13 +166,15 @@ class Printer(Observer):
             for unit in plan.units
             if unit.stage == "gallery"
         ]
+        shown = any(unit.stage in PAGED for plan in done for unit in plan.units)
         saefw = called()
         other = "" if registry == Path("registry.yaml") else f" --registry {registry}"
         page = "" if registry == Path("registry.yaml") else f" {registry}"
         if not self.made:
             folder = f"Pictures: {short(pictures[0].parent.parent)}. " if pictures else ""
             gallery = f"Gallery: {short(galleries[0])}. " if galleries else ""
-            self.say(f'{folder}{gallery}Tables: {saefw} sql "FROM pareto"{other}. Page: {saefw} serve{page}')
+            served = f". Page: {saefw} serve{page}" if shown else ""
+            self.say(f'{folder}{gallery}Tables: {saefw} sql "FROM pareto"{other}{served}')
             return
         where = grid(2)
         for i, path in enumerate(pictures[:FEW]):
@@ -175,7 +184,8 @@ class Printer(Observer):
         for i, path in enumerate(galleries):
             where.add_row("gallery" if i == 0 else "", short(path))
         where.add_row("tables", f'{saefw} sql "FROM pareto"{other}')
-        where.add_row("page", f"{saefw} serve{page}")
+        if shown:
+            where.add_row("page", f"{saefw} serve{page}")
         self.console.print(where, soft_wrap=True)
 
     def dry(
@@ -306,18 +316,23 @@ class Bar:
     def __init__(self, stage: str, done: int, total: int, what: str) -> None:
         """Start the clock at what was done already."""
         self.stage, self.total, self.what = stage, total, what
-        self.done = self._first = done
+        self.done = done
         self._start = time.monotonic()
+        self._seen = deque([(self._start, done)])
 
     def move(self, done: int) -> None:
         """Note how much is done now."""
-        self.done = done
+        self.done, now = done, time.monotonic()
+        self._seen.append((now, done))
+        while now - self._seen[1][0] > LATELY:
+            self._seen.popleft()
 
     @property
     def rate(self) -> float:
-        """How much a second; 0 as long as it is not known."""
-        seconds = time.monotonic() - self._start
-        return (self.done - self._first) / seconds if seconds > 0 else 0.0
+        """How much a second, lately; 0 as long as it is not known."""
+        since, first = self._seen[0]
+        seconds = time.monotonic() - since
+        return (self.done - first) / seconds if seconds > 0 else 0.0
 
     def times(self) -> str:
         """The rate and the time left or, as long as they are not known, the time gone by."""

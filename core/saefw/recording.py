@@ -115,7 +115,7 @@ class Recording:
                     if not self.skip:
                         raise UserError(
                             f"image {self.dataset[example].key!r} cannot be read ({image.why}); mend it, or leave out "
-                            "what cannot be read with broken: skip"
+                            "what cannot be read with broken: skip in the stage that records"
                         )
                     faults.append((example, image.why))
                     unread.append(example - span.start)

@@ -21,6 +21,7 @@ from saefw.imagesets import Dataset
 from saefw.index import INDEX, BrokenIndex
 from saefw.store import Store
 from saefw.unit import Unit, canonical
+from saefw.wording import or_listed
 
 LOG = "metric.jsonl"
 """What a unit logged so far, one JSON list [step, {name: value}] a line; becomes its metric table when kept."""
@@ -52,7 +53,7 @@ class Pick(Entry):
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         if self.lowest and self.highest:
-            raise ValueError(f"name lowest or highest, not both (got {self.lowest!r} and {self.highest!r})")
+            raise ValueError("name lowest or highest, not both")
         return self
 
     def choose(self, label: str, metrics: Mapping[T, Mapping[str, float]]) -> T:
@@ -73,7 +74,7 @@ class Pick(Entry):
         known = sorted({key for values in metrics.values() for key in values})
         for key in names:
             if key not in known:
-                raise UserError(f"{label}: nothing measured '{key}' (there are: {', '.join(known)})")
+                raise UserError(f"{label}: nothing measured '{key}'{or_listed(key, known)}")
         fits = [
             unit
             for unit, values in metrics.items()
@@ -83,7 +84,11 @@ class Pick(Entry):
         if not fits:
             bounds = [f"{key} <= {value:g}" for key, value in self.below.items()]
             bounds += [f"{key} >= {value:g}" for key, value in self.above.items()]
-            raise UserError(f"{label}: none of {len(metrics)} has {' and '.join(bounds) or 'a result'}")
+            every = {key: [x[key] for x in metrics.values() if key in x] for key in (*self.below, *self.above)}
+            nearest = [f"the least {key} is {min(every[key]):.4g}" for key in self.below]
+            nearest += [f"the largest {key} is {max(every[key]):.4g}" for key in self.above]
+            there = f" ({', '.join(nearest)})" if nearest else ""
+            raise UserError(f"{label}: none of {len(metrics)} has {' and '.join(bounds) or 'a result'}{there}")
         if not name:
             return fits[0]
         sign = 1 if self.lowest else -1

@@ -194,7 +194,7 @@ class Sae(nn.Module):
         """Return the dense codes [n, s]; by default what `fire` gives for those that `select` selects."""
         if type(self).select is Sae.select:
             return self.fire(pre_ns, slice(None))
-        entries = self.select(pre_ns.detach())
+        entries = self._active(pre_ns.detach())
         return entries.dense(self.fire(entries.of(pre_ns), entries.features_e.long()), self.d_sae)
 
     def dictionary(self) -> Tensor:
@@ -273,7 +273,7 @@ class Sae(nn.Module):
         """Return the sparse codes of recorded activations."""
         pre_ns = self.pre(self.normalise(x_nd))
         if type(self).activate is Sae.activate and type(self).select is not Sae.select:
-            entries = self.select(pre_ns)
+            entries = self._active(pre_ns)
             if entries.k is not None:
                 indices_e = entries.features_e.long()
                 codes_e = self.fire(entries.of(pre_ns), indices_e)
@@ -310,6 +310,14 @@ class Sae(nn.Module):
             if term.shape:
                 raise UserError(f"{whose(type(self))}: the term '{name}' must be a scalar (got {list(term.shape)})")
         return terms
+
+    def _active(self, pre_ns: Tensor) -> Entries:
+        """Return what `select` gave, which must be entries: whatever else would be done with a mask names neither."""
+        found = self.select(pre_ns)
+        if not isinstance(found, Entries):
+            who, got = whose(type(self)), type(found).__name__
+            raise UserError(f"{who}: select() must return Entries, as where(mask) and largest() do (got a {got})")
+        return found
 
     def _encoder(self, x_nd: Tensor) -> tuple[Tensor, Tensor]:
         """Return W_enc and b_enc in the type of their product with such tokens."""
@@ -363,7 +371,7 @@ class Sae(nn.Module):
                 if share > MANY and isinstance(pre, Near):
                     raise TooMany
             # What is known nearly answers to all that those ask who are given it.
-            found.append(self.select(cast(Tensor, pre)).read(pre))
+            found.append(self._active(cast(Tensor, pre)).read(pre))
             if n_aux > done:
                 few_nd = z_nd[done : min(n_aux, done + len(pre))]
                 aux.extend(largest_above_zero(pre_na, dead, self.k_aux) for pre_na in self._of_dead(pre, few_nd, dead))

@@ -80,7 +80,7 @@ CREATE TABLE saved_class (unit TEXT, label SMALLINT, before DOUBLE, after DOUBLE
 CREATE TABLE note (sae TEXT, feature INTEGER, name TEXT, text TEXT, made_at TIMESTAMP, PRIMARY KEY (sae, feature));
 
 CREATE VIEW final AS SELECT unit, name, arg_max(value, step) AS value FROM metric GROUP BY ALL;
-CREATE VIEW pareto AS SELECT s.unit AS sae, s.variant, a.layer, m.nmse, m.l0, m.dead FROM sae s JOIN acts a ON a.unit = s.acts
+CREATE VIEW pareto AS SELECT s.unit AS sae, s.variant, a.layer, m.nmse, m.l0, m.dead, u.label FROM sae s JOIN unit u USING (unit) JOIN acts a ON a.unit = s.acts
     JOIN (PIVOT final ON name IN ('nmse', 'l0', 'dead') USING first(value) GROUP BY unit) m ON m.unit = s.unit;
 CREATE VIEW best_probe AS SELECT DISTINCT ON (p.acts) p.acts, a.backbone, a.dataset, a.layer, p.unit AS probe, f.value
     FROM probe p JOIN acts a ON a.unit = p.acts JOIN final f ON f.unit = p.unit AND f.name = 'valid_accuracy'

@@ -44,6 +44,8 @@ def sentence(cls: type[BaseModel], detail: Mapping[str, Any]) -> str:
     if detail["type"] == "extra_forbidden":
         loc = [step for step in detail["loc"] if isinstance(step, str)]
         return f"no such setting{or_listed(loc[-1], _settings(cls, loc[:-1]))}"
+    if detail["type"] in ("dict_type", "model_type", "model_attributes_type"):
+        return "must be a mapping"
     text = str(detail["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
     allowed = re.findall("'([^']*)'", str(detail.get("ctx", {}).get("expected", "")))
     return text + (near(detail["input"], allowed) if isinstance(detail["input"], str) else "")

@@ -194,7 +194,8 @@ class ProbeStage(StageConfig):
 
 def _tellable(acts: Unit, classes: Sequence[str]) -> None:
     if len(classes) < 2:
-        raise UserError(f"{acts.label}: has {len(classes)} classes; a probe tells two or more apart")
+        found = f"{len(classes)} class{'' if len(classes) == 1 else 'es'}"
+        raise UserError(f"{acts.label}: has {found}; a probe tells two or more apart")
 
 
 def _groups(units: Sequence[Unit]) -> dict[tuple[Unit, type[ProbeConfig]], list[Unit]]:
