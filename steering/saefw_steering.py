@@ -70,9 +70,10 @@ class Page:
         self.tabs = Tabs(tabs=panels, name="tabs", sizing_mode="stretch_width", stylesheets=[style.TABS])
         self.tabs.on_change("active", lambda _attr, _old, active: self._build(active))
         self._build(0)
-        if 0 not in self._built:  # nothing is steered; features may be there all the same
-            self._build(1)
-            self.tabs.active = int(1 in self._built)
+        for other in (1, 2):
+            if not self._built:  # nothing is steered; what the other tabs show may be there all the same
+                self._build(other)
+                self.tabs.active = other if other in self._built else 0
 
     def say(self, text: str) -> None:
         """Say what a visitor can mend; an empty text: nothing."""

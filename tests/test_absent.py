@@ -42,3 +42,13 @@ registry.yaml:11:29: datasets.gone.root: gone is not there; {cannot}
 registry.yaml:12:30: datasets.unset.root: '$NOT_SET/x': the variable $NOT_SET is not set; {cannot}
 """,
     )
+
+
+def test_check_tells_of_a_device_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("registry.yaml").write_text("saefw: 1\ndevice: cuda:99\nstages: {}\n")
+    said = CliRunner().invoke(app, ["check"])
+    assert (said.exit_code, said.stderr) == (
+        0,
+        "registry.yaml:2:1: device: cuda:99: this machine, or this build of torch, has none; try auto or cpu\n",
+    )

@@ -100,6 +100,34 @@ def test_every_feature_is_listed_the_best_detectors_first(path: Path, root: Path
     np.testing.assert_allclose(source["x"], np.where(np.isfinite(wanted), wanted, np.nan), rtol=1e-6)
 
 
+def test_explore_begins_with_the_sae_that_is_steered(path: Path, root: Path) -> None:
+    visitor = Visitor(path, 0)
+    saes = [sae for sae, _ in visitor["sae"].options]
+    assert len(saes) > 1
+    for sae in saes:
+        visitor = Visitor(path, 0)
+        visitor["sae"].value = sae
+        visitor["tabs"].active = 1
+        ((looked,),) = rows(root, "SELECT DISTINCT sae FROM feature WHERE unit = ?", visitor["explore-sae"].value)
+        assert looked == sae
+
+
+def test_where_nothing_is_steered_the_page_begins_with_what_there_is(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "registry.yaml").write_text("saefw: 1\nstages: {}\n")
+    shutil.copytree(root, tmp_path / "runs")
+
+    def begins() -> int:
+        doc = Document()
+        page(doc, tmp_path / "registry.yaml")
+        tabs: Any = doc.select_one({"name": "tabs"})
+        return int(tabs.active)
+
+    assert begins() == 1
+    shutil.rmtree(tmp_path / "runs" / "visuals")
+    Store(tmp_path / "runs").sync()
+    assert begins() == 2
+
+
 def test_a_box_a_class_a_number_and_words_find_features(path: Path, root: Path) -> None:
     visitor = Visitor(path, 1)
     every, source, scatter = visitor.shown(), visitor["explore-source"].data, visitor["scatter"]

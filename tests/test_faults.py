@@ -504,7 +504,7 @@ def test_an_image_vanishes_while_it_is_recorded(folder: Place) -> None:
     (folder.base / "images" / "31.png").symlink_to(folder.base / "nowhere")
     assert folder("run", "--stage", "acts")[::2] == (
         1, f"{folder.where('acts')}image '31.png' cannot be read (it is missing); mend it, or leave out what cannot be "
-        "read with broken: skip\n",
+        "read with broken: skip in the stage that records\n",
     )  # fmt: skip
     before = {path: path.stat().st_ino for path in folder.store.root.glob("record/*/acts-*")}
     assert before

@@ -248,5 +248,5 @@ def test_a_broken_image_is_named_in_one_line(tmp_path: Path) -> None:
     key = f"{CLASSES[1]}/../../1"
     assert str(caught.value) == (
         f"{tmp_path / 'registry.yaml'}:16:3: stages.acts: image {key!r} cannot be read (the file is cut short); "
-        "mend it, or leave out what cannot be read with broken: skip"
+        "mend it, or leave out what cannot be read with broken: skip in the stage that records"
     )

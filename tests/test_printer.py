@@ -133,7 +133,7 @@ def test_the_rate_is_that_of_lately(clock: list[float]) -> None:
 
 
 @pytest.mark.parametrize("made", [True, False])
-@pytest.mark.parametrize(("stage", "shown"), [("train", False), ("visuals", True), ("steer", True)])
+@pytest.mark.parametrize(("stage", "shown"), [("record", False), ("train", True), ("steer", True)])
 def test_the_page_is_named_where_it_has_something_to_show(stage: str, shown: bool, made: bool, tmp_path: Path) -> None:
     told, file = printer(terminal=False)
     units = [Unit(stage, {})]

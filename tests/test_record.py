@@ -227,7 +227,7 @@ def test_broken_image_is_named(tmp_path: Path) -> None:
         record(run, datasets=["cut"])
     assert str(told.value) == (
         "image 'tiny-033' cannot be read (the file is cut short); mend it, or leave out what cannot be read with "
-        "broken: skip"
+        "broken: skip in the stage that records"
     )
 
 

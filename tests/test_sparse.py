@@ -115,8 +115,8 @@ def test_the_largest_are_found_whatever_is_looked_at_at_once(
     monkeypatch.setattr(of_rows, "HELD", held)
     monkeypatch.setattr(of_rows, "PIECE", held)
     dead, k = torch.tensor([1, 5, 6, 30, 41, 90]), 3
-    for scale in (1e3, 1.0, 0.0):
-        pre_ns = (normal(N, s, seed=2) * scale).round().to(dtype)
+    for scale, shift in ((1e3, 0.0), (1.0, 0.0), (0.0, 0.0), (10.0, -1e3)):
+        pre_ns = ((normal(N, s, seed=2) * scale).round() + shift).to(dtype)
         for values, row in zip(largest(pre_ns, k).of(pre_ns).view(N, k).tolist(), pre_ns.tolist(), strict=True):
             assert sorted(values) == sorted(row)[-k:]
         of_batch = largest_of_batch(pre_ns, k)
@@ -141,6 +141,31 @@ def test_the_largest_are_found_whatever_is_looked_at_at_once(
     assert len(largest(pre_ns, k).features_e) == N * k
     pre_ns[3] = torch.nan
     assert len(largest(pre_ns, k).features_e) == N * k
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_their_order_does_not_hang_on_what_is_looked_at_at_once(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor so on the number of threads: a sum over them would."""
+    pre_ns = normal(64, 12_288, seed=3).to(dtype)
+    once, _ = of_rows.largest_of_rows(pre_ns, 256)
+    monkeypatch.setattr(of_rows, "PIECE", 10_000)
+    assert torch.equal(of_rows.largest_of_rows(pre_ns, 256)[0], once)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_zeros_with_few_others(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them reach what is looked from, and are not laid side by side."""
+    few_ns = torch.rand(N, 70 * BLOCK, generator=torch.Generator().manual_seed(1)) < 0.01
+    pre_ns = normal(N, 70 * BLOCK, seed=4).where(few_ns, 0).relu().to(dtype)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("they are")
+
+    monkeypatch.setattr(of_rows, "side_by_side", refuse)
+    values = largest(pre_ns, 32).of(pre_ns).view(N, 32)
+    assert torch.equal(values.sort(descending=True).values, pre_ns.topk(32).values)
 
 
 # Gradients

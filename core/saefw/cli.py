@@ -33,7 +33,7 @@ EXAMPLES = """Examples:
   saefw plugins topk       the settings of a plugin
   saefw new sae NAME       a plugin of your own to begin with
   saefw sql "FROM pareto"  look at the results
-  saefw gc                 delete what no registry needs
+  saefw gc                 delete what registry.yaml no longer needs
 
 Exit codes: 0 fine, 1 yours to mend, 2 wrong usage, 130 stopped.
 """
@@ -151,6 +151,12 @@ def check(
     _damaged(desk.store)
     for line in registry.absent():
         print(escaped(line), file=sys.stderr)
+    if registry.device not in ("auto", "cpu"):  # torch is imported to ask for others
+        try:
+            _ = desk.device
+        except UserError as error:
+            spot = registry.root.items["device"]
+            print(f"{file}:{spot.line}:{spot.column}: {error}", file=sys.stderr)
     counts = [
         f"{sum(map(len, block.values()))} {kind if sum(map(len, block.values())) != 1 else kind[:-1]}"
         for kind, block in registry.families.items()

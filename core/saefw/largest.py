@@ -1,8 +1,8 @@
-"""The largest entries of each row of a matrix, exactly, by reading the matrix once.
+"""The largest entries of each row of a matrix, exactly, by reading the matrix twice.
 
 NumPy partitions with vector instructions, which torch does not.
 
-Shapes: r rows, s entries of a row, k the largest of them, b blocks of a row, j entries of a block.
+Shapes: r rows, s entries of a row, k the largest of them, e entries in all.
 """
 
 import math
@@ -47,7 +47,7 @@ def largest_of_rows(x_rs: Tensor, k: int) -> tuple[Tensor, Tensor]:
         if halved and (least_r is None or (least_r < 0).any()):
             rows = ordered(rows)
             least_r = _kth_of_maxima(rows, k)
-        found = _indices(rows, k) if least_r is None else _reaching(rows, least_r, k)
+        found = _indices(rows, k) if least_r is None else _indices_from(rows, least_r, k)
         if found is None:  # some are no numbers
             found = x_rs[start:stop].topk(k, dim=1, sorted=False).indices.numpy()
         return found, np.take_along_axis(numbers_rs[start:stop], found, axis=1)
@@ -58,7 +58,7 @@ def largest_of_rows(x_rs: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def kth_of_maxima(x_rs: Tensor, k: int) -> NDArray[np.float32]:
-    """Return for each row of bfloat16 a number [r] that k of its entries reach, and few others; NaN: none was found."""
+    """Return for each row of bfloat16 a number [r] that k of its entries reach, seldom many; NaN: none was found."""
     bits_rs = bits(x_rs)
 
     def find(start: int, stop: int) -> NDArray[np.float32]:
@@ -73,26 +73,30 @@ def kth_of_maxima(x_rs: Tensor, k: int) -> NDArray[np.float32]:
 
 
 def _kth_of_maxima(rows: Array, k: int) -> Array | None:
-    """Return for each row a number [r] that k of its entries reach: that many blocks do. None: it is not worth while.
+    """Return for each row a number [r] that k of its entries reach: that many blocks do.
 
-    Of bfloat16 the bits: as integers they are compared three times as fast, and above zero in the same order; what is
-    below zero says nothing.
+    None: there are too few blocks for it to be worth while, or some entries are no numbers. Of bfloat16 the bits: as
+    integers they are compared three times as fast, and above zero in the same order; what is below zero says nothing.
     """
     n_blocks = rows.shape[1] // BLOCK
     if n_blocks < 2 * k:
         return None
     maxima = rows[:, : BLOCK * n_blocks].reshape(len(rows), BLOCK, n_blocks).max(axis=1)
     largest = np.partition(maxima, -k, axis=1)[:, -k:]
-    return None if np.isnan(largest).any() else largest[:, 0]
+    nan = np.isnan(largest).any() or np.isnan(rows[:, BLOCK * n_blocks :]).any()
+    return None if nan else largest[:, 0]
 
 
-def _reaching(rows: Array, least_r: Array, k: int) -> Array | None:
-    """Return the indices [r, k] of the k largest of each row, where so many reach `least_r`; None: as `_indices`."""
-    places = places_of(rows >= least_r[:, None])
+def _indices_from(rows: Array, least_r: Array, k: int) -> Array | None:
+    """Return the same as `_indices`, of rows of which k entries reach `least_r` each."""
+    found = rows >= least_r[:, None]
+    if np.count_nonzero(found) > BLOCK * k * len(rows):  # very many are equal, as zeros are
+        return _indices(rows, k)
+    places = places_of(found)
     firsts = np.arange(0, rows.size + 1, rows.shape[1])
     starts = places.searchsorted(firsts)
-    found = _indices(side_by_side(rows.reshape(-1).take(places), starts), k)
-    return None if found is None else places.take(starts[:-1, None] + found) - firsts[:-1, None]
+    among = _indices(side_by_side(rows.reshape(-1).take(places), starts), k)
+    return None if among is None else places.take(starts[:-1, None] + among) - firsts[:-1, None]
 
 
 def side_by_side(values_e: Array, starts: Array) -> Array:
@@ -163,6 +167,8 @@ def _indices(rows: Array, k: int) -> Array | None:
         # Of bfloat16 many are equal: with their places in the lower half, none are.
         keys = (rows.astype(np.int32) << 16) | np.arange(s, 0, -1, dtype=np.int32)
         places: Array = s - (np.partition(keys, s - k, axis=1)[:, s - k :] & 0xFFFF).astype(np.int64)
+        # In whatever order they come hangs on how long the rows are.
+        places.sort(axis=1)
         return places
     kth = np.partition(rows, s - k, axis=1)[:, s - k, None]
     found = rows >= kth

@@ -37,7 +37,7 @@ FEW = 12
 LATELY = 20.0
 """Of how many seconds the rate is that a bar tells: what was done before may have been quicker, or read again alone."""
 
-PAGED = ("visuals", "steer")
+PAGED = ("train", "visuals", "probe", "steer")
 """What the page shows."""
 
 MINUTE = "< 1 min"

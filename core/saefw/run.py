@@ -85,8 +85,8 @@ class Pick(Entry):
             bounds = [f"{key} <= {value:g}" for key, value in self.below.items()]
             bounds += [f"{key} >= {value:g}" for key, value in self.above.items()]
             every = {key: [x[key] for x in metrics.values() if key in x] for key in (*self.below, *self.above)}
-            nearest = [f"the least {key} is {min(every[key]):.4g}" for key in self.below]
-            nearest += [f"the largest {key} is {max(every[key]):.4g}" for key in self.above]
+            nearest = [f"the least {key} is {min(every[key]):.6g}" for key in self.below]
+            nearest += [f"the largest {key} is {max(every[key]):.6g}" for key in self.above]
             there = f" ({', '.join(nearest)})" if nearest else ""
             raise UserError(f"{label}: none of {len(metrics)} has {' and '.join(bounds) or 'a result'}{there}")
         if not name:

@@ -105,7 +105,7 @@ def settings(cls: "type[Entry]") -> Table:
     for name in dict.fromkeys(own):
         if name != "use" and (info := cls.model_fields.get(name)):
             shown.add_row(Text(name, style="bold"), _kind(info), _default(info), _words(info))
-            for model in models(info.annotation):
+            for model in dict.fromkeys(models(info.annotation)):
                 for key, inner in model.model_fields.items():
                     shown.add_row(f"  {key}", _kind(inner), _default(inner), _words(inner))
     return shown
@@ -165,9 +165,9 @@ def _default(info: "FieldInfo") -> str:
     value = info.get_default(call_default_factory=True, validated_data={})
     dump = getattr(value, "model_dump", None)
     value = dump(mode="json", exclude_defaults=True) if dump else value
-    return (
-        f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) and value else json.dumps(value)
-    )
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) and value else json.dumps(value, default=str)
 
 
 def _words(info: "FieldInfo") -> str:

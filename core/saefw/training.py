@@ -112,11 +112,11 @@ class Training:
         """Say that the loss is no number any more, by which of its terms, and what to try."""
         terms = {name.removeprefix("train_"): float(x) for name, x in self.values.items() if name.startswith("train_")}
         wrong = [f"{name} is {x:g}" for name, x in terms.items() if not math.isfinite(x)]
-        clip = ", or clip: 1" if self.config.clip is None else ""
+        more = ", a longer warmup, or clip: 1" if self.config.clip is None else " or a longer warmup"
         return (
             f"{self.unit.label}: the loss is {float(self.total):g} after {self.step} of {self.n_steps} steps with "
-            f"lr {self.config.lr:g}{' (' + ', '.join(wrong) + ')' if wrong else ''}; try a smaller lr, a longer "
-            f"warmup{clip}"
+            f"lr {self.config.lr:g}{' (' + ', '.join(wrong) + ')' if wrong else ''}; "
+            f"try a smaller lr{more}"
         )
 
     def checkpoint(self, run: Run) -> None:
