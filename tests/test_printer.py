@@ -122,7 +122,7 @@ def test_size(n_bytes: int, text: str) -> None:
 
 
 def test_the_rate_is_that_of_lately(clock: list[float]) -> None:
-    """What was read again up to where a run had stopped went quicker."""
+    """One SAE that catches up with others, from its last checkpoint, is quicker than all of them."""
     bar = Bar("sweep", 0, 40_000, "tokens")
     clock[0] += 1
     bar.move(10_000)

@@ -35,10 +35,10 @@ FEW = 12
 """Up to so many units of a stage are named when they are kept; of more only the bar tells."""
 
 LATELY = 20.0
-"""Of how many seconds the rate is that a bar tells: what was done before may have been quicker, or read again alone."""
+"""Of how many seconds the rate is that a bar tells: before, one SAE of a sweep may have caught up with the others."""
 
 PAGED = ("train", "visuals", "probe", "steer")
-"""What the page shows."""
+"""Stages of whose units the page shows something."""
 
 MINUTE = "< 1 min"
 """A short time, where no more is known than a guess."""

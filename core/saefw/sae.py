@@ -312,7 +312,7 @@ class Sae(nn.Module):
         return terms
 
     def _active(self, pre_ns: Tensor) -> Entries:
-        """Return what `select` gave, which must be entries: whatever else would be done with a mask names neither."""
+        """Return what `select` gave, which must be entries: a message from further inside would not name it."""
         found = self.select(pre_ns)
         if not isinstance(found, Entries):
             who, got = whose(type(self)), type(found).__name__

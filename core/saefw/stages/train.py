@@ -301,7 +301,7 @@ class Train(StageConfig):
                 for training in trainings:
                     training.checkpoint(run)
                 saving.restart(max(self.checkpoint_every, WORTH * (time.monotonic() - begun)))
-            if (stepping and telling.due()) or step == n_steps - 1:
+            if telling.due() or step == n_steps - 1:
                 done = (part[0] * n_steps + step + 1) * self.batch_size
                 run.progress(done, part[1] * n_steps * self.batch_size, "tokens")
                 telling.restart(PAUSE)
